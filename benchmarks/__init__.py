@@ -1,0 +1,1 @@
+"""Ratios against other libraries, simpler methods and the floor; nothing imports this package."""

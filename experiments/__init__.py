@@ -1,0 +1,1 @@
+"""Runs: configs, pipelines, testbeds, figures and the command line."""

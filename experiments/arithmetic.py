@@ -1,0 +1,165 @@
+"""The arithmetic task: ``aaa+bbb=ssss``, four output digits scored, digit and carry labels.
+
+Twelve symbols (0-9, + and =), twelve tokens a sum. The token loss has four slots: the 1000s,
+100s, 10s and 1s digit of the sum (arXiv 2506.15872, section 4).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from polca_edit.models import TransformerShape
+from polca_edit.tokens import Splits, TokenSet
+
+PLACES = ("1000s", "100s", "10s", "1s")
+SKILLS = (*PLACES, "carry", "carry@100s", "carry@10s")
+PLUS, EQUALS = 10, 11
+LENGTH = 12
+PAPER_SHAPE = TransformerShape(
+    layers=3, d_model=512, heads=4, d_mlp=2048, d_vocab=12, n_ctx=12, d_vocab_out=10
+)
+PAPER_PARAMETERS = 9_475_594
+
+
+def encode(first: Int[Tensor, " S"], second: Int[Tensor, " S"]) -> Int[Tensor, "S 12"]:
+    """Token ids of ``aaa+bbb=ssss``.
+
+    >>> encode(torch.tensor([57]), torch.tensor([968]))[0].tolist()
+    [0, 5, 7, 10, 9, 6, 8, 11, 1, 0, 2, 5]
+    """
+
+    def digits(value: Tensor, count: int) -> Tensor:
+        return torch.stack([value // 10**place % 10 for place in reversed(range(count))], dim=1)
+
+    plus = torch.full((len(first), 1), PLUS)
+    equals = torch.full((len(first), 1), EQUALS)
+    return torch.cat([digits(first, 3), plus, digits(second, 3), equals, digits(first + second, 4)], dim=1)
+
+
+def token_loss(module: nn.Module, inputs: Int[Tensor, "B 12"]) -> Float[Tensor, "B 4"]:
+    """Cross-entropy of the four output digits, in nats."""
+    logits = module(inputs[:, :-1])[:, -4:]
+    losses = nn.functional.cross_entropy(logits.flatten(0, 1), inputs[:, -4:].flatten(), reduction="none")
+    return losses.view(len(inputs), 4)
+
+
+def carries(first: Int[Tensor, " S"], second: Int[Tensor, " S"]) -> Tensor:
+    """(S, 4) whether the lower places overflow into each output digit (never into the 1s).
+
+    >>> carries(torch.tensor([57]), torch.tensor([968])).tolist()
+    [[True, True, True, False]]
+    """
+    columns = [(first % 10**place + second % 10**place) >= 10**place for place in (3, 2, 1)]
+    return torch.stack([*columns, torch.zeros_like(columns[0])], dim=1)
+
+
+def token_set(first: Int[Tensor, " S"], second: Int[Tensor, " S"]) -> TokenSet:
+    """Sums as a token set with skills, features and contexts; each sum is a document."""
+    inputs = encode(first, second)
+    carry = carries(first, second)
+    count = len(first)
+    place = torch.arange(4).repeat(count)
+    flat_carry = carry.flatten()
+    skills = {name: place == index for index, name in enumerate(PLACES)}
+    skills["carry"] = flat_carry
+    skills["carry@100s"] = flat_carry & skills["100s"]
+    skills["carry@10s"] = flat_carry & skills["10s"]
+    zero = torch.zeros((count, 1), dtype=torch.long)
+    top, bottom = torch.cat([zero, inputs[:, 0:3]], 1), torch.cat([zero, inputs[:, 4:7]], 1)
+    features = {
+        "place": place,
+        "carry in": flat_carry.long(),
+        "first digit": top.flatten(),
+        "second digit": bottom.flatten(),
+        "digit sum": (top + bottom).flatten(),
+        "output digit": inputs[:, -4:].flatten(),
+    }
+    contexts: list[str] = []
+    for a, b in zip(first.tolist(), second.tolist(), strict=True):
+        text = f"{a:03d}+{b:03d}={a + b:04d}"
+        contexts.extend(f"{text[: 8 + i]}[{text[8 + i]}]{text[9 + i :]}" for i in range(4))
+    return TokenSet(
+        inputs,
+        torch.ones(count, 4, dtype=torch.bool),
+        torch.arange(count),
+        skills,
+        inputs[:, -4:].clone(),
+        {name: values.numpy().astype(np.int64) for name, values in features.items()},
+        tuple(contexts),
+    )
+
+
+@dataclass(frozen=True)
+class ArithmeticData:
+    """Splits of one run, and training batches that avoid them.
+
+    Attributes:
+        splits: curvature, select, evaluate; pairwise disjoint as unordered pairs.
+        held_out: (1000, 1000) true where a sum, or its commuted form, is in select or evaluate.
+        seed: data order seed.
+        batch_size: sums a batch.
+    """
+
+    splits: Splits
+    held_out: Tensor
+    seed: int
+    batch_size: int
+
+    def batch(self, step: int) -> Int[Tensor, "B 12"]:
+        """The batch of one optimiser step, a pure function of (seed, step)."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        drawn = torch.zeros(0, 2, dtype=torch.long)
+        while len(drawn) < self.batch_size:  # one round is enough but for a few tiny batches
+            first = torch.randint(0, 1000, (2 * self.batch_size,), generator=generator)
+            second = torch.randint(0, 1000, (2 * self.batch_size,), generator=generator)
+            allowed = ~self.held_out[first, second]
+            drawn = torch.cat([drawn, torch.stack([first[allowed], second[allowed]], dim=1)])
+        return encode(drawn[: self.batch_size, 0], drawn[: self.batch_size, 1])
+
+    def batch_loss(self, module: nn.Module, step: int) -> Tensor:
+        """Mean loss of one step's batch, all output digits weighted alike."""
+        return token_loss(module, self.batch(step)).mean()
+
+
+def make_data(
+    sums: int, curvature_sums: int, evaluate_sums: int, batch_size: int, seed: int
+) -> ArithmeticData:
+    """Draw disjoint splits of sums; disjoint also under a+b = b+a.
+
+    Args:
+        sums: in the select split.
+        curvature_sums: in the curvature split (training may see these; it is a training sample).
+        evaluate_sums: in the evaluate split.
+        batch_size: training batch.
+        seed: decides splits and data order.
+
+    Raises:
+        ValueError: if more than a fifth of all sums would be held out.
+    """
+    wanted = sums + curvature_sums + evaluate_sums
+    if wanted > 100_000:
+        raise ValueError(f"splits must hold at most 100000 sums in all, got {wanted}; ask for fewer")
+    generator = torch.Generator().manual_seed(seed)
+    pairs = torch.combinations(torch.arange(1000), with_replacement=True)
+    pairs = pairs[torch.randperm(len(pairs), generator=generator)[:wanted]]
+    # Either order of the operands, so that first and second are alike in distribution.
+    swap = torch.rand(wanted, generator=generator) < 0.5
+    pairs = torch.where(swap[:, None], pairs.flip(1), pairs)
+    parts = pairs.split([curvature_sums, sums, evaluate_sums])
+    held_out = torch.zeros(1000, 1000, dtype=torch.bool)
+    for part in parts[1:]:
+        held_out[part[:, 0], part[:, 1]] = True
+        held_out[part[:, 1], part[:, 0]] = True
+    sets = [token_set(part[:, 0], part[:, 1]) for part in parts]
+    return ArithmeticData(Splits(*sets), held_out, seed, batch_size)
+
+
+def first_and_second(tokens: TokenSet) -> tuple[Tensor, Tensor]:
+    """The two summands of every sequence."""
+    scale = torch.tensor([100, 10, 1])
+    return (tokens.inputs[:, 0:3] * scale).sum(1), (tokens.inputs[:, 4:7] * scale).sum(1)

@@ -1,0 +1,399 @@
+"""Verb ``test``: a causal verdict on every chosen pair of one or more runs, and the study it writes."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+import yaml
+
+from experiments import causal_runs, figures_causal
+from experiments.causal_runs import RunMeasurement, RunTest
+from experiments.pipeline import Run, load_run
+from interventions.evidence import PairEvidence, combine
+from interventions.nulls import leave_one_out
+from interventions.protocol import PlanSettings, plan_digest, settings_as_plan
+from interventions.statistics import Bits, Draws, benjamini_hochberg, holm
+from interventions.verdict import Thresholds, Verdict, VerdictInputs, decide
+from polca_edit.artifacts import hardware, peak_rss_bytes, versions
+from polca_edit.checkpoints import write_atomically, write_json
+
+SCHEMA = "polca-edit/study/1"
+
+
+def causal_test(
+    runs: Annotated[list[Path], typer.Argument(help="finished run directories; several seeds of one config")],
+    basis: Annotated[str, typer.Option(help="basis to test, as named in the runs")] = "trajectory",
+    out: Annotated[Path, typer.Option(help="study directory")] = Path("studies/study"),
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="plan setting, e.g. draws=99 or thresholds.seeds=6")
+    ] = None,
+    label: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="a known skill, or NAME=FILE with a JSON list of 0/1 per evaluate token of the first run"
+        ),
+    ] = None,
+    blocking: Annotated[bool, typer.Option(help="train again with causal vectors held still")] = True,
+) -> None:
+    """Test whether the movement along basis vectors matters for their clusters, and only for them.
+
+    Pairs are chosen on the select split and written to plan.json with its hash before the evaluate
+    split is opened. With fewer than five runs every row carries a single-run verdict.
+    """
+    started = time.perf_counter()
+    settings = plan_settings(set_)
+    opened = [load_run(path, lambda _: None) for path in runs]
+    same_config(opened)
+    tests = [causal_runs.choose_pairs(run, basis, settings) for run in opened]
+    plan = {
+        "basis": basis,
+        "settings": settings_as_plan(settings),
+        "runs": [causal_runs.pair_plan(t) for t in tests],
+    }
+    digest = plan_digest(plan)
+    write_json(out / "plan.json", {**plan, "sha256": digest})
+    exploratory = [record_opening(run, digest) for run in opened]
+    typer.echo(
+        f"plan {digest[:12]}: {sum(len(t.pairs) for t in tests)} pairs in {len(tests)} runs, basis {basis}"
+    )
+    measured = []
+    for item in tests:
+        begun = time.perf_counter()
+        measured.append(causal_runs.measure_run(item))
+        typer.echo(f"  {item.run.directory.path}: measured in {time.perf_counter() - begun:.0f} s")
+    rows, details = study_rows(tests, measured, settings, blocking=blocking)
+    stored = json.loads((out / "plan.json").read_text())
+    if stored.pop("sha256") != digest or plan_digest(stored) != digest:
+        raise ValueError(f"'{out / 'plan.json'}' changed while the study ran; start again in a new directory")
+    study = {
+        "schema": SCHEMA,
+        "basis": basis,
+        "plan": digest,
+        "exploratory": exploratory,
+        "verdicts": rows,
+        "nulls": null_rows(measured, settings),
+        "calibration": [calibration(m) for m in measured],
+        "span": [m.span for m in measured],
+        "planted": [asdict(m.planted) for m in measured],
+        "labels": label_rows(tests, measured, label or []),
+        "runs": [str(t.run.directory.path.name) for t in tests],
+        "seeds": [t.run.config.seed for t in tests],
+        "seconds": time.perf_counter() - started,
+        "versions": versions(),
+        "hardware": hardware(),
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+    write_json(out / "study.json", plain(study))
+    table = verdict_table(rows)
+    write_atomically(out / "verdicts.md", lambda part: part.write_text(table) and None)
+    for item in tests:
+        write_json(item.run.directory / f"verdicts-{basis}.json", plain([row["summary"] for row in rows]))
+    figures_causal.write_study_figures(out / "figures", rows, details)
+    typer.echo(table)
+    typer.echo(f"Study: {out} ({study['seconds']:.0f} s)")
+
+
+def plan_settings(assignments: Sequence[str] | None) -> PlanSettings:
+    """Plan settings with ``KEY=VALUE`` overrides.
+
+    Raises:
+        ValueError: for an unknown key.
+    """
+    settings = PlanSettings()
+    known = {f.name for f in fields(PlanSettings)} - {"thresholds"}
+    limits = {f.name for f in fields(Thresholds)}
+    for assignment in assignments or []:
+        key, equals, text = assignment.partition("=")
+        value = yaml.safe_load(text)
+        if equals and key in known:
+            changed: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value}
+            settings = replace(settings, **changed)
+        elif equals and key.startswith("thresholds.") and key[11:] in limits:
+            settings = replace(settings, thresholds=replace(settings.thresholds, **{key[11:]: value}))
+        else:
+            raise ValueError(
+                f"--set needs KEY=VALUE with one of {sorted(known)} or thresholds.*, got '{assignment}'"
+            )
+    return settings
+
+
+def same_config(runs: Sequence[Run]) -> None:
+    """A study is several seeds of one config.
+
+    Raises:
+        ValueError: if the runs differ in more than the seed, or a seed occurs twice.
+    """
+    configs = [
+        run.config.model_dump(mode="json", exclude={"seed", "engine", "engine_address", "threads"})
+        for run in runs
+    ]
+    if any(config != configs[0] for config in configs):
+        raise ValueError(
+            "all runs of a study must share one config except the seed; test other configs apart"
+        )
+    seeds = [run.config.seed for run in runs]
+    if len(set(seeds)) != len(seeds):
+        raise ValueError(f"every run of a study needs its own seed, got {seeds}; leave the repeated one out")
+
+
+def record_opening(run: Run, digest: str) -> bool:
+    """Count the opening of the evaluate split in run.json; True where another study plan came first."""
+    path = run.directory / "run.json"
+    record = json.loads(path.read_text()) if path.exists() else {}
+    openings = record.get("evaluate_openings", [])
+    studies = [o["plan"] for o in openings if o.get("by") == "study"]
+    if digest not in studies:
+        openings.append({"plan": digest, "exploratory": bool(studies), "by": "study"})
+    write_json(path, {**record, "evaluate_openings": openings})
+    return bool(studies) and studies[0] != digest
+
+
+def study_rows(
+    tests: Sequence[RunTest], measured: Sequence[RunMeasurement], settings: PlanSettings, *, blocking: bool
+) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
+    """One row per pair name over all runs that have it, causal ones blocked and localised."""
+    by_name: dict[str, list[tuple[int, PairEvidence]]] = {}
+    for number, one in enumerate(measured):
+        for evidence in one.pairs:
+            by_name.setdefault(evidence.name, []).append((number, evidence))
+    rows, details = [], {}
+    for name, items in by_name.items():
+        parts = [e for _, e in items]
+        inputs = combine(parts, stop_after=settings.stop_after, seed=settings.seed)
+        verdict = decide(inputs, settings.thresholds)
+        number = items[0][0]
+        pair = next(p for p in tests[number].pairs if p.name == name)
+        extra: dict[str, Any] = {
+            "localisation": causal_runs.localise_pair(tests[number], measured[number].session, pair)
+        }
+        if blocking and "causal" in (verdict.verdict, verdict.single_run_verdict):
+            try:
+                blocked = []
+                for run_number, item in items:
+                    own = next(p for p in tests[run_number].pairs if p.name == name)
+                    result, curves = causal_runs.block_pair(
+                        tests[run_number], measured[run_number].session, own
+                    )
+                    blocked.append(replace(item, blocking=result))
+                    extra.setdefault("blocking", []).extend(_curve(c, run_number) for c in curves)
+                inputs = combine(blocked, stop_after=settings.stop_after, seed=settings.seed)
+                verdict = decide(inputs, settings.thresholds)
+            except ValueError as reason:
+                extra["blocking_not_run"] = str(reason)
+        details[name] = {**extra, **_matrix(measured[number], tests[number])}
+        rows.append(_row(name, parts, inputs, verdict, extra, tests[number]))
+    families = [row["inputs"]["pipeline_p"] for row in rows if row["inputs"]["pipeline_p"] is not None]
+    if families:
+        for row, h, q in zip(
+            [r for r in rows if r["inputs"]["pipeline_p"] is not None],
+            holm(families),
+            benjamini_hochberg(families),
+            strict=True,
+        ):
+            row["holm_p"], row["bh_q"] = float(h), float(q)
+    return rows, details
+
+
+def _curve(curve: Any, run: int) -> dict[str, Any]:
+    return {
+        "arm": curve.arm,
+        "branch": curve.branch,
+        "run": run,
+        "steps": list(curve.steps),
+        "target": [float(v) for v in curve.losses["target"]],
+        "held": curve.held,
+    }
+
+
+def _matrix(measured: RunMeasurement, test: RunTest) -> dict[str, Any]:
+    from interventions.measures import dissociation_matrix
+
+    bench = measured.session.evaluate
+    changes = [bench.change(measured.session.undo(pair.vectors)) for pair in test.pairs]
+    matrix = dissociation_matrix(changes, bench.headroom, [p.evaluate.members for p in test.pairs])
+    return {"matrix": matrix.tolist(), "matrix_names": [p.name for p in test.pairs]}
+
+
+def _row(
+    name: str,
+    evidence: Sequence[PairEvidence],
+    inputs: VerdictInputs,
+    verdict: Verdict,
+    extra: Mapping[str, Any],
+    test: RunTest,
+) -> dict[str, Any]:
+    first = evidence[0]
+    return {
+        "name": name,
+        "verdict": verdict.verdict,
+        "single_run_verdict": verdict.single_run_verdict,
+        "grade": verdict.grade,
+        "flags": list(verdict.flags),
+        "reason": verdict.reason,
+        "clauses": dict(verdict.clauses),
+        "inputs": asdict(inputs),
+        "delta": inputs.delta(test.settings.thresholds),
+        "doses": {str(a): asdict(_interval(d)) for a, d in first.doses.items()},
+        "ladder": {
+            family: _spread(values) for family, values in {**first.controls, **first.reference}.items()
+        },
+        "effects": [float(e.effect.estimate) for e in evidence],
+        "extras": [dict(e.extras) for e in evidence],
+        "vectors": [list(e.vectors) for e in evidence],
+        **extra,
+        "summary": {
+            "vector": first.vectors[0],
+            "cluster": name,
+            "verdict": verdict.verdict,
+            "single_run_verdict": verdict.single_run_verdict,
+            "flags": list(verdict.flags),
+            "grade": verdict.grade,
+            "reason": verdict.reason,
+            "p_value": inputs.pipeline_p,
+            "effect": inputs.effect.estimate,
+            "interval": [inputs.effect.low, inputs.effect.high],
+            "seeds": inputs.seeds,
+            "controls": [{"control": k, "p_value": v} for k, v in inputs.control_p.items()],
+        },
+    }
+
+
+def _interval(draws: Draws) -> Any:
+    return draws.interval()
+
+
+def _spread(values: Any) -> dict[str, float]:
+    table = np.asarray(values, dtype=float)
+    table = table[np.isfinite(table)]
+    if not len(table):
+        return {"draws": 0.0}
+    low, middle, high = np.percentile(table, [5, 50, 95])
+    return {
+        "draws": float(len(table)),
+        "p5": float(low),
+        "median": float(middle),
+        "p95": float(high),
+        "max": float(table.max()),
+    }
+
+
+def null_rows(measured: Sequence[RunMeasurement], settings: PlanSettings) -> list[dict[str, Any]]:
+    """Declared null pairs, one by one: how often the rule says causal where nothing was claimed."""
+    rows = []
+    for number, one in enumerate(measured):
+        for evidence in one.nulls:
+            inputs = combine([evidence], stop_after=settings.stop_after, seed=settings.seed)
+            verdict = decide(inputs, settings.thresholds)
+            rows.append(
+                {
+                    "run": number,
+                    "name": evidence.name,
+                    "vectors": list(evidence.vectors),
+                    "single_run_verdict": verdict.single_run_verdict,
+                    "testable": not any(f.startswith("failed:") for f in verdict.flags)
+                    or verdict.verdict != "inconclusive",
+                    "pipeline_p": inputs.pipeline_p,
+                    "flags": list(verdict.flags),
+                }
+            )
+    return rows
+
+
+def calibration(one: RunMeasurement) -> dict[str, Any]:
+    """Bare pipeline p-values of reference bases, leave-one-out (A8): uniform if the null is a null."""
+    from scipy import stats
+
+    result = {}
+    for family, maxima in one.maxima.items():
+        p = leave_one_out(maxima)
+        result[family] = {
+            "bases": len(p),
+            "rejected_at_05": float(np.mean(p <= 0.05)),
+            "uniform_ks_p": float(stats.kstest(p, "uniform").pvalue) if len(p) > 1 else None,
+            "largest": float(maxima.max()),
+            "median": float(np.median(maxima)),
+        }
+    return result
+
+
+def label_rows(
+    tests: Sequence[RunTest], measured: Sequence[RunMeasurement], labels: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Every label against every pair of the first run."""
+    rows = []
+    for given in labels:
+        name, mask = read_label(given, tests[0])
+        for pair in tests[0].pairs:
+            found = causal_runs.label_pair(measured[0].session, pair, name, mask)
+            rows.append({"label": name, "pair": pair.name, **asdict(found)})
+    return rows
+
+
+def read_label(given: str, test: RunTest) -> tuple[str, Bits]:
+    """A known skill by name, or NAME=FILE.
+
+    Raises:
+        ValueError: for an unknown skill, or a file without one 0/1 per evaluate token.
+    """
+    tokens = test.run.task.splits.evaluate
+    name, equals, file = given.partition("=")
+    if not equals:
+        if name not in tokens.skills:
+            raise ValueError(
+                f"--label must be a known skill, one of {sorted(tokens.skills)}, or NAME=FILE, got '{name}'"
+            )
+        return name, tokens.skills[name].numpy()
+    try:
+        values = json.loads(Path(file).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"label file '{file}' must be a JSON list of 0 and 1 ({error})") from error
+    if not isinstance(values, list) or len(values) != tokens.count:
+        raise ValueError(
+            f"label file '{file}' must hold one value per evaluate token, {tokens.count}; label that split"
+        )
+    return name, np.array([bool(v) for v in values])
+
+
+def verdict_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown table of verdicts with a plain-words reason per row."""
+    lines = [
+        "| cluster | verdict | single run | grade | D (nats) | T | pipeline p | A (nats) | seeds | reason |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        i = row["inputs"]
+        p = "not run" if i["pipeline_p"] is None else f"{i['pipeline_p']:.3f}"
+        lines.append(
+            f"| {row['name']} | {row['verdict']} | {row['single_run_verdict']} | {row['grade'] or '-'} "
+            f"| {i['damage']['estimate']:.3g} [{i['damage']['low']:.3g}, {i['damage']['high']:.3g}] "
+            f"| {i['effect']['estimate']:.2f} | {p} | {i['attributed']['estimate']:.3g} | {i['seeds']} "
+            f"| {row['reason']} |"
+        )
+    counts: dict[str, int] = {}
+    for row in rows:
+        counts[row["single_run_verdict"]] = counts.get(row["single_run_verdict"], 0) + 1
+    summary = (
+        ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "no pair could be chosen"
+    )
+    return "\n".join([*lines, "", f"By the rule without the seed clauses: {summary}.", ""])
+
+
+def plain(value: Any) -> Any:
+    """JSON values; numbers that are not finite become None or the word ``inf``."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else "inf" if value > 0 else "-inf"
+    return value

@@ -1,0 +1,372 @@
+"""A recorded run under the causal test: choose on select, plan, measure on evaluate, block, localise."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from experiments.causal_pairs import ChoiceSettings, as_pairs, cluster_chooser, declared_nulls
+from experiments.pipeline import Run
+from interventions import blocking, controls, localise, nulls
+from interventions.blocking import Curve, Hold
+from interventions.evidence import PairEvidence
+from interventions.label_tests import LabelTest, label_test
+from interventions.nulls import Chooser
+from interventions.planted_skill import PlantedPower, planted_power
+from interventions.protocol import (
+    ControlBank,
+    Pair,
+    PlanSettings,
+    Session,
+    Subject,
+    attributed_losses,
+    fill_bank,
+    mark_crossovers,
+    measure_pair,
+    open_session,
+)
+from interventions.statistics import Array, Bits
+from interventions.verdict import BlockingResult, Outcome
+from polca_edit.allocation import Projections
+from polca_edit.artifacts import load_record
+from polca_edit.basis import Basis, capture
+from polca_edit.checkpoints import SeriesFolder
+from polca_edit.curvature import orthonormalise
+from polca_edit.training import TrainingSettings
+
+#: Random reference bases are measured on at most this many intervals (A7).
+RANDOM_INTERVALS = 40
+
+
+@dataclass(frozen=True)
+class RunTest:
+    """One run with its basis and the pairs chosen on its select split.
+
+    Attributes:
+        run: the open run.
+        basis: what is tested.
+        projections: its stored derivatives on the select split.
+        pairs: chosen pairs.
+        nulls: declared null pairs.
+        choose: the pipeline that chose them.
+        settings: the plan with this run's seed.
+    """
+
+    run: Run
+    basis: Basis
+    projections: Projections
+    pairs: tuple[Pair, ...]
+    nulls: tuple[Pair, ...]
+    choose: Chooser
+    settings: PlanSettings
+
+
+def choose_pairs(run: Run, label: str, settings: PlanSettings) -> RunTest:
+    """Everything that may be decided before the evaluate split is opened.
+
+    Raises:
+        ValueError: if the run has no such basis.
+    """
+    labels = [b.label for b in run.config.bases]
+    if label not in labels or not run.directory.basis(label).exists():
+        raise ValueError(
+            f"'{run.directory.path}' has no finished basis '{label}', it has {labels}; run it first"
+        )
+    basis = load_record(Basis, run.directory.basis(label))
+    projections = load_record(Projections, run.directory.projections(label))
+    select, evaluate = run.task.splits.select, run.task.splits.evaluate
+    own = replace(
+        settings, seed=settings.seed + 1000 * run.config.seed, reference=run.config.damage.reference
+    )
+    chosen = ChoiceSettings(run.settings(), settings.pairs, settings.thresholds.rule_auc, run.config.seed)
+    choose = cluster_chooser(select, evaluate, chosen)
+    pairs = as_pairs(
+        choose(projections),
+        projections,
+        select,
+        evaluate,
+        run.task.partition,
+        supervised=basis.supervised,
+        delta=run.config.breakthrough_delta,
+    )
+    null_pairs = declared_nulls(pairs, settings.nulls, len(basis), own.seed)
+    return RunTest(run, basis, projections, tuple(pairs), tuple(null_pairs), choose, own)
+
+
+def pair_plan(test: RunTest) -> dict[str, Any]:
+    """The run's part of plan.json."""
+
+    def row(pair: Pair) -> dict[str, Any]:
+        return {
+            "name": pair.name,
+            "vectors": list(pair.vectors),
+            "rule_auc": pair.rule_auc,
+            "tokens": int(pair.evaluate.members.sum()),
+            "partners": list(pair.partners),
+            "window": None if pair.window is None else list(pair.window),
+            "others": sorted(pair.evaluate.others),
+        }
+
+    return {
+        "seed": test.run.config.seed,
+        "reference": test.settings.reference,
+        "evaluate_tokens": test.run.task.splits.evaluate.fingerprint(),
+        "pairs": [row(pair) for pair in test.pairs],
+        "nulls": [row(pair) for pair in test.nulls],
+    }
+
+
+@dataclass(frozen=True)
+class RunMeasurement:
+    """Evidence of one run.
+
+    Attributes:
+        session: open benches, for later edits.
+        pairs: evidence per chosen pair.
+        nulls: evidence per declared null pair.
+        planted: positive control.
+        maxima: family -> largest T per reference basis.
+        span: gate G0b: damage of undoing all movement in the span and all outside it, nats.
+    """
+
+    session: Session
+    pairs: tuple[PairEvidence, ...]
+    nulls: tuple[PairEvidence, ...]
+    planted: PlantedPower
+    maxima: Mapping[str, Array]
+    span: dict[str, float]
+
+
+def measure_run(test: RunTest) -> RunMeasurement:
+    """Open the evaluate split and measure every pair, control and reference basis of one run."""
+    run, settings = test.run, test.settings
+    subject = Subject(
+        run.objective, run.checkpoints(), test.basis.rows, run.task.splits.select, run.task.splits.evaluate
+    )
+    session = open_session(subject, settings)
+    maxima = reference_maxima(test, session)
+    planted = planted_power(session, maxima["rotation"])
+    span, gate = span_gate(session)
+    everything = (*test.pairs, *test.nulls)
+    vectors = sorted({v for pair in everything for v in pair.vectors})
+    allocated = attributed_losses(session, vectors, subject.evaluate) if vectors else np.zeros((0, 0))
+    banks: dict[tuple[int, ...], ControlBank] = {}
+    found: list[PairEvidence] = []
+    for pair in everything:
+        if pair.vectors not in banks:
+            same = [p.evaluate for p in everything if p.vectors == pair.vectors]
+            banks[pair.vectors] = fill_bank(session, pair.vectors, same)
+        own = allocated[[vectors.index(v) for v in pair.vectors]]
+        evidence = measure_pair(session, pair, banks[pair.vectors], own, maxima)
+        gates: dict[str, Outcome] = {**evidence.gates, "the span carries movement": gate}
+        found.append(replace(evidence, gates=gates, positive_control=planted.outcome))
+    tested = mark_crossovers(session, test.pairs, found[: len(test.pairs)])
+    return RunMeasurement(session, tuple(tested), tuple(found[len(test.pairs) :]), planted, maxima, span)
+
+
+def span_gate(session: Session) -> tuple[dict[str, float], Outcome]:
+    """G0b: does the span of the basis matter at all?"""
+    bench, rows = session.evaluate, session.subject.rows
+    inside = session.undo(range(len(rows)))
+    damage = bench.mean(bench.change(inside), np.ones(len(bench.before), dtype=bool)).interval()
+    net, path = capture(rows, session.subject.checkpoints)
+    numbers = {
+        "damage of undoing the span": damage.estimate,
+        "headroom": float(bench.headroom.mean()),
+        "captured net": net,
+        "captured path": path,
+    }
+    return numbers, "passed" if damage.high > session.settings.thresholds.effect_floor else "failed"
+
+
+def reference_maxima(test: RunTest, session: Session) -> dict[str, Array]:
+    """c7: rotations inside the span from stored projections; random bases of all weight space."""
+    settings = test.settings
+    generator = torch.Generator().manual_seed(settings.seed + 17)
+    found = {
+        "rotation": nulls.rotation_maxima(
+            session.evaluate,
+            test.basis.rows,
+            test.projections,
+            test.choose,
+            draws=settings.rotations,
+            generator=generator,
+        )
+    }
+    if settings.random_bases:
+        found["random"] = random_family(test, session, generator)
+    return found
+
+
+def random_family(test: RunTest, session: Session, generator: torch.Generator) -> Array:
+    """Largest T of random orthonormal bases; several bases share each pass over the checkpoints."""
+    run, count = test.run, len(test.basis)
+    series = session.subject.checkpoints
+    every = max(1, -(-(len(series) - 1) // RANDOM_INTERVALS))
+    indices = sorted({*range(0, len(series), every), len(series) - 1})
+    part = series.subset(indices)
+    found: list[float] = []
+    while len(found) < test.settings.random_bases:
+        together = min(10, test.settings.random_bases - len(found))
+        draws = [
+            orthonormalise(torch.randn(count, run.task.space.size, generator=generator))
+            for _ in range(together)
+        ]
+        rows = torch.cat(draws)
+        planned = len(rows) * len(part)
+        slopes, losses = [], []
+        for index in range(len(part)):
+            value, slope = run.objective.directional(
+                part[index], rows, run.task.splits.select, expected=planned
+            )
+            losses.append(value)
+            slopes.append(slope)
+        moves = torch.stack([rows @ (part[i + 1] - part[i]) for i in range(len(part) - 1)])
+        for number, own in enumerate(draws):
+            lines = slice(number * count, (number + 1) * count)
+            projections = _bare(part.steps, losses, [s[lines] for s in slopes], moves[:, lines])
+            found.append(nulls.largest_effect(session.evaluate, own, test.choose(projections)))
+    return np.array(found)
+
+
+def _bare(
+    steps: Sequence[int], losses: Sequence[Tensor], slopes: Sequence[Tensor], moves: Tensor
+) -> Projections:
+    """Projections without residual parts, which the choice of pairs does not read."""
+    zero = torch.zeros(len(moves), len(losses[0]))
+    flat = torch.zeros(len(moves))
+    return Projections(
+        torch.tensor(steps),
+        torch.stack(list(losses)),
+        torch.stack(list(slopes)),
+        moves,
+        zero,
+        zero,
+        flat,
+        flat,
+    )
+
+
+# -- blocking (O5) -----------------------------------------------------------------------------------
+
+
+def _shifted(
+    batch_loss: Callable[[nn.Module, int], Tensor], offset: int, module: nn.Module, step: int
+) -> Tensor:
+    return batch_loss(module, step + offset)
+
+
+def block_pair(
+    test: RunTest, session: Session, pair: Pair, *, branches: int = 5, steps: int = 300
+) -> tuple[BlockingResult, list[Curve]]:
+    """Train again from before the cluster's breakthrough with the pair's vectors held still.
+
+    Arms per data order: free, blocked, two random parts of the span, one other vector.
+
+    Raises:
+        ValueError: if the run has no optimiser state, or was not trained here.
+    """
+    run = test.run
+    if run.task.batch_loss is None:
+        raise ValueError(
+            f"blocking trains again and '{run.directory.path}' only opened checkpoints; use a recorded run"
+        )
+    t = run.config.training
+    series = session.subject.checkpoints
+    wanted = series.steps[pair.window[0]] if pair.window is not None else None
+    folder = SeriesFolder(run.directory.checkpoints)
+    states = folder.state_steps()
+    if states and wanted is not None and wanted < states[0]:
+        wanted = None  # the skill starts before the first state: branch at the first one
+    start = blocking.open_branch_point(folder, run.task.space, wanted)
+    stop = min(t.steps, start.step + steps)
+    settings = TrainingSettings(
+        t.steps, t.learning_rate, t.weight_decay, t.betas, t.warmup, t.decay, run.config.seed
+    )
+    generator = torch.Generator().manual_seed(test.settings.seed + 41)
+    rows = session.rows(pair.vectors)
+    others = [v for v in range(len(test.basis)) if v not in pair.vectors]
+    arms: dict[str, Tensor | None] = {"none": None, "block": rows}
+    for index in range(2):
+        frame = controls.random_frame(len(test.basis), len(rows), generator).to(test.basis.rows)
+        arms[f"sham in span {index + 1}"] = frame @ test.basis.rows
+    if others:
+        arms["sham other vector"] = session.rows(others[: len(rows)])
+    groups = {"target": pair.evaluate.members, **pair.evaluate.apart()}
+
+    def measure(trained: nn.Module) -> dict[str, float]:
+        losses = run.objective.losses(run.task.space.read(trained), session.subject.evaluate).double().numpy()
+        return {name: float(losses[mask].mean()) for name, mask in groups.items()}
+
+    curves: list[Curve] = []
+    for branch in range(branches):
+        # A step's batch is a pure function of it: an offset is another data order, the same for all arms.
+        offset = branch * 1_000_000
+        for arm, held in arms.items():
+            hold = (
+                None if held is None else Hold(run.task.space, start.theta, rows=held, first=start.step + 1)
+            )
+            module = copy.deepcopy(run.task.module)
+            curves.append(
+                blocking.run_arm(
+                    module,
+                    run.task.space,
+                    partial(_shifted, run.task.batch_loss, offset),
+                    settings,
+                    start,
+                    stop,
+                    measure,
+                    arm=arm,
+                    branch=branch,
+                    hold=hold,
+                    every=max(1, (stop - start.step) // 15),
+                )
+            )
+    by_arm = {arm: [c for c in curves if c.arm == arm] for arm in arms}
+    shams = [[by_arm[a][b] for a in arms if a.startswith("sham")] for b in range(branches)]
+    result = blocking.compare_arms(
+        by_arm["none"],
+        by_arm["block"],
+        shams,
+        "target",
+        [name for name in groups if name != "target"],
+        margin=max(0.01, 0.02 * float(session.evaluate.headroom.mean())),
+        generator=np.random.default_rng(test.settings.seed),
+    )
+    return result, curves
+
+
+# -- where the effect sits, and what a label says ---------------------------------------------------------
+
+
+def localise_pair(test: RunTest, session: Session, pair: Pair) -> dict[str, Any]:
+    """Maps by layer and kind and by head, and activation patching where the model has hooks."""
+    bench, edit, members = session.evaluate, session.undo(pair.vectors), pair.evaluate.members
+    space = test.run.task.space
+    found = localise.localise(bench, edit, members, localise.components(space))
+    result: dict[str, Any] = {
+        "whole": found.whole,
+        "additive_gap": found.additive_gap,
+        "covered": found.covered,
+        "parts": [p.__dict__ for p in found.parts],
+    }
+    try:
+        by_head = localise.localise(bench, edit, members, localise.heads(space, test.run.config.model.heads))
+        result["heads"] = [p.__dict__ for p in by_head.parts]
+        result["patching"] = localise.patch_activations(bench, edit, members)
+    except ValueError as reason:
+        result["not_run"] = str(reason)
+    return result
+
+
+def label_pair(session: Session, pair: Pair, name: str, label: Bits) -> LabelTest:
+    """A user's label against one pair on the evaluate split."""
+    change = session.evaluate.change(session.undo(pair.vectors))
+    return label_test(session.evaluate, change, pair.evaluate.members, label, name=name)

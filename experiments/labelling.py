@@ -1,0 +1,169 @@
+"""Labels of a run's clusters: ``labels/NAME.json``, a chapter of the report, ``polca-edit label``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from markupsafe import escape
+
+from experiments.pipeline import ClusterRecord, Run, load_observation
+from experiments.report import Section
+from experiments.report_tokens import nearest_to_medoid
+from polca_edit.artifacts import RunDirectory, load_record
+from polca_edit.checkpoints import write_json
+from polca_edit.labels import LABEL_AUC, distinct, overlap, rule_label, tag_label
+from polca_edit.tokens import TokenSet
+
+CONTEXTS = 10
+
+
+def label_clusters(run: Run, basis: str) -> dict[str, Any]:
+    """Labels of every cluster of one basis, and how much clusters overlap."""
+    tokens, tags = run.task.splits.select, run.task.tags
+    record = load_record(ClusterRecord, run.directory.clusters(basis))
+    paths = load_observation(run, basis).allocation.projected_loss()
+    clusters, members = [], {}
+    for found in record.vectors():
+        for number in range(found.count):
+            member = found.members(number)
+            rule = rule_label(tokens, member, seed=run.config.seed)
+            entry: dict[str, Any] = {
+                "vector": found.vector,
+                "cluster": number,
+                "tokens": int(member.sum()),
+                "rule": rule.text,
+                "auc": rule.auc,
+                "auc_shuffled": rule.auc_shuffled,
+                "coverage": rule.coverage,
+                "precision": rule.precision,
+                "support": rule.support,
+                "base_rate": rule.base_rate,
+                "counts": rule.counts,
+                "contexts": _contexts(tokens, member, paths[:, found.vector].T),
+            }
+            if tags is not None:
+                generator = torch.Generator().manual_seed(run.config.seed)
+                gold = tag_label(tags, member, generator)
+                entry["tags"] = {
+                    "text": gold.text,
+                    "found": gold.found,
+                    "support": gold.support,
+                    "coverage": gold.coverage,
+                    "lift": gold.lift,
+                    "chance": gold.chance,
+                }
+            clusters.append(entry)
+            members[f"{found.vector}:{number}"] = member
+    kept = [found.vector for found in record.vectors() if found.kept]
+    return {
+        "threshold": LABEL_AUC,
+        "clusters": clusters,
+        "overlap": overlap(members).tolist() if members else [],
+        "distinct_groups": distinct(members),
+        "vectors_kept": len(kept),
+        "vectors_with_rule": len({c["vector"] for c in clusters if c["counts"]}),
+        "vectors_with_tags": len({c["vector"] for c in clusters if c.get("tags", {}).get("found")}),
+    }
+
+
+def _contexts(tokens: TokenSet, member: torch.Tensor, paths: torch.Tensor) -> list[str]:
+    """Contexts of the tokens nearest the medoid of the cluster's trajectories."""
+    if not tokens.contexts:
+        return []
+    rows = member.nonzero()[:, 0]
+    nearest = nearest_to_medoid(paths[rows].double().numpy(), CONTEXTS)
+    return [tokens.contexts[int(rows[i])] for i in nearest]
+
+
+def write_labels(run: Run) -> dict[str, dict[str, Any]]:
+    """Label the clusters of every basis and keep the result beside them."""
+    result = {}
+    for spec in run.config.bases:
+        result[spec.label] = label_clusters(run, spec.label)
+        write_json(run.directory.path / "labels" / f"{spec.label}.json", result[spec.label])
+    return result
+
+
+def read_labels(directory: Path) -> dict[str, dict[str, Any]]:
+    """Basis -> labels of a run, empty where none were made."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted((directory / "labels").glob("*.json"))}
+
+
+def label_of(entry: Mapping[str, Any]) -> str | None:
+    """What a cluster is called: its feature rule if that counts, else its tag label, else nothing."""
+    if entry["counts"]:
+        return str(entry["rule"])
+    if entry.get("tags", {}).get("found"):
+        return str(entry["tags"]["text"])
+    return None
+
+
+def label_sections(directory: RunDirectory) -> list[Section]:
+    """The report's chapter on labels, from the records."""
+    parts = []
+    for basis, found in read_labels(directory.path).items():
+        gold = any("tags" in entry for entry in found["clusters"])
+        parts.append(
+            f"<h3>{escape(basis)} basis</h3><p>{found['vectors_with_rule']} of {found['vectors_kept']} kept "
+            f"vectors have a cluster whose feature rule reaches AUC {found['threshold']} on held-out "
+            f"documents{_tag_count(found) if gold else ''}; {len(found['distinct_groups'])} groups of "
+            "clusters are left when those that share more than half of their tokens are taken together.</p>"
+        )
+        parts.append(_table(found["clusters"], gold))
+        parts += [_context_block(entry) for entry in found["clusters"][:12]]
+    return [Section("What the tokens of a cluster share", "".join(parts))] if parts else []
+
+
+def _tag_count(found: Mapping[str, Any]) -> str:
+    return f", {found['vectors_with_tags']} one with a part-of-speech label"
+
+
+def _table(entries: list[dict[str, Any]], gold: bool) -> str:
+    heads = ["vector:cluster", "tokens", "rule", "AUC", "AUC shuffled", "coverage", "precision", "support"]
+    heads += ["tags", "tag coverage", "lift", "chance"] if gold else []
+    rows = []
+    for e in entries:
+        cells = [f"{e['vector']}:{e['cluster']}", e["tokens"], e["rule"][:160]]
+        cells += [f"{e[key]:.2f}" for key in ("auc", "auc_shuffled", "coverage", "precision")]
+        cells.append(e["support"])
+        if gold:
+            t = e["tags"]
+            cells += [t["text"], f"{t['coverage']:.2f}", f"{t['lift']:.1f}", f"{t['chance']:.2f}"]
+        mark = ' class="strong"' if e["counts"] else ""
+        rows.append(f"<tr{mark}>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
+    head = "".join(f"<th>{escape(h)}</th>" for h in heads)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+
+
+def _context_block(entry: Mapping[str, Any]) -> str:
+    lines = []
+    for context in entry["contexts"]:
+        left, _, rest = context.partition("[")
+        token, _, right = rest.partition("]")
+        lines.append(f"<li>{escape(left)}<mark>{escape(token)}</mark>{escape(right)}</li>")
+    if not lines:
+        return ""
+    title = f"{entry['vector']}:{entry['cluster']}"
+    items = "".join(lines)
+    return f"<details><summary>{title}: tokens nearest the medoid</summary><ol>{items}</ol></details>"
+
+
+def describe_labels(labels: Mapping[str, Mapping[str, Any]]) -> str:
+    """A few lines for the terminal."""
+    lines = []
+    for basis, found in labels.items():
+        lines.append(
+            f"{basis}: {found['vectors_with_rule']} of {found['vectors_kept']} kept vectors have a feature "
+            f"rule of AUC {found['threshold']} or more on held-out documents"
+        )
+        for e in sorted(found["clusters"], key=lambda entry: -entry["auc"])[:8]:
+            tags = f"; tags {e['tags']['text']}" if "tags" in e else ""
+            lines.append(
+                f"  {e['vector']}:{e['cluster']}  {e['tokens']} tokens, AUC {e['auc']:.2f} "
+                f"(shuffled {e['auc_shuffled']:.2f}), coverage {e['coverage']:.2f}: {e['rule'][:90]}{tags}"
+            )
+    return "\n".join(lines)

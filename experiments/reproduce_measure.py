@@ -1,0 +1,157 @@
+"""What a reproduction measures with the model at hand: training, bases, projections on both splits."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from experiments.basis_kinds import (
+    KINDS,
+    BasisInputs,
+    build_kind,
+    output_logits,
+    recorded_second_moments,
+)
+from experiments.pipeline import Run, recorder_of, training_settings
+from experiments.reproduce_rows import TokenSplits
+from polca_edit import rotations
+from polca_edit.allocation import Projections, project
+from polca_edit.basis import Basis, capture
+from polca_edit.checkpoints import Checkpoints
+from polca_edit.derivatives import PassCount
+from polca_edit.path_bases import odd_checkpoints
+from polca_edit.quadrature import adaptive_plan, measure_nodes
+from polca_edit.training import train
+
+#: Forward passes one unit of each kind costs (measured on a small model; a backward pass counts two).
+PASS_COST = {"forward": 1.0, "backward": 2.0, "tangent": 1.7, "hvp": 5.0}
+ROTATED = ("trajectory_secant", "hessian")
+#: Bases that get the full number of vectors; the others get ``Settings.others``.
+MAIN = ("hessian", "shuffled_hessian", "trajectory", "trajectory_secant", "random")
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes of a reproduction.
+
+    Attributes:
+        vectors: K of every basis; None for a quarter of the intervals, at most 50.
+        others: K of the bases not in ``MAIN``; None for the same.
+        kinds: bases.
+        rotated: bases whose span is rotated.
+        rivals: whether rival features are measured.
+        tolerance: of the adaptive quadrature.
+        draws: bootstrap samples of each stability.
+    """
+
+    vectors: int | None = None
+    others: int | None = None
+    kinds: tuple[str, ...] = tuple(KINDS)
+    rotated: tuple[str, ...] = ROTATED
+    rivals: bool = True
+    tolerance: float = 0.01
+    draws: int = 4
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One basis on both splits, with what it cost (forward passes over the select tokens)."""
+
+    basis: Basis
+    select: Projections
+    evaluate: Projections
+    captured: tuple[float, float]
+    passes: float
+
+
+def cost(before: PassCount, after: PassCount, sequences: int) -> float:
+    """Work between two counts in forward passes over ``sequences`` sequences."""
+    old, new = before.as_dict(), after.as_dict()
+    return sum(PASS_COST[kind] * (new[kind] - old[kind]) for kind in PASS_COST) / sequences
+
+
+def trained(run: Run, say: Say) -> Checkpoints:
+    """The run's checkpoints, training (or resuming) first where needed."""
+    if not (run.directory.checkpoints / "series.json").exists():
+        started = time.perf_counter()
+        assert run.task.batch_loss is not None
+        train(
+            copy.deepcopy(run.task.module),
+            run.task.batch_loss,
+            training_settings(run.config),
+            recorder=recorder_of(run),
+            data_order=run.task.data_order,
+        )
+        say(f"  trained in {time.perf_counter() - started:.0f} s")
+    return run.checkpoints()
+
+
+def basis_inputs(run: Run, checkpoints: Checkpoints) -> BasisInputs:
+    """Odd checkpoints and the curvature sample."""
+    recorder = recorder_of(run)
+    return BasisInputs(
+        run.objective,
+        odd_checkpoints(checkpoints),
+        run.task.splits.curvature,
+        output_logits if run.config.task == "arithmetic" else None,
+        recorded_second_moments(recorder.folder, run.task.space, run.config.training.betas[1]),
+        run.config.seed,
+    )
+
+
+def measure_bases(
+    run: Run, checkpoints: Checkpoints, settings: Settings, say: Say
+) -> tuple[dict[str, Measured], dict[str, Any]]:
+    """Build every basis and project it on both splits; the evaluate split gets adaptive nodes too."""
+    objective, splits = run.objective, run.task.splits
+    inputs = basis_inputs(run, checkpoints)
+    count = settings.vectors or min(50, (len(checkpoints) - 1) // 4)
+    built: dict[str, tuple[Basis, float]] = {}
+    for kind in settings.kinds:
+        started, before = time.perf_counter(), copy.copy(objective.passes)
+        wanted = count if kind in MAIN or settings.others is None else min(count, settings.others)
+        basis = build_kind(kind, inputs, wanted)
+        built[kind] = (basis, cost(before, objective.passes, splits.select.sequences))
+        say(f"  basis {kind:<20} {time.perf_counter() - started:6.1f} s")
+    bases = [basis for basis, _ in built.values()]
+    started, before = time.perf_counter(), copy.copy(objective.passes)
+    select = project(objective, checkpoints, bases, splits.select)
+    share = cost(before, objective.passes, splits.select.sequences) / sum(len(b) for b in bases)
+    say(f"  projected on select in {time.perf_counter() - started:.0f} s")
+    started = time.perf_counter()
+    evaluate = project(objective, checkpoints, bases, splits.evaluate)
+    plan, report = adaptive_plan(
+        objective, checkpoints, splits.evaluate, splits.evaluate.skills, tolerance=settings.tolerance
+    )
+    evaluate = measure_nodes(objective, checkpoints, bases, splits.evaluate, plan, evaluate)
+    say(f"  projected on evaluate in {time.perf_counter() - started:.0f} s, {plan.nodes} places")
+    measured = {}
+    for (kind, (basis, price)), own, other in zip(built.items(), select, evaluate, strict=True):
+        captured = capture(basis.rows, checkpoints)
+        measured[kind] = Measured(basis, own, other, captured, price + share * len(basis))
+    return measured, dataclasses.asdict(report)
+
+
+def rotations_of(measured: Measured, splits: TokenSplits, seed: int) -> dict[str, Tensor]:
+    """Every rotation of a span, fitted on select."""
+    matrices = rotations.allocation_matrices(measured.select)
+    table = matrices.diagonal(dim1=1, dim2=2)
+    limits: dict[str, Any] = {"sweeps": 30, "tolerance": 1e-6}
+    return {
+        "varimax": rotations.orthomax(table, "varimax"),
+        "quartimax": rotations.orthomax(table, "quartimax"),
+        "joint_diagonal": rotations.joint_diagonalisation(matrices, **limits),
+        "joint_diagonal_centred": rotations.joint_diagonalisation(matrices, centred=True, **limits),
+        "joint_diagonal_normalised": rotations.joint_diagonalisation(
+            matrices, centred=True, normalised=True, **limits
+        ),
+        "fastica": rotations.independent_components(table, seed=seed),
+        "contrastive": rotations.contrastive(matrices, splits.select.skills[splits.skill]),
+    }

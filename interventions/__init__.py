@@ -1,0 +1,1 @@
+"""Action: undo, reverse or transplant movement along basis vectors, and judge what it does."""

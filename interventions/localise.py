@@ -1,0 +1,254 @@
+"""Where in the model an edit's effect sits: parameter masks, and activation patching.
+
+The same edit is restricted to one tensor, head, MLP or layer. Restrictions of the edit to disjoint
+masks add up exactly; their damages need not, and the difference is reported (additive check).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from interventions.edits import Edit
+from interventions.evidence import Bench
+from interventions.protocol import Session
+from interventions.statistics import Bits
+from polca_edit.models import hook_names, replaced_activations
+from polca_edit.parameters import ParameterSpace
+
+
+@dataclass(frozen=True)
+class Component:
+    """A part of the parameters.
+
+    Attributes:
+        layer: block number, -1 outside the blocks.
+        name: ``attention``, ``head 2``, ``mlp``, ``norm``, or a tensor's own name.
+        mask: (N,) its coordinates.
+    """
+
+    layer: int
+    name: str
+    mask: Bool[Tensor, " N"]
+
+
+def layer_of(name: str) -> int:
+    """Block number in a dotted parameter name, -1 if there is none.
+
+    >>> layer_of("blocks.2.attn.query.weight"), layer_of("embed.weight"), layer_of("h.0.mlp.c_fc.bias")
+    (2, -1, 0)
+    """
+    found = re.search(r"(?:^|\.)(\d+)\.", name)
+    return int(found.group(1)) if found else -1
+
+
+def kind_of(name: str) -> str:
+    """Attention, MLP or norm of a block's parameter; elsewhere the first word of the name."""
+    if layer_of(name) < 0:
+        return name.split(".")[0]
+    rest = name.split(f"{layer_of(name)}.", 1)[1]
+    if re.search(r"attn|attention", rest):
+        return "attention"
+    if re.search(r"mlp|ffn|feed_forward", rest):
+        return "mlp"
+    return "norm" if re.search(r"ln|norm", rest) else rest.split(".")[0]
+
+
+def components(space: ParameterSpace) -> list[Component]:
+    """Disjoint parts that cover all parameters: one per layer and kind."""
+    parts: dict[tuple[int, str], Tensor] = {}
+    for name, (start, stop) in space.offsets.items():
+        mask = parts.setdefault((layer_of(name), kind_of(name)), torch.zeros(space.size, dtype=torch.bool))
+        mask[start:stop] = True
+    return [Component(layer, kind, mask) for (layer, kind), mask in sorted(parts.items())]
+
+
+def tensors(space: ParameterSpace) -> list[Component]:
+    """One part per parameter tensor."""
+    found = []
+    for name, (start, stop) in space.offsets.items():
+        mask = torch.zeros(space.size, dtype=torch.bool)
+        mask[start:stop] = True
+        found.append(Component(layer_of(name), name, mask))
+    return found
+
+
+def heads(space: ParameterSpace, count: int) -> list[Component]:
+    """One part per attention head: its rows of query, key, value and its columns of the output map.
+
+    Works for separate projection matrices named query/key/value/out (or q_proj ... o_proj). The
+    output bias belongs to no head.
+
+    Raises:
+        ValueError: if no such matrices are found.
+    """
+    found: dict[tuple[int, int], Tensor] = {}
+    for name, (start, stop), shape in zip(space.names, space.offsets.values(), space.shapes, strict=True):
+        reads = re.search(r"(query|key|value|q_proj|k_proj|v_proj)\.(weight|bias)$", name)
+        writes = re.search(r"attn\.(out|o_proj)\.weight$", name)
+        if not (reads or writes):
+            continue
+        for head in range(count):
+            part = torch.zeros(shape, dtype=torch.bool)
+            width = (shape[0] if reads else shape[1]) // count
+            lines = slice(head * width, (head + 1) * width)
+            if reads:
+                part[lines] = True
+            else:
+                part[:, lines] = True
+            mask = found.setdefault((layer_of(name), head), torch.zeros(space.size, dtype=torch.bool))
+            mask[start:stop] |= part.reshape(-1)
+    if not found:
+        raise ValueError(
+            "heads need separate query, key, value and output matrices, none were found; localise by layer"
+        )
+    return [Component(layer, f"head {head}", mask) for (layer, head), mask in sorted(found.items())]
+
+
+@dataclass(frozen=True)
+class LocalEffect:
+    """Damage of one part of an edit.
+
+    Attributes:
+        layer: see :class:`Component`.
+        name: see :class:`Component`.
+        norm: length of the edit's part, weight units.
+        damage: target damage with only this part applied, nats.
+        without: target damage with everything but this part, nats.
+    """
+
+    layer: int
+    name: str
+    norm: float
+    damage: float
+    without: float
+
+
+@dataclass(frozen=True)
+class LocalisationMap:
+    """A layer x component map for one (vectors, cluster).
+
+    Attributes:
+        whole: target damage of the whole edit, nats.
+        parts: effects of the parts.
+        additive_gap: whole minus the sum of the parts' damages, nats (zero if effects add up).
+        covered: share of the edit's squared norm that the parts hold (one for a partition).
+    """
+
+    whole: float
+    parts: tuple[LocalEffect, ...]
+    additive_gap: float
+    covered: float
+
+    def shares(self) -> dict[tuple[int, str], float]:
+        """Part -> its damage over the sum of all parts' positive damages."""
+        total = sum(max(p.damage, 0.0) for p in self.parts)
+        return {(p.layer, p.name): (max(p.damage, 0.0) / total if total > 0 else 0.0) for p in self.parts}
+
+
+def localise(bench: Bench, edit: Edit, members: Bits, parts: Sequence[Component]) -> LocalisationMap:
+    """Restrict an edit to each part in turn, and leave each part out in turn."""
+    delta = edit.delta()
+    whole = float(bench.change(edit)[members].mean())
+    found, squares = [], 0.0
+    for part in parts:
+        own = edit.restricted(part.mask)
+        squares += own.norm**2
+        if own.norm == 0:
+            found.append(LocalEffect(part.layer, part.name, 0.0, 0.0, whole))
+            continue
+        damage = float(bench.change(own)[members].mean())
+        without = float(bench.change(edit.restricted(~part.mask))[members].mean())
+        found.append(LocalEffect(part.layer, part.name, own.norm, damage, without))
+    total = float(delta.double().square().sum())
+    gap = whole - sum(p.damage for p in found)
+    return LocalisationMap(whole, tuple(found), gap, squares / total if total > 0 else 1.0)
+
+
+def share_on(
+    session: Session, edit: Edit, members: Bits, masks: Mapping[str, Bool[Tensor, " N"]]
+) -> dict[str, float]:
+    """Share of the damage on each named mask."""
+    parts = [Component(-1, name, mask) for name, mask in masks.items()]
+    found = localise(session.evaluate, edit, members, parts).shares()
+    return {name: found[-1, name] for name in masks}
+
+
+def patch_activations(
+    bench: Bench, edit: Edit, members: Bits, *, names: Sequence[str] | None = None, sequences: int = 64
+) -> dict[str, float]:
+    """Share of an edit's damage that one activation of the edited model carries into the original.
+
+    The original model runs with one hook's activation replaced by the edited model's; the target's
+    loss change over the whole damage is the component's share (1 for the last residual stream). The
+    first ``sequences`` sequences are used, in one batch.
+
+    Args:
+        bench: the split; its module must be a model with hooks.
+        edit: the edit of the bench's weights.
+        members: (M,) target tokens.
+        names: hooks; by default all attention outputs, MLP outputs and residual streams.
+        sequences: at most this many.
+
+    Raises:
+        ValueError: if the module has no hooks, or no target token is among the sequences.
+    """
+    objective, space = bench.objective, bench.objective.space
+    module = objective.module
+    chosen = [n for n in hook_names(module) if re.search(r"(attn_out|mlp_out|resid_post)$", n)]
+    chosen = list(names) if names is not None else chosen
+    if not chosen:
+        raise ValueError(
+            "activation patching needs a model with hooks, this one has none; localise by parameters"
+        )
+    part = bench.tokens.select(torch.arange(min(sequences, bench.tokens.sequences)))
+    target = torch.from_numpy(np.ascontiguousarray(members[: part.count]))
+    if not bool(target.any()):
+        raise ValueError(
+            f"activation patching needs target tokens in the first {sequences} sequences, got none"
+        )
+
+    def target_loss() -> float:
+        with torch.no_grad():
+            found: Tensor = objective.token_loss(module, part.inputs.to(objective.device)).cpu()[part.scored]
+        return float(found[target].double().mean())
+
+    kept: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[Tensor], Tensor]:
+        def same(value: Tensor) -> Tensor:
+            kept[name] = value.detach().clone()
+            return value
+
+        return same
+
+    def give(name: str) -> Callable[[Tensor], Tensor]:
+        return lambda value: kept[name]
+
+    keepers = {name: keep(name) for name in chosen}
+    with space.substituted(module, edit.apply(bench.theta)), replaced_activations(module, keepers):
+        edited = target_loss()
+    shares = {}
+    with space.substituted(module, bench.theta):
+        base = target_loss()
+        for name in chosen:
+            with replaced_activations(module, {name: give(name)}):
+                moved = target_loss() - base
+            shares[name] = moved / (edited - base) if edited != base else float("nan")
+    return shares
+
+
+def heat_map(found: LocalisationMap) -> tuple[list[int], list[str], np.ndarray]:
+    """Layers, component names and the (layers, names) table of damages, NaN where there is none."""
+    layers = sorted({p.layer for p in found.parts})
+    names = sorted({p.name for p in found.parts})
+    table = np.full((len(layers), len(names)), np.nan)
+    for part in found.parts:
+        table[layers.index(part.layer), names.index(part.name)] = part.damage
+    return layers, names, table

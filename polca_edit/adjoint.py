@@ -1,0 +1,447 @@
+"""Directional derivatives of few scored tokens from their cotangents.
+
+Forward mode pays about two matrix products per weight and vector. Where a sequence has few scored
+tokens (R), reverse mode is cheaper: R backward passes per checkpoint give, for every linear map
+y = W a + b, the cotangents delta = d loss / d y, and then
+
+    <V, d loss_{x,r} / d W> = sum_l delta[x, r, l] . (V a[x, l])
+
+needs one matrix product per weight and vector, and positions whose cotangents are all exactly zero
+(what a causal model cannot have used) need none. Where R is much smaller than the number of
+positions, the per-token gradient sum_l delta a' is formed once, in blocks that fit the cache, and
+multiplied with all vectors.
+
+Modules are watched with forward hooks: ``nn.Linear``, ``nn.LayerNorm``, ``nn.Embedding`` and the
+``Conv1D`` of GPT-2, called any number of times per forward, tied or not. Every parameter's share is
+checked against autograd before the route is used; parameters that disagree or sit elsewhere get
+explicit per-token gradients, and if those do not fit, the route declares itself unavailable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from polca_edit.parameters import ParameterSpace, call_with
+from polca_edit.tokens import TokenLossFunction
+
+Kind = Literal["linear", "conv1d", "norm", "embedding"]
+
+#: Bytes of the block in which per-token gradients are formed; it should stay in cache.
+CACHE_BLOCK = 1 << 21
+#: Measured cost of forming and reading a per-token gradient entry, in multiples of a multiply-add.
+FORMING_PENALTY = 1.7
+
+
+class AdjointUnavailable(RuntimeError):
+    """The model cannot be differentiated by this route within the budget; use another."""
+
+
+@dataclass(frozen=True)
+class Contact:
+    """One call of a watched module.
+
+    Attributes:
+        kind: which map it is.
+        weight: canonical name of its weight, or None where it is not differentiated.
+        bias: canonical name of its bias, or None.
+        given: what goes in: (B, L, in), normalised for a norm, indices (B, L) for an embedding.
+        result: its output, the tensor cotangents are taken of, leading axis B.
+    """
+
+    kind: Kind
+    weight: str | None
+    bias: str | None
+    given: Tensor
+    result: Tensor
+
+
+def _kind_of(module: nn.Module) -> Kind | None:
+    """Exact types only: a subclass may compute something else."""
+    if type(module) is nn.Linear:
+        return "linear"
+    if type(module) is nn.LayerNorm and module.weight is not None and len(module.normalized_shape) == 1:
+        return "norm"
+    if type(module) is nn.Embedding and module.max_norm is None and not module.scale_grad_by_freq:
+        return "embedding"
+    if type(module).__name__ == "Conv1D" and getattr(module, "weight", torch.empty(0)).ndim == 2:
+        return "conv1d"
+    return None
+
+
+@dataclass
+class AdjointRoute:
+    """Cotangents and their contractions for one objective.
+
+    Attributes:
+        module: the model.
+        space: which parameters, in which order.
+        token_loss: (module, inputs) -> (B, P) nats.
+        memory_budget: bytes that activations, cotangents and explicit gradients may take.
+        leftovers: parameters that need explicit per-token gradients, found by the check.
+    """
+
+    module: nn.Module
+    space: ParameterSpace
+    token_loss: TokenLossFunction
+    memory_budget: int
+    leftovers: tuple[str, ...] = ()
+    _batched: list[bool] = field(default_factory=list, repr=False)
+    _bytes: list[tuple[int, int]] = field(default_factory=list, repr=False)
+    _checked: set[tuple[object, ...]] = field(default_factory=set, repr=False)
+
+    # -- watching -------------------------------------------------------------------------------
+
+    @contextmanager
+    def _watched(
+        self, contacts: list[Contact], batch: int | None, shapes: list[tuple[int, ...]]
+    ) -> Iterator[None]:
+        """Within the block every call of a watched module is recorded; ``batch=None`` records shapes only."""
+        canonical, handles = dict(self.space.aliases), []
+        for path, module in self.module.named_modules():
+            kind = _kind_of(module)
+            names = [
+                canonical.get(f"{path}.{attribute}" if path else attribute)
+                for attribute in ("weight", "bias")
+            ]
+            if kind is None or names == [None, None]:
+                continue
+
+            def hook(
+                module: nn.Module,
+                args: Any,
+                kwargs: Any,
+                output: Tensor,
+                kind: Kind = kind,
+                names: Any = tuple(names),
+            ) -> Tensor | None:
+                given = args[0] if args else kwargs["input"]
+                shapes.append((*given.shape[:1], given[0].numel(), output[0].numel()))
+                if batch is None:
+                    return None
+                return self._record(contacts, kind, names, module, given, output, batch, len(shapes) - 1)
+
+            handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _record(
+        self,
+        contacts: list[Contact],
+        kind: Kind,
+        names: tuple[str | None, str | None],
+        module: nn.Module,
+        given: Tensor,
+        output: Tensor,
+        batch: int,
+        number: int,
+    ) -> Tensor:
+        if not self._batched[number]:
+            # A call that all sequences share, such as a position embedding, gets one copy each.
+            given = (
+                given.expand(batch, *given.shape[1:])
+                if len(given) == 1
+                else given.expand(batch, *given.shape)
+            )
+            output = (
+                output.expand(batch, *output.shape[1:])
+                if len(output) == 1
+                else output.expand(batch, *output.shape)
+            )
+        if not output.requires_grad:
+            output = output.detach().requires_grad_()
+        given = given.detach()
+        if kind == "norm":
+            assert isinstance(module, nn.LayerNorm)
+            given = nn.functional.layer_norm(given, module.normalized_shape, None, None, module.eps)
+        given = given.reshape(batch, -1) if kind == "embedding" else given.reshape(batch, -1, given.shape[-1])
+        contacts.append(Contact(kind, names[0], names[1], given, output))
+        return output
+
+    def _probe(self, values: Mapping[str, Tensor], inputs: Tensor) -> None:
+        """Find which calls carry the batch axis, by running two and three sequences."""
+        seen = []
+        for count in (2, 3):
+            shapes: list[tuple[int, ...]] = []
+            rows = inputs[torch.arange(count, device=inputs.device) % len(inputs)]
+            with torch.no_grad(), self._watched([], None, shapes):
+                call_with(self.module, self.space, values, self.token_loss, rows)
+            seen.append(shapes)
+        if len(seen[0]) != len(seen[1]) or not seen[0]:
+            raise AdjointUnavailable(
+                "the model calls no watched module, or other modules for another batch size"
+            )
+        self._batched = [(a[0], b[0]) == (2, 3) for a, b in zip(*seen, strict=True)]
+        self._bytes = [(shape[1], shape[2]) for shape in seen[0]]
+
+    def chunk(self, ranks: int, itemsize: int, most: int) -> int:
+        """Sequences that fit the memory budget at once.
+
+        Raises:
+            AdjointUnavailable: if not even one does.
+        """
+        left = sum(self.space.sizes[self.space.names.index(name)] for name in self.leftovers)
+        each = itemsize * (sum(given + (ranks + 3) * result for given, result in self._bytes) + ranks * left)
+        if each > self.memory_budget:
+            raise AdjointUnavailable(f"one sequence needs {each} bytes, the budget is {self.memory_budget}")
+        return max(1, min(most, self.memory_budget // each))
+
+    # -- cotangents -----------------------------------------------------------------------------
+
+    def _cotangents(
+        self, values: Mapping[str, Tensor], inputs: Tensor, slots: Int[Tensor, "B R"]
+    ) -> tuple[Tensor, list[Contact], list[Tensor]]:
+        """(losses (B, P), contacts, per contact (B, R, L, out))."""
+        contacts: list[Contact] = []
+        with torch.enable_grad(), self._watched(contacts, len(inputs), []):
+            losses: Tensor = call_with(self.module, self.space, values, self.token_loss, inputs)
+            picked = losses.gather(1, slots).sum(0).unbind()
+        results = [contact.result for contact in contacts]
+        ranks = slots.shape[1]
+        deltas = [
+            r.new_empty(r.shape[0], ranks, r.numel() // r.shape[0] // r.shape[-1], r.shape[-1])
+            for r in results
+        ]
+        for rank in range(ranks):
+            pulled = torch.autograd.grad(
+                picked[rank], results, retain_graph=rank < ranks - 1, materialize_grads=True
+            )
+            for delta, part in zip(deltas, pulled, strict=True):
+                delta[:, rank] = part.reshape(delta[:, rank].shape)
+        return losses.detach(), contacts, deltas
+
+    def _leftover_gradients(
+        self, values: Mapping[str, Tensor], inputs: Tensor, slots: Int[Tensor, "B R"]
+    ) -> dict[str, Tensor]:
+        """Explicit per-token gradients (B, R, size) of the leftover parameters."""
+        if not self.leftovers:
+            return {}
+
+        def losses(chosen: dict[str, Tensor], row: Tensor, slot: Tensor) -> Tensor:
+            found: Tensor = call_with(
+                self.module, self.space, {**values, **chosen}, self.token_loss, row[None]
+            )
+            return found[0][slot]
+
+        chosen = {name: values[name] for name in self.leftovers}
+        with torch.enable_grad():
+            grads = torch.func.vmap(torch.func.jacrev(losses), in_dims=(None, 0, 0))(chosen, inputs, slots)
+        return {name: grad.detach().flatten(2) for name, grad in grads.items()}
+
+    # -- contraction ----------------------------------------------------------------------------
+
+    def _shares(
+        self,
+        values: Mapping[str, Tensor],
+        rows: Mapping[str, Tensor],
+        inputs: Tensor,
+        slots: Int[Tensor, "B R"],
+    ) -> tuple[Tensor, Iterator[tuple[str, Tensor]]]:
+        """Losses, and each parameter's share (B, R, K) of <row, grad loss>, call by call."""
+        losses, contacts, deltas = self._cotangents(values, inputs, slots)
+        explicit = self._leftover_gradients(values, inputs, slots)
+
+        def shares() -> Iterator[tuple[str, Tensor]]:
+            while contacts:
+                contact, delta = contacts.pop(), deltas.pop()
+                for name, part in contact_shares(contact, delta, rows, self.leftovers):
+                    yield name, part
+            for name, gradient in explicit.items():
+                yield name, gradient @ rows[name].flatten(1).T
+
+        return losses, shares()
+
+    def slopes(
+        self,
+        values: Mapping[str, Tensor],
+        rows: Mapping[str, Tensor],
+        inputs: Tensor,
+        slots: Int[Tensor, "B R"],
+    ) -> tuple[Float[Tensor, "B P"], Float[Tensor, "B R K"]]:
+        """Token losses, and <row, grad loss> of the R chosen slots of every sequence.
+
+        Args:
+            values: canonical name -> weights.
+            rows: canonical name -> (K, ...) directions.
+            inputs: (B, ...) sequences.
+            slots: which prediction slots, per sequence.
+
+        Raises:
+            AdjointUnavailable: see :meth:`check`.
+        """
+        losses, shares = self._shares(values, rows, inputs, slots)
+        total: Tensor | None = None
+        for _, share in shares:
+            total = share if total is None else total.add_(share)
+        assert total is not None
+        return losses, total
+
+    def prepare(self, values: Mapping[str, Tensor], inputs: Tensor, slots: Int[Tensor, "B R"]) -> None:
+        """Probe and check the route once per input shape and precision.
+
+        Raises:
+            AdjointUnavailable: if the route is wrong or too large for this model.
+        """
+        key = (next(iter(values.values())).dtype, *inputs.shape[1:])
+        if key in self._checked:
+            return
+        try:
+            self._probe(values, inputs)
+            # Late slots see the most of a causal model: at slot 0 attention has no gradient to check.
+            few = slots.amax(1).topk(min(len(inputs), 4)).indices
+            self.chunk(slots.shape[1], 8, len(few))
+            self.check(values, inputs[few], slots[few])
+        except AdjointUnavailable:
+            raise
+        except (RuntimeError, TypeError, KeyError, IndexError, NotImplementedError) as error:
+            raise AdjointUnavailable(f"the model resists being watched: {error}") from error
+        self._checked.add(key)
+
+    def check(self, values: Mapping[str, Tensor], inputs: Tensor, slots: Int[Tensor, "B R"]) -> None:
+        """Compare each parameter's share with autograd, for random weights and a random direction.
+
+        Sum over tokens of r times the share must be <v, grad sum r loss>. Parameters that disagree
+        become leftovers; if they then still disagree, the route is unavailable.
+
+        Raises:
+            AdjointUnavailable: as said.
+        """
+        wrong = self._disagreeing(values, inputs, slots)
+        if wrong:
+            self.leftovers = tuple(
+                name for name in self.space.names if name in wrong or name in self.leftovers
+            )
+            still = self._disagreeing(values, inputs, slots)
+            if still:
+                raise AdjointUnavailable(
+                    f"per-token derivatives disagree with autograd for {sorted(still)[:3]}"
+                )
+
+    def _disagreeing(
+        self, values: Mapping[str, Tensor], inputs: Tensor, slots: Int[Tensor, "B R"]
+    ) -> set[str]:
+        generator = torch.Generator().manual_seed(0)
+        leaves = {name: value.detach().requires_grad_() for name, value in values.items()}
+        with torch.enable_grad():
+            losses: Tensor = call_with(self.module, self.space, leaves, self.token_loss, inputs)
+            random = torch.randn(slots.shape, generator=generator, dtype=torch.float64).to(losses)
+            pulled = torch.autograd.grad(
+                (losses.gather(1, slots) * random).sum(), list(leaves.values()), allow_unused=True
+            )
+        rows = {
+            name: torch.randn(1, *value.shape, generator=generator, dtype=torch.float64).to(value)
+            for name, value in values.items()
+        }
+        _, shares = self._shares(values, rows, inputs, slots)
+        found = dict.fromkeys(values, 0.0)
+        for name, share in shares:
+            found[name] += float((share[..., 0].double() * random.double()).sum())
+        # <v, g> of a random v has the size of |g|; noise below a thousandth of the whole is no disagreement.
+        wanted, size = {}, {}
+        for name, gradient in zip(values, pulled, strict=True):
+            wanted[name] = (
+                0.0 if gradient is None else float((gradient.double() * rows[name][0].double()).sum())
+            )
+            size[name] = 0.0 if gradient is None else float(gradient.double().norm())
+        whole = sum(s * s for s in size.values()) ** 0.5
+        tolerance = 1e-3 if random.dtype != torch.float64 else 1e-8
+        return {n for n in values if abs(found[n] - wanted[n]) > tolerance * (size[n] + 1e-2 * whole)}
+
+
+def contact_shares(
+    contact: Contact, delta: Float[Tensor, "B R L out"], rows: Mapping[str, Tensor], skip: Sequence[str] = ()
+) -> Iterator[tuple[str, Tensor]]:
+    """The shares (B, R, K) of one call's weight and bias in <row, grad loss>.
+
+    Args:
+        contact: the call.
+        delta: cotangents of its output.
+        rows: canonical name -> (K, ...) directions.
+        skip: parameters treated elsewhere.
+    """
+    if contact.bias is not None and contact.bias not in skip:
+        yield contact.bias, delta.sum(2) @ rows[contact.bias].T
+    if contact.weight is None or contact.weight in skip:
+        return
+    given, vectors = contact.given, rows[contact.weight]
+    used = delta.abs().amax((0, 1, 3)).nonzero()[:, 0]
+    if len(used) < delta.shape[2]:
+        given, delta = given[:, used], delta[:, :, used]
+    if contact.kind == "norm":
+        yield contact.weight, (delta * given[:, None]).sum(2) @ vectors.T
+    elif contact.kind == "embedding":
+        yield contact.weight, _embedding_share(given, delta, vectors)
+    else:
+        yield contact.weight, linear_share(given, delta, vectors, transposed=contact.kind == "linear")
+
+
+def _embedding_share(
+    given: Int[Tensor, "B L"], delta: Float[Tensor, "B R L out"], vectors: Float[Tensor, "K words out"]
+) -> Float[Tensor, "B R K"]:
+    """sum_l delta[x, r, l] . V[given[x, l]], vector by vector."""
+    batch, ranks = delta.shape[:2]
+    flat = delta.reshape(batch, ranks, -1)
+    parts = [torch.bmm(flat, vector[given].reshape(batch, -1, 1)) for vector in vectors]
+    return torch.cat(parts, 2)
+
+
+def linear_share(
+    given: Float[Tensor, "B L in"],
+    delta: Float[Tensor, "B R L out"],
+    vectors: Float[Tensor, "K p q"],
+    *,
+    transposed: bool,
+) -> Float[Tensor, "B R K"]:
+    """sum_l delta[x, r, l] . (given[x, l] V_k), by the cheaper order of products.
+
+    Args:
+        given: inputs of the map.
+        delta: cotangents of its outputs.
+        vectors: (K, in, out), or (K, out, in) where ``transposed``.
+        transposed: how the weight is laid out.
+    """
+    batch, ranks, length, width = delta.shape
+    count = len(vectors)
+    if length == 0:
+        return delta.new_zeros(batch, ranks, count)
+    if FORMING_PENALTY * ranks * (length + count) < count * length:
+        pair = (delta, given[:, None]) if transposed else (given[:, None], delta)
+        return _by_token_gradients(*pair, vectors)
+    turned = vectors.transpose(1, 2) if transposed else vectors
+    block = max(1, 4 * CACHE_BLOCK // (batch * length * width * delta.element_size()))
+    flat, parts = delta.reshape(batch, ranks, length * width), []
+    for some in torch.split(turned, block):
+        pushed = torch.matmul(given.reshape(1, batch * length, -1), some)
+        pushed = pushed.view(len(some), batch, length * width)
+        parts.append(torch.bmm(flat, pushed.permute(1, 2, 0)))
+    return torch.cat(parts, 2)
+
+
+def _by_token_gradients(
+    left: Float[Tensor, "B R1 L p"], right: Float[Tensor, "B R2 L q"], vectors: Float[Tensor, "K p q"]
+) -> Float[Tensor, "B R K"]:
+    """The same through the per-token gradients left' right, formed in blocks of sequences and weight rows.
+
+    The layout is that of the weight, so that neither the blocks nor the vectors are ever copied.
+    """
+    batch, ranks = len(left), max(left.shape[1], right.shape[1])
+    count, depth, width = vectors.shape
+    many = max(1, 64 // ranks)
+    block = max(1, CACHE_BLOCK // (many * ranks * width * left.element_size()))
+    result = left.new_zeros(batch * ranks, count)
+    for row in range(0, depth, block):
+        directions = vectors[:, row : row + block].flatten(1).T
+        for first in range(0, batch, many):
+            some = slice(first, min(batch, first + many))
+            formed = torch.matmul(left[some, ..., row : row + block].transpose(2, 3), right[some])
+            result[some.start * ranks : some.stop * ranks].addmm_(formed.flatten(0, 1).flatten(1), directions)
+    return result.view(batch, ranks, count)

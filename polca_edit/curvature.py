@@ -1,0 +1,163 @@
+"""Projected Lanczos: top eigenpairs of a symmetric operator in the null space of given rows.
+
+Block Lanczos with full (twice repeated) reorthogonalisation, Rayleigh-Ritz on the whole Krylov
+space and a stop on the residual. Paige (1972) explains why the Krylov vectors need
+reorthogonalising; Golub & Underwood (1977) the block form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Eigenpairs:
+    """Eigenvalues in descending order with their unit vectors.
+
+    Attributes:
+        values: (k,) Ritz values.
+        vectors: (k, N) orthonormal rows, orthogonal to the projected-out rows.
+        residuals: (k,) ||A v - value v|| / |value|, A the projected operator.
+        products: operator products used.
+        converged: all residuals at most the tolerance.
+        following: (s, N) the next Ritz vectors, at most ``following`` of them: the best start for a
+            nearby operator off these vectors.
+    """
+
+    values: Float[Tensor, " k"]
+    vectors: Float[Tensor, "k N"]
+    residuals: Float[Tensor, " k"]
+    products: int
+    converged: bool
+    following: Float[Tensor, "s N"] | None = None
+
+
+def inner_products(left: Float[Tensor, "a N"], right: Float[Tensor, "b N"]) -> Float[Tensor, "a b"]:
+    """<left_i, right_j> in float64.
+
+    A float32 sum over millions of entries loses four digits, and a float64 copy of every vector costs
+    more than the product. So blocks of 4096 entries are multiplied in the given precision and the
+    blocks' results are summed in float64.
+    """
+    count = left.shape[1] // 4096
+    whole = count * 4096
+    total = (left[:, whole:].double() @ right[:, whole:].double().T).to(left.device)
+    if count:
+        mine = left[:, :whole].unflatten(1, (count, 4096)).transpose(0, 1)
+        other = right[:, :whole].unflatten(1, (count, 4096)).permute(1, 2, 0)
+        total = total + torch.bmm(mine, other).double().sum(0)
+    return total
+
+
+def remove_rows(vectors: Float[Tensor, "k N"], rows: Float[Tensor, "K N"] | None) -> Float[Tensor, "k N"]:
+    """Vectors minus their component along orthonormal rows, done twice for accuracy."""
+    if rows is None or rows.shape[0] == 0:
+        return vectors
+    for _ in range(2):
+        vectors = vectors - inner_products(vectors, rows).to(vectors) @ rows
+    return vectors
+
+
+def orthonormalise(vectors: Float[Tensor, "k N"]) -> Float[Tensor, "r N"]:
+    """Orthonormal rows spanning the given rows; numerically dependent ones are dropped."""
+    kept: list[Tensor] = []
+    for vector in vectors:
+        size = float(vector.double().norm())
+        if size == 0.0:
+            continue
+        vector = vector / size
+        if kept:
+            vector = remove_rows(vector[None], torch.stack(kept))[0]
+        length = float(vector.double().norm())
+        if length > 100 * torch.finfo(vector.dtype).eps:
+            kept.append(vector / length)
+    return torch.stack(kept) if kept else vectors[:0]
+
+
+def projected_lanczos(
+    product: Callable[[Tensor], Tensor],
+    size: int,
+    k: int,
+    *,
+    generator: torch.Generator,
+    rows: Float[Tensor, "K N"] | None = None,
+    start: Float[Tensor, "s N"] | None = None,
+    tolerance: float = 1e-3,
+    max_products: int = 200,
+    following: int = 0,
+    noise: float = 0.02,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Eigenpairs:
+    """The k algebraically largest eigenpairs of Pi A Pi, Pi the projector off ``rows``.
+
+    Args:
+        product: v (N,) -> A v (N,), A symmetric.
+        size: N.
+        k: how many pairs.
+        generator: draws the start vectors that ``start`` does not supply.
+        rows: orthonormal rows to project out (Algorithm 1 of arXiv 2506.15872).
+        start: warm start, for example the last checkpoint's eigenvectors.
+        tolerance: stop when every relative residual is at most this.
+        max_products: give up after this many products; the residuals then say how far it got.
+        following: how many further Ritz vectors to return.
+        noise: size of the random part added to a warm start, relative to it.
+        dtype: of the Krylov vectors.
+        device: of the Krylov vectors.
+
+    Raises:
+        ValueError: if fewer than k dimensions remain after projection, or a product is not finite.
+    """
+    held = 0 if rows is None else rows.shape[0]
+    if not 1 <= k <= size - held:
+        raise ValueError(f"k must be between 1 and the {size - held} dimensions left, got {k}")
+    block = torch.randn(k, size, generator=generator, dtype=dtype).to(device)
+    if start is not None and len(start):
+        warm = remove_rows(start[:k].to(block), rows)
+        norms = warm.norm(dim=1, keepdim=True)
+        useful = norms[:, 0] > 1e-6 * start[:k].norm(dim=1).to(norms)
+        # A little noise keeps directions reachable that are exactly orthogonal to the warm start.
+        drawn = block[: len(warm)] / block[: len(warm)].norm(dim=1, keepdim=True)
+        started = warm / norms.clamp_min(1e-30) + noise * drawn
+        block[: len(warm)] = torch.where(useful[:, None], started, drawn)
+    block = orthonormalise(remove_rows(block, rows))
+    basis, images, used = block, block[:0], 0
+    projected = torch.zeros(0, 0, dtype=torch.float64, device=block.device)
+    while True:
+        new = []
+        for vector in block:
+            image = remove_rows(product(vector).to(block)[None], rows)[0]
+            if not torch.isfinite(image).all():
+                raise ValueError(
+                    "operator products must be finite, got NaN or infinity; are the weights damaged?"
+                )
+            new.append(image)
+            used += 1
+        images = torch.cat([images, torch.stack(new)])
+        # Only the columns of the new images are new; <b_i, A b_j> = <b_j, A b_i> fills the rest.
+        columns = inner_products(basis, images[-len(new) :])
+        grown = torch.zeros(len(basis), len(basis), dtype=torch.float64, device=block.device)
+        grown[: len(projected), : len(projected)] = projected
+        grown[:, -len(new) :], grown[-len(new) :] = columns, columns.T
+        projected = grown
+        ritz, coefficients = torch.linalg.eigh((projected + projected.T) / 2)
+        ranked = torch.argsort(ritz, descending=True)
+        order, next_ones = ranked[:k], coefficients[:, ranked[k : k + following]].to(basis)
+        values, coefficients = ritz[order], coefficients[:, order].to(basis)
+        vectors = coefficients.T @ basis
+        remainder = coefficients.T @ images - values[:, None].to(basis) * vectors
+        residuals = remainder.norm(dim=1).double() / values.abs().clamp_min(1e-30)
+        done = len(values) == k and bool((residuals <= tolerance).all())
+        block = orthonormalise(remove_rows(remove_rows(torch.stack(new), basis), rows))
+        full = len(basis) >= size - held or len(block) == 0
+        if done or full or used + len(block) > max_products:
+            break
+        basis = torch.cat([basis, block])
+    vectors = orthonormalise(remove_rows(vectors, rows))
+    # `basis` has not grown since the last Rayleigh-Ritz step, so the coefficients still fit it.
+    return Eigenpairs(values.cpu(), vectors, residuals.cpu(), used, done or full, next_ones.T @ basis)

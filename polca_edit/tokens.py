@@ -1,0 +1,172 @@
+"""Token sets: sequences, documents, scored positions, skills and splits.
+
+Any loss here is per token and in nats; reductions carry (sum, count).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+#: ``token_loss(module, inputs)`` -> losses (B, P) in nats, one per prediction slot of a sequence.
+TokenLossFunction = Callable[[nn.Module, Tensor], Tensor]
+
+SPLITS = ("curvature", "select", "evaluate")
+
+
+@dataclass(frozen=True)
+class TokenSet:
+    """Sequences with the tokens in them that are scored.
+
+    Token order is row-major over (sequence, slot) where ``scored`` is true; every (M,) array in
+    the project follows it.
+
+    Attributes:
+        inputs: (S, ...) what the token-loss function takes, one row per sequence.
+        scored: (S, P) which prediction slots count.
+        documents: (S,) document id of each sequence; splits never cut a document.
+        skills: skill name -> (M,) labels, empty where unknown.
+        outputs: (S, P) the token id predicted at each slot, -1 where it has no meaning.
+        features: name -> (M,) input features from which membership rules may be learnt; never a loss.
+        contexts: per scored token a short text, or empty.
+    """
+
+    inputs: Tensor
+    scored: Bool[Tensor, "S P"]
+    documents: Int[Tensor, " S"]
+    skills: Mapping[str, Bool[Tensor, " M"]] = field(default_factory=dict)
+    outputs: Int[Tensor, "S P"] | None = None
+    features: Mapping[str, np.ndarray] = field(default_factory=dict)
+    contexts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.inputs.shape[0] != self.scored.shape[0] or self.inputs.shape[0] != self.documents.shape[0]:
+            raise ValueError(
+                "inputs, scored and documents must have one row per sequence, got "
+                f"{self.inputs.shape[0]}, {self.scored.shape[0]} and {self.documents.shape[0]}"
+            )
+        if self.count == 0:
+            raise ValueError("a token set must score at least one token, got none; is the text empty?")
+        for name, labels in self.skills.items():
+            if labels.shape != (self.count,):
+                raise ValueError(f"skill '{name}' needs {self.count} labels, got {tuple(labels.shape)}")
+        for name, values in self.features.items():
+            if len(values) != self.count:
+                raise ValueError(f"feature '{name}' needs {self.count} values, got {len(values)}")
+        if self.contexts and len(self.contexts) != self.count:
+            raise ValueError(f"contexts must have {self.count} entries, got {len(self.contexts)}")
+
+    @property
+    def count(self) -> int:
+        """M, the number of scored tokens."""
+        return int(self.scored.sum())
+
+    @property
+    def sequences(self) -> int:
+        """S, the number of sequences."""
+        return self.inputs.shape[0]
+
+    @property
+    def sequence_of(self) -> Int[Tensor, " M"]:
+        """Sequence index of each scored token."""
+        return self.scored.nonzero()[:, 0]
+
+    @property
+    def position_of(self) -> Int[Tensor, " M"]:
+        """Prediction slot of each scored token."""
+        return self.scored.nonzero()[:, 1]
+
+    @property
+    def output_of(self) -> Int[Tensor, " M"]:
+        """Predicted token id of each scored token (-1 where unknown)."""
+        if self.outputs is None:
+            return torch.full((self.count,), -1)
+        return self.outputs[self.scored]
+
+    def fingerprint(self) -> str:
+        """SHA-256 of inputs, scored slots and documents."""
+        digest = hashlib.sha256()
+        for tensor in (self.inputs, self.scored, self.documents):
+            digest.update(np.ascontiguousarray(tensor.cpu().numpy()).tobytes())
+        return digest.hexdigest()
+
+    def select(self, rows: Tensor) -> TokenSet:
+        """The sub-set of sequences ``rows`` (indices or mask, (S,)), tokens in the same order."""
+        rows = rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows
+        inverse = torch.full((self.sequences,), -1)
+        inverse[rows] = torch.arange(len(rows))
+        order = inverse[self.sequence_of]
+        tokens = (order >= 0).nonzero()[:, 0]
+        tokens = tokens[torch.argsort(order[tokens], stable=True)]
+        return replace(
+            self,
+            inputs=self.inputs[rows],
+            scored=self.scored[rows],
+            documents=self.documents[rows],
+            skills={name: labels[tokens] for name, labels in self.skills.items()},
+            outputs=None if self.outputs is None else self.outputs[rows],
+            features={name: values[tokens.numpy()] for name, values in self.features.items()},
+            contexts=tuple(self.contexts[i] for i in tokens.tolist()) if self.contexts else (),
+        )
+
+    def batches(self, batch_size: int) -> list[Tensor]:
+        """Consecutive row indices, at most ``batch_size`` sequences each (the last may be shorter)."""
+        return list(torch.arange(self.sequences).split(batch_size))
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The three disjoint token sets of a run (causal-protocol: H, S and E)."""
+
+    curvature: TokenSet
+    select: TokenSet
+    evaluate: TokenSet
+
+
+def split_by_document(
+    tokens: TokenSet, shares: tuple[float, float, float], generator: torch.Generator
+) -> Splits:
+    """Deal whole documents into curvature, select and evaluate.
+
+    Args:
+        tokens: everything.
+        shares: share of documents of each split, in that order; they are normalised.
+        generator: decides which document goes where.
+
+    Raises:
+        ValueError: with fewer than three documents.
+    """
+    names = tokens.documents.unique()
+    if len(names) < 3:
+        raise ValueError(f"three disjoint splits need at least 3 documents, got {len(names)}; add documents")
+    order = names[torch.randperm(len(names), generator=generator)]
+    total = sum(shares)
+    first = min(max(1, round(len(names) * shares[0] / total)), len(names) - 2)
+    second = min(max(1, round(len(names) * shares[1] / total)), len(names) - first - 1)
+    groups = (order[:first], order[first : first + second], order[first + second :])
+    return Splits(*(tokens.select(torch.isin(tokens.documents, group)) for group in groups))
+
+
+def group_means(
+    values: Float[Tensor, " M"], groups: Mapping[str, Bool[Tensor, " M"]]
+) -> dict[str, tuple[float, int]]:
+    """(sum, count) of a per-token quantity for each group of tokens."""
+    return {name: (float(values[mask].double().sum()), int(mask.sum())) for name, mask in groups.items()}
+
+
+def next_token_loss(module: nn.Module, inputs: Int[Tensor, "B L"]) -> Float[Tensor, "B Lm1"]:
+    """Cross-entropy of each next token, in nats, for a module whose output is logits (B, L, V).
+
+    A Hugging Face output object with a ``logits`` field is accepted too.
+    """
+    output = module(inputs)
+    logits = output.logits if hasattr(output, "logits") else output
+    return torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), inputs[:, 1:].flatten(), reduction="none"
+    ).view(inputs.shape[0], -1)

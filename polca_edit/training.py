@@ -1,0 +1,205 @@
+"""The training loop, its recorder and resume, and how a run is branched.
+
+The batch of each step is a pure function of the step, so data order needs no state: a resumed or
+branched run sees the same batches. Weights are recorded after the wanted numbers of optimiser
+steps, step 0 included; optimiser and generator state at a coarser spacing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from polca_edit.checkpoints import SERIES_SCHEMA, SeriesFolder, read_weights, write_json, write_tensors
+from polca_edit.parameters import ParameterSpace
+
+#: ``after_step(step, module, optimiser)`` runs after every optimiser step.
+AfterStep = Callable[[int, nn.Module, torch.optim.Optimizer], None]
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Optimisation settings (defaults: arXiv 2506.15872, Table 3).
+
+    Attributes:
+        steps: optimiser steps.
+        learning_rate: peak rate.
+        weight_decay: decoupled (AdamW).
+        betas: AdamW momentum terms.
+        warmup: steps of linear warm-up, rate(i) = peak * min(i / warmup, 1).
+        decay: ``constant`` after warm-up, or ``cosine`` to zero at the last step.
+        seed: of the generator state a module may draw from (dropout).
+    """
+
+    steps: int
+    learning_rate: float = 1e-5
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    warmup: int = 100
+    decay: str = "constant"
+    seed: int = 0
+
+    def rate(self, step: int) -> float:
+        """Learning rate of update number ``step`` (1-based)."""
+        import math
+
+        factor = min(step / self.warmup, 1.0) if self.warmup else 1.0
+        if self.decay == "cosine":
+            factor *= 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.steps)))
+        return self.learning_rate * factor
+
+
+def build_optimiser(module: nn.Module, settings: TrainingSettings) -> torch.optim.AdamW:
+    """AdamW over all trainable parameters."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    return torch.optim.AdamW(
+        parameters,
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+        foreach=True,
+    )
+
+
+def optimiser_tensors(module: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Optimiser state by parameter name, plus the global generator state."""
+    names = {id(p): name for name, p in module.named_parameters()}
+    tensors = {"generator": torch.get_rng_state()}
+    for parameter, state in optimiser.state.items():
+        for key, value in state.items():
+            tensors[f"{names[id(parameter)]}//{key}"] = torch.as_tensor(value).detach().cpu()
+    return tensors
+
+
+def restore_optimiser(
+    module: nn.Module, optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]
+) -> None:
+    """Put saved state back into an optimiser over the same module, and the generator state too."""
+    torch.set_rng_state(tensors["generator"])
+    for name, parameter in module.named_parameters():
+        entries = {k.split("//")[1]: v for k, v in tensors.items() if k.startswith(f"{name}//")}
+        if entries:
+            optimiser.state[parameter] = {
+                key: value.clone() if key == "step" else value.to(parameter.device).clone()
+                for key, value in entries.items()
+            }
+
+
+@dataclass(frozen=True)
+class Recorder:
+    """What to keep of a run, and where.
+
+    Attributes:
+        folder: where files go.
+        space: parameters that are recorded.
+        weight_steps: steps at which weights are kept (0 is the initial model).
+        state_every: spacing of optimiser state, a multiple of which must be saved to branch there.
+    """
+
+    folder: SeriesFolder
+    space: ParameterSpace
+    weight_steps: Sequence[int]
+    state_every: int
+
+    def resume_step(self) -> int | None:
+        """Latest step from which the run can go on with nothing missing before it, if any."""
+        for step in reversed(self.folder.state_steps()):
+            needed = [s for s in self.weight_steps if s <= step] + [step]
+            if all(self.folder.weights(s).exists() for s in needed):
+                return step
+        return None
+
+    def after(self, step: int, module: nn.Module, optimiser: torch.optim.Optimizer, last: bool) -> None:
+        """Record what is due after ``step``; weights first, so that a state always has its weights."""
+        state_due = step > 0 and (step % self.state_every == 0 or last)
+        if step in set(self.weight_steps) or state_due:
+            values = self.space.unflatten(self.space.read(module))
+            write_tensors(self.folder.weights(step), values)
+        if state_due:
+            write_tensors(self.folder.state(step), optimiser_tensors(module, optimiser))
+
+    def finish(self, settings: TrainingSettings, data_order: dict[str, object]) -> None:
+        """Write the index if every wanted step is there; its presence says that the series is complete."""
+        steps = sorted(self.weight_steps)
+        if not all(self.folder.weights(step).exists() for step in steps):
+            return
+        write_json(
+            self.folder.index,
+            {
+                "schema": SERIES_SCHEMA,
+                "fingerprint": self.space.fingerprint(),
+                "steps": steps,
+                "learning_rates": [settings.rate(s) if s else 0.0 for s in steps],
+                "weight_decay": settings.weight_decay,
+                "training": asdict(settings),
+                "data_order": data_order,
+            },
+        )
+
+
+def train(
+    module: nn.Module,
+    batch_loss: Callable[[nn.Module, int], Tensor],
+    settings: TrainingSettings,
+    *,
+    recorder: Recorder | None = None,
+    data_order: dict[str, object] | None = None,
+    start: int = 0,
+    stop: int | None = None,
+    optimiser_state: dict[str, Tensor] | None = None,
+    after_step: AfterStep | None = None,
+    progress: Callable[[int, float], None] | None = None,
+) -> nn.Module:
+    """Train in place from ``start`` to the last step.
+
+    Args:
+        module: the model, at its weights after ``start`` steps.
+        batch_loss: ``batch_loss(module, step)`` -> mean loss of that step's batch (steps count from 1).
+        settings: optimisation.
+        recorder: keeps weights and state; resumes by itself when files are there and ``start`` is 0.
+        data_order: how ``batch_loss`` draws its batches, for the index.
+        start: steps already done.
+        stop: last step; default all.
+        optimiser_state: state after ``start`` steps, as read from a state file.
+        after_step: called after every update, e.g. to hold a direction still.
+        progress: called with (step, loss).
+    """
+    stop = settings.steps if stop is None else stop
+    torch.manual_seed(settings.seed)
+    optimiser = build_optimiser(module, settings)
+    if optimiser_state is not None:
+        restore_optimiser(module, optimiser, optimiser_state)
+    if recorder is not None and start == 0:
+        start = _resume(module, optimiser, recorder)
+        if start == 0:
+            recorder.after(0, module, optimiser, last=False)
+    module.train()
+    for step in range(start + 1, stop + 1):
+        for group in optimiser.param_groups:
+            group["lr"] = settings.rate(step)
+        optimiser.zero_grad(set_to_none=True)
+        loss = batch_loss(module, step)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+        if after_step is not None:
+            after_step(step, module, optimiser)
+        if recorder is not None:
+            recorder.after(step, module, optimiser, last=step == stop)
+        if progress is not None:
+            progress(step, loss.item() if step % 20 == 0 or step == stop else float("nan"))
+    module.eval()
+    if recorder is not None:
+        recorder.finish(settings, data_order or {})
+    return module
+
+
+def _resume(module: nn.Module, optimiser: torch.optim.Optimizer, recorder: Recorder) -> int:
+    step = recorder.resume_step()
+    if step is None:
+        return 0
+    recorder.space.write(module, recorder.space.flatten(read_weights(recorder.folder.weights(step))))
+    restore_optimiser(module, optimiser, read_weights(recorder.folder.state(step)))
+    return step

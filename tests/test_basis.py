@@ -1,0 +1,325 @@
+"""Bases against dense eigenpairs, numpy's SVD and simulated walks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from oracles import copied_with, dense_hessian, mean_loss, quadratic_problem, text_tokens, tiny_gpt2, walk
+from torch import nn
+
+from polca_edit.basis import (
+    Basis,
+    BasisCheckpoint,
+    capture,
+    gram_error,
+    hessian_basis,
+    join,
+    random_basis,
+    random_walk_capture,
+    trajectory_basis,
+    unlabelled,
+)
+from polca_edit.checkpoints import Checkpoints
+from polca_edit.curvature import orthonormalise
+from polca_edit.derivatives import Objective
+from polca_edit.parameters import ParameterSpace
+from polca_edit.tokens import next_token_loss
+
+TIGHT = {"tolerance": 1e-10, "max_products": 400}
+
+
+class Curved(nn.Module):
+    """A small smooth network in float64: its Hessian differs from checkpoint to checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 4).double()
+        self.second = nn.Linear(4, 2).double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+def curved_loss(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    return (module(inputs[..., :3]) - inputs[..., 3:]).square().sum(-1)
+
+
+def curved_problem(generator: torch.Generator) -> tuple[Curved, Objective, object, Checkpoints]:
+    from polca_edit.tokens import TokenSet
+
+    module = Curved()
+    inputs = torch.randn(7, 3, 5, generator=generator, dtype=torch.float64)
+    scored = torch.ones(7, 3, dtype=torch.bool)
+    scored[2, 1] = False
+    tokens = TokenSet(inputs, scored, torch.arange(7))
+    space = ParameterSpace.from_module(module)
+    thetas = [torch.randn(space.size, generator=generator, dtype=torch.float64) for _ in range(4)]
+    objective = Objective(module, space, curved_loss, batch_size=4, route="double_backward")
+    return module, objective, tokens, Checkpoints.in_memory(space, [0, 10, 20, 30], thetas)
+
+
+def algorithm_one(
+    hessians: list[torch.Tensor], k: int, mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Dense Algorithm 1: top eigenpairs of Pi H Pi, appended checkpoint after checkpoint."""
+    size = len(hessians[0])
+    rows, values = torch.zeros(0, size, dtype=torch.float64), []
+    inside = torch.eye(size, dtype=torch.float64) if mask is None else torch.diag(mask.double())
+    for hessian in hessians:
+        project = inside - rows.T @ rows
+        found, vectors = torch.linalg.eigh(project @ hessian @ project)
+        order = torch.argsort(found, descending=True)[:k]
+        rows = torch.cat([rows, vectors[:, order].T])
+        values.append(found[order])
+    return rows, torch.cat(values)
+
+
+def dense_hessians(module, loss, tokens, checkpoints) -> list[torch.Tensor]:
+    scalar = mean_loss(loss, tokens)
+    return [dense_hessian(copied_with(module, checkpoints[i]), scalar) for i in range(len(checkpoints))]
+
+
+def assert_same_rows(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    """Equal up to the sign of each row."""
+    overlap = (found * expected).sum(1).abs()
+    assert torch.allclose(overlap, torch.ones_like(overlap), rtol=0, atol=tolerance), overlap
+
+
+# -- hessian basis ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("masked", [False, True])
+def test_hessian_basis_against_dense_eigenpairs(k, masked, generator):
+    module, objective, tokens, checkpoints = curved_problem(generator)
+    mask = objective.space.mask(["first.*"]) if masked else None
+    expected, values = algorithm_one(dense_hessians(module, curved_loss, tokens, checkpoints), k, mask)
+    basis = hessian_basis(objective, checkpoints, tokens, generator=generator, k=k, mask=mask, **TIGHT)
+    assert len(basis) == 4 * k
+    assert basis.origins.tolist() == [step for step in checkpoints.steps for _ in range(k)]
+    assert torch.allclose(basis.eigenvalues, values, rtol=1e-9, atol=1e-9)
+    assert_same_rows(basis.rows, expected, 1e-8)
+    assert gram_error(basis.rows) < 1e-12
+    assert float(basis.residuals.max()) < 1e-8
+    assert not basis.supervised
+    if mask is not None:
+        assert torch.equal(basis.rows[:, ~mask], torch.zeros_like(basis.rows[:, ~mask]))
+
+
+def test_hessian_basis_of_a_tied_language_model(generator):
+    model = tiny_gpt2().double()
+    tokens = text_tokens(generator)
+    space = ParameterSpace.from_module(model, ["transformer.h.0.attn.c_proj.bias", "transformer.ln_f.*"])
+    thetas = [space.read(model), space.read(model) + 0.1]
+    checkpoints = Checkpoints.in_memory(space, [0, 5], thetas)
+    chosen = {slot for slot, _ in space.aliases}
+    hessians = []
+    for theta in thetas:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in chosen)
+        hessians.append(dense_hessian(copied_with(model, theta), mean_loss(next_token_loss, tokens)))
+    expected, values = algorithm_one(hessians, 1)
+    objective = Objective(model, space, next_token_loss, batch_size=3, route="double_backward")
+    basis = hessian_basis(objective, checkpoints, tokens, generator=generator, **TIGHT)
+    assert torch.allclose(basis.eigenvalues, values, rtol=1e-8)
+    assert_same_rows(basis.rows, expected, 1e-7)
+
+
+def test_reported_residual_is_the_residual(generator):
+    """Stopped early, the residual says how far off: ||Pi H Pi v - lambda v|| / |lambda|, recomputed."""
+    module, objective, tokens, checkpoints = curved_problem(generator)
+    hessians = dense_hessians(module, curved_loss, tokens, checkpoints)
+    basis = hessian_basis(
+        objective, checkpoints, tokens, generator=generator, tolerance=1e-10, max_products=3
+    )
+    for index, row in enumerate(basis.rows):
+        before = basis.rows[:index]
+        project = torch.eye(len(row), dtype=torch.float64) - before.T @ before
+        applied = project @ hessians[index] @ project @ row
+        value = float(basis.eigenvalues[index])
+        residual = float((applied - value * row).norm()) / abs(value)
+        assert float(basis.residuals[index]) == pytest.approx(residual, rel=1e-6)
+    assert float(basis.residuals.max()) > 1e-3
+    assert gram_error(basis.rows) < 1e-12
+
+
+def test_products_are_counted(generator):
+    _, objective, tokens, checkpoints = curved_problem(generator)
+    basis = hessian_basis(objective, checkpoints, tokens, generator=generator, **TIGHT)
+    assert basis.products * tokens.sequences == objective.passes.hvp
+
+
+@pytest.mark.parametrize("done", [0, 1, 3, 4])
+@pytest.mark.parametrize("masked", [False, True])
+def test_resume_gives_the_same_bytes(done, masked, generator):
+    """Loose tolerance on purpose: there the start vectors decide the last digits."""
+    _, objective, tokens, checkpoints = curved_problem(generator)
+    mask = objective.space.mask(["first.*"]) if masked else None
+    options = {"k": 2, "tolerance": 1e-1, "max_products": 12, "mask": mask}
+    parts: list[BasisCheckpoint] = []
+    whole = hessian_basis(
+        objective,
+        checkpoints,
+        tokens,
+        generator=torch.Generator().manual_seed(4),
+        on_checkpoint=parts.append,
+        **options,
+    )
+    again: list[BasisCheckpoint] = []
+    resumed = hessian_basis(
+        objective,
+        checkpoints,
+        tokens,
+        generator=torch.Generator().manual_seed(4),
+        finished=parts[:done],
+        on_checkpoint=again.append,
+        **options,
+    )
+    assert [part.step for part in again] == list(checkpoints.steps[done:])
+    assert torch.equal(resumed.rows, whole.rows)
+    assert torch.equal(resumed.eigenvalues, whole.eigenvalues)
+    assert resumed.products == whole.products
+
+
+def test_seed_of_the_start_vectors_does_not_matter_at_tight_tolerance(generator):
+    _, objective, tokens, checkpoints = curved_problem(generator)
+    first, second = (
+        hessian_basis(objective, checkpoints, tokens, generator=torch.Generator().manual_seed(s), **TIGHT)
+        for s in (0, 1)
+    )
+    assert_same_rows(first.rows, second.rows, 1e-8)
+
+
+# -- trajectory basis ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_trajectory_basis_against_numpy_svd(masked, generator):
+    problem = quadratic_problem([1.0] * 9, generator)
+    checkpoints = walk(problem.objective.space, 6, generator)
+    mask = torch.arange(9) % 3 != 0 if masked else None
+    moved = torch.stack([checkpoints[t] - checkpoints[0] for t in range(1, 6)])
+    if mask is not None:
+        moved = moved * mask
+    _, singular, right = np.linalg.svd(moved.numpy(), full_matrices=False)
+    basis = trajectory_basis(checkpoints, 4, mask=mask)
+    assert np.allclose(basis.eigenvalues.numpy(), singular[:4] ** 2, rtol=1e-10)
+    assert_same_rows(basis.rows, torch.from_numpy(right[:4]), 1e-10)
+    assert gram_error(basis.rows) < 1e-12
+    assert basis.origins.tolist() == [-1] * 4
+
+
+def test_trajectory_basis_refuses_more_vectors_than_the_movement_has(generator):
+    problem = quadratic_problem([1.0] * 9, generator)
+    checkpoints = walk(problem.objective.space, 5, generator)
+    assert len(trajectory_basis(checkpoints, 4)) == 4
+    with pytest.raises(ValueError, match="got 4; use fewer"):
+        trajectory_basis(checkpoints, 5)
+    direction = torch.randn(9, generator=generator, dtype=torch.float64)
+    line = Checkpoints.in_memory(checkpoints.space, [0, 1, 2, 3], [direction * t for t in range(4)])
+    with pytest.raises(ValueError, match="got 1; use fewer"):
+        trajectory_basis(line, 2)
+
+
+# -- random basis, record --------------------------------------------------------------------------
+
+
+def test_random_basis_is_orthonormal_and_seeded():
+    mask = torch.arange(50) < 20
+    first = random_basis(50, 6, torch.Generator().manual_seed(1), dtype=torch.float64, mask=mask)
+    again = random_basis(50, 6, torch.Generator().manual_seed(1), dtype=torch.float64, mask=mask)
+    other = random_basis(50, 6, torch.Generator().manual_seed(2), dtype=torch.float64, mask=mask)
+    assert gram_error(first.rows) < 1e-14
+    assert torch.equal(first.rows, again.rows)
+    assert not torch.allclose(first.rows, other.rows)
+    assert torch.equal(first.rows[:, 20:], torch.zeros(6, 30, dtype=torch.float64))
+
+
+def test_random_basis_favours_no_direction():
+    """Uniform on the Stiefel manifold: the mean projector is (K/N) I."""
+    generator = torch.Generator().manual_seed(0)
+    projector = torch.zeros(6, 6, dtype=torch.float64)
+    for _ in range(2000):
+        rows = random_basis(6, 2, generator, dtype=torch.float64).rows
+        projector += rows.T @ rows / 2000
+    # Standard error of an entry is at most 0.5 / sqrt(2000) = 0.011.
+    assert float((projector - torch.eye(6) / 3).abs().max()) < 0.05
+
+
+def test_subset_and_rotation(generator):
+    parts = [
+        BasisCheckpoint(
+            step,
+            rows,
+            torch.tensor([float(step)], dtype=torch.float64),
+            torch.tensor([0.1], dtype=torch.float64),
+            3,
+        )
+        for step, rows in zip((0, 10, 20), torch.eye(4, dtype=torch.float64)[:3].split(1), strict=True)
+    ]
+    basis = join("hessian", parts)
+    assert basis.products == 9
+    picked = basis.subset([2, 0])
+    assert picked.origins.tolist() == [20, 0]
+    assert picked.eigenvalues.tolist() == [20.0, 0.0]
+    assert torch.equal(picked.rows, basis.rows[[2, 0]])
+    turn = torch.linalg.qr(torch.randn(3, 3, generator=generator, dtype=torch.float64))[0]
+    turned = basis.rotated(turn, "rotated", supervised=True)
+    assert torch.allclose(turned.rows, turn.T @ basis.rows)
+    assert turned.supervised
+    assert bool(turned.eigenvalues.isnan().all())
+    with pytest.raises(ValueError, match="must be orthogonal"):
+        basis.rotated(turn * 1.01, "stretched")
+
+
+# -- capture ---------------------------------------------------------------------------------------
+
+
+def test_capture_by_hand():
+    space = ParameterSpace.from_module(nn.Linear(3, 1, bias=False))
+    thetas = torch.tensor([[0.0, 0, 0], [3.0, 4.0, 0], [3.0, 4.0, 2.0], [3.0, 4.0, 2.0]], dtype=torch.float64)
+    checkpoints = Checkpoints.in_memory(space, [0, 1, 2, 3], list(thetas))
+    rows = torch.tensor([[1.0, 0, 0]], dtype=torch.float64)
+    net, path = capture(rows, checkpoints)
+    assert net == pytest.approx(9 / 29)
+    assert path == pytest.approx((9 / 25 + 0) / 2)  # the interval without movement does not count
+
+
+def test_capture_of_a_complete_basis_is_one(generator):
+    problem = quadratic_problem([1.0] * 5, generator)
+    checkpoints = walk(problem.objective.space, 6, generator)
+    assert capture(problem.frame.T, checkpoints) == pytest.approx((1.0, 1.0))
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_random_walk_capture_against_a_simulated_walk(count):
+    """20,000 dimensions: steps are orthogonal within 1/sqrt(20000) = 0.7 %."""
+    size, norms = 20_000, [0.5, 1.0, 2.0, 1.0, 1.0, 0.3, 1.5, 1.0, 0.7, 1.0, 1.0, 0.2]
+    generator = torch.Generator().manual_seed(11)
+    steps = torch.randn(len(norms), size, generator=generator, dtype=torch.float64)
+    steps = steps / steps.norm(dim=1, keepdim=True) * torch.tensor(norms, dtype=torch.float64)[:, None]
+    thetas = torch.cat([torch.zeros(1, size, dtype=torch.float64), steps.cumsum(0)])
+    space = ParameterSpace.from_module(nn.Linear(size, 1, bias=False))
+    checkpoints = Checkpoints.in_memory(space, list(range(len(thetas))), list(thetas))
+    simulated = capture(trajectory_basis(checkpoints, count).rows, checkpoints)
+    assert random_walk_capture(norms, count) == pytest.approx(simulated, abs=0.03)
+
+
+def test_random_walk_capture_edges():
+    assert random_walk_capture([1.0, 2.0, 3.0], 3) == pytest.approx((1.0, 1.0))
+    net, path = random_walk_capture([1.0] * 60, 1)
+    # The long equal-step walk: one vector holds 8/pi^2 of the net movement (first cosine mode).
+    assert net == pytest.approx(8 / np.pi**2, abs=0.01)
+    assert path == pytest.approx(1 / 60, abs=1e-12)
+    assert random_walk_capture([0.0, 0.0], 1) == (0.0, 0.0)
+
+
+def test_orthonormalise_keeps_the_span_and_drops_dependent_rows(generator):
+    rows = torch.randn(3, 8, generator=generator, dtype=torch.float64)
+    first, second, third = rows
+    kept = orthonormalise(torch.stack([first, 2 * first, second, first - second, 0 * first, third]))
+    assert kept.shape == (3, 8)
+    assert gram_error(kept) < 1e-14
+    assert torch.allclose(rows @ kept.T @ kept, rows)
+    assert isinstance(unlabelled("any", kept), Basis)

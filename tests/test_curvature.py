@@ -1,0 +1,106 @@
+"""Projected Lanczos against matrices of chosen spectrum and dense eigendecompositions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracles import orthogonal, with_spectrum
+
+from polca_edit.basis import next_vectors
+from polca_edit.curvature import orthonormalise, projected_lanczos, remove_rows
+
+SPECTRUM = [9.0, 7.5, 7.4, 5.0, -8.0, *torch.linspace(1.0, -1.0, 35).tolist()]
+
+
+def angle(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Largest sine of the principal angles between two row spaces."""
+    rest = found - found @ wanted.T @ wanted
+    return float(torch.linalg.matrix_norm(rest, ord=2))
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_top_pairs_of_a_chosen_spectrum(k, generator):
+    matrix, frame = with_spectrum(SPECTRUM, generator)
+    pairs = projected_lanczos(
+        lambda v: matrix @ v, 40, k, generator=generator, tolerance=1e-9, dtype=torch.float64
+    )
+    wanted = sorted(SPECTRUM, reverse=True)[:k]
+    assert pairs.converged
+    assert torch.allclose(pairs.values, torch.tensor(wanted, dtype=torch.float64), rtol=1e-12)
+    columns = [SPECTRUM.index(value) for value in wanted]
+    assert angle(pairs.vectors, frame[:, columns].T) < 1e-7
+    # The residual that is reported is the residual that is there.
+    true = (pairs.vectors @ matrix - pairs.values[:, None] * pairs.vectors).norm(dim=1) / pairs.values.abs()
+    assert torch.allclose(true, pairs.residuals, atol=1e-12)
+
+
+def test_projected_pairs_equal_the_dense_ones(generator):
+    matrix, _ = with_spectrum(SPECTRUM, generator)
+    rows = orthogonal(40, generator)[:6]
+    keep = torch.eye(40, dtype=torch.float64) - rows.T @ rows
+    values, vectors = torch.linalg.eigh(keep @ matrix @ keep)
+    pairs = projected_lanczos(
+        lambda v: matrix @ v, 40, 3, generator=generator, rows=rows, tolerance=1e-10, dtype=torch.float64
+    )
+    assert torch.allclose(pairs.values, values.flip(0)[:3])
+    assert angle(pairs.vectors, vectors.flip(1)[:, :3].T) < 1e-7
+    assert float((pairs.vectors @ rows.T).abs().max()) < 1e-12
+
+
+def test_unconverged_says_so(generator):
+    matrix, _ = with_spectrum(SPECTRUM, generator)
+    pairs = projected_lanczos(
+        lambda v: matrix @ v, 40, 1, generator=generator, tolerance=1e-10, max_products=4, dtype=torch.float64
+    )
+    assert not pairs.converged
+    assert pairs.products == 4
+    assert float(pairs.residuals[0]) > 1e-10
+
+
+def test_refuses_impossible_and_broken(generator):
+    with pytest.raises(ValueError, match="k must be"):
+        projected_lanczos(lambda v: v, 3, 4, generator=generator)
+    with pytest.raises(ValueError, match="finite"):
+        projected_lanczos(lambda v: v * float("nan"), 3, 1, generator=generator)
+
+
+def test_orthonormal_rows_drop_dependent_ones(generator):
+    rows = torch.randn(3, 8, generator=generator, dtype=torch.float64)
+    kept = orthonormalise(torch.cat([rows, rows[:1] + rows[1:2]]))
+    assert len(kept) == 3
+    assert torch.allclose(kept @ kept.T, torch.eye(3, dtype=torch.float64), atol=1e-14)
+    assert float(remove_rows(rows, kept).norm()) < 1e-13
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_successors_start_the_next_checkpoint(masked, generator):
+    """Started from the Ritz vectors behind the last ones, a changed operator needs fewer products."""
+    matrix, _ = with_spectrum([9.0, 7.5, 6.0, *torch.linspace(1.0, -1.0, 197).tolist()], generator)
+    noise = torch.randn(200, 200, generator=generator, dtype=torch.float64)
+    moved = matrix + 2e-4 * (noise + noise.T)
+    theta = torch.zeros(200, dtype=torch.float64)
+    mask = torch.arange(200) != 17 if masked else None
+    first = next_vectors(lambda v: matrix @ v, theta, [], 0, generator, 1, 1e-3, 60, mask)
+    assert first.following is not None
+    warm = next_vectors(lambda v: moved @ v, theta, [first], 1, generator, 1, 1e-3, 60, mask)
+    cold_rows = projected_lanczos(
+        lambda v: moved @ v, 200, 1, generator=generator, rows=first.rows, tolerance=1e-3, dtype=torch.float64
+    )
+    assert warm.products < cold_rows.products
+    assert float(warm.residuals.max()) <= 1e-3
+    keep = torch.eye(200, dtype=torch.float64)
+    if mask is not None:
+        keep = torch.diag(mask.double())
+    keep = keep - first.rows.T @ first.rows
+    assert abs(float(torch.linalg.eigvalsh(keep @ moved @ keep)[-1]) - float(warm.eigenvalues[0])) < 1e-4
+
+
+def test_single_precision_stays_orthogonal(generator):
+    matrix, _ = with_spectrum([10.0 * 0.9**i for i in range(300)], generator)
+    single = matrix.float()
+    pairs = projected_lanczos(lambda v: single @ v, 300, 5, generator=generator, tolerance=1e-5)
+    gram = pairs.vectors.double() @ pairs.vectors.double().T
+    assert float((gram - torch.eye(5, dtype=torch.float64)).abs().max()) < 1e-6
+    assert torch.allclose(
+        pairs.values, torch.tensor([10.0 * 0.9**i for i in range(5)], dtype=torch.float64), rtol=1e-5
+    )

@@ -1,0 +1,250 @@
+"""Edit files, apply, undo, cast and low-rank export. Oracles: the original bytes and direct arithmetic."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from typer.testing import CliRunner
+
+from experiments.apply import apply, apply_edit, edited_tensors, undo_edit, weight_files
+from experiments.edit_files import load_edit, paths_of, save_edit
+from experiments.lora import export_lora, factors
+from interventions.edits import displace, from_delta, weights_fingerprint
+from polca_edit.parameters import ParameterSpace
+from tests.oracles import tiny_gpt2
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Linear(6, 5)
+        self.norm = nn.LayerNorm(5)
+        self.embed = nn.Embedding(7, 6)
+
+
+@pytest.fixture
+def model() -> Small:
+    return Small()
+
+
+def random_edit(module: nn.Module, size: float = 0.5):
+    space = ParameterSpace.from_module(module)
+    rows = torch.linalg.qr(torch.randn(space.size, 3, generator=torch.Generator().manual_seed(1)))[
+        0
+    ].T.contiguous()
+    return displace(space.read(module), rows, [size, -size, 2 * size], "test", basis="random"), space
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_edit_file_round_trip(model: Small, tmp_path: Path) -> None:
+    edit, space = random_edit(model)
+    save_edit(tmp_path / "carry@10s.v1", edit, space)
+    loaded = load_edit(tmp_path / "carry@10s.v1.json")
+    assert torch.equal(loaded.edit.rows, edit.rows)
+    assert torch.equal(loaded.edit.coordinates, edit.coordinates)
+    assert (loaded.edit.base, loaded.edit.operator, loaded.edit.provenance) == (
+        edit.base,
+        "test",
+        {"basis": "random"},
+    )
+    assert loaded.space == space
+
+
+def test_damaged_edit_files_are_refused(model: Small, tmp_path: Path) -> None:
+    edit, space = random_edit(model)
+    save_edit(tmp_path / "e", edit, space)
+    tensors, description = paths_of(tmp_path / "e")
+    whole = tensors.read_bytes()
+    tensors.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ValueError, match="checksum"):
+        load_edit(tmp_path / "e.safetensors")
+    tensors.write_bytes(whole)
+    values = json.loads(description.read_text())
+    description.write_text(json.dumps({**values, "space": {**values["space"], "shapes": [[1]]}}))
+    with pytest.raises(ValueError, match="shapes differ"):
+        load_edit(tmp_path / "e")
+    tensors.unlink()
+    with pytest.raises(ValueError, match="missing"):
+        load_edit(tmp_path / "e")
+    with pytest.raises(ValueError, match="one entry per parameter"):
+        save_edit(tmp_path / "f", edit, ParameterSpace.from_module(nn.Linear(2, 2)))
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "torch", "nested", "huggingface", "sharded"])
+def test_apply_then_undo_gives_the_original_bytes(kind: str, model: Small, tmp_path: Path) -> None:
+    source = tmp_path / "model"
+    source.mkdir()
+    state = model.state_dict()
+    if kind == "safetensors":
+        given = source / "weights.safetensors"
+        save_file(state, given, metadata={"format": "pt", "note": "kept"})
+    elif kind == "torch":
+        given = source / "model.pth"
+        torch.save(state, given)
+    elif kind == "nested":
+        given = source / "model.pt"
+        torch.save({"model": state, "step": 12}, given)
+    elif kind == "huggingface":
+        model = tiny_gpt2()
+        model.save_pretrained(source)
+        given = source
+    else:
+        given = source
+        names = sorted(state)
+        parts = {"model-1.safetensors": names[:3], "model-2.safetensors": names[3:]}
+        for name, keys in parts.items():
+            save_file({k: state[k] for k in keys}, source / name)
+        index = {"weight_map": {k: name for name, keys in parts.items() for k in keys}}
+        (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    original = files_of(source)
+    edit, space = random_edit(model)
+    save_edit(tmp_path / "edit", edit, space)
+    file = load_edit(tmp_path / "edit")
+    survival = apply_edit(file, given, tmp_path / "edited")
+    assert survival.share == pytest.approx(1.0, abs=1e-6)
+    from polca_edit.checkpoints import read_weights
+
+    edited = read_weights(tmp_path / "edited" if given.is_dir() else tmp_path / "edited" / given.name)
+    torch.testing.assert_close(space.flatten(edited), edit.apply(space.read(model)))
+    assert [p.suffix for p in weight_files(given)] == [p.suffix for p in weight_files(tmp_path / "edited")]
+    undo_edit(file, tmp_path / "edited", tmp_path / "restored")
+    assert files_of(tmp_path / "restored") == original
+    assert files_of(source) == original  # the input is never touched
+
+
+def test_edited_hugging_face_folder_loads_and_ties(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = tiny_gpt2(tied=True)
+    model.save_pretrained(tmp_path / "gpt2")
+    edit, space = random_edit(model)
+    save_edit(tmp_path / "edit", edit, space)
+    apply_edit(load_edit(tmp_path / "edit"), tmp_path / "gpt2", tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(space.read(loaded), edit.apply(space.read(model)))
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+
+
+def test_wrong_models_are_refused(model: Small, tmp_path: Path) -> None:
+    edit, space = random_edit(model)
+    save_edit(tmp_path / "edit", edit, space)
+    file = load_edit(tmp_path / "edit")
+    save_file({k: v + 1 for k, v in model.state_dict().items()}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="made for"):
+        apply_edit(file, tmp_path / "other.safetensors", tmp_path / "a")
+    save_file(nn.Linear(6, 5).state_dict(), tmp_path / "linear.safetensors")
+    with pytest.raises(ValueError, match="missing"):
+        apply_edit(file, tmp_path / "linear.safetensors", tmp_path / "a")
+    wrong = {**model.state_dict(), "inner.weight": torch.zeros(5, 7)}
+    save_file(wrong, tmp_path / "shape.safetensors")
+    with pytest.raises(ValueError, match="shape"):
+        apply_edit(file, tmp_path / "shape.safetensors", tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(ValueError, match="does not exist"):
+        apply_edit(file, tmp_path / "nowhere", tmp_path / "a")
+
+
+def test_undo_refuses_a_model_that_changed_since(model: Small, tmp_path: Path) -> None:
+    edit, space = random_edit(model)
+    save_edit(tmp_path / "edit", edit, space)
+    file = load_edit(tmp_path / "edit")
+    save_file(model.state_dict(), tmp_path / "m.safetensors")
+    apply_edit(file, tmp_path / "m.safetensors", tmp_path / "out")
+    with pytest.raises(ValueError, match="new or empty"):
+        apply_edit(file, tmp_path / "m.safetensors", tmp_path / "out")
+    weights = tmp_path / "out" / "m.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x00\x00")
+    with pytest.raises(ValueError, match="changed after"):
+        undo_edit(file, tmp_path / "out", tmp_path / "back")
+    with pytest.raises(ValueError, match="undo needs"):
+        undo_edit(file, tmp_path, tmp_path / "back")
+
+
+def test_cast_is_asked_for_and_a_vanishing_edit_is_reported(model: Small, tmp_path: Path) -> None:
+    rounded = {k: v.bfloat16() for k, v in model.state_dict().items()}
+    space = ParameterSpace.from_module(model)
+    theta = space.flatten(rounded, dtype=torch.float32)
+    direction = torch.randn(space.size, generator=torch.Generator().manual_seed(2))
+
+    def survival(size: float) -> float:
+        edit = from_delta(weights_fingerprint(theta), size * direction / direction.norm(), "test")
+        save_edit(tmp_path / "edit", edit, space)
+        file = load_edit(tmp_path / "edit")
+        with pytest.raises(ValueError, match="--cast"):
+            edited_tensors(file, rounded, 1.0, cast=False)
+        changed, kept = edited_tensors(file, rounded, 1.0, cast=True)
+        assert all(value.dtype == torch.bfloat16 for value in changed.values())
+        planned = size * direction / direction.norm()
+        actual = space.flatten({**rounded, **changed}, dtype=torch.float32) - theta
+        assert kept.share == pytest.approx(float(actual @ planned) / float(planned @ planned), rel=1e-3)
+        return kept.share
+
+    assert survival(3.0) > 0.99
+    assert survival(1e-3) < 0.99
+
+
+def test_dose_zero_changes_nothing_and_half_is_half(model: Small, tmp_path: Path) -> None:
+    edit, space = random_edit(model)
+    save_edit(tmp_path / "edit", edit, space)
+    file = load_edit(tmp_path / "edit")
+    assert edited_tensors(file, model.state_dict(), 0.0, cast=False)[0] == {}
+    changed, _ = edited_tensors(file, model.state_dict(), 0.5, cast=False)
+    half = space.flatten({**model.state_dict(), **changed}) - space.read(model)
+    torch.testing.assert_close(half, 0.5 * edit.delta(), atol=1e-6, rtol=0)
+
+
+def test_low_rank_factors_have_the_eckart_young_error() -> None:
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(8, 6, generator=generator, dtype=torch.float64)
+    up, down, error = factors(matrix, 2)
+    values = torch.linalg.svdvals(matrix)
+    assert error == pytest.approx(float((values[2:].square().sum() / values.square().sum()).sqrt()), rel=1e-9)
+    assert float((up @ down - matrix).norm() / matrix.norm()) == pytest.approx(error, rel=1e-9)
+
+
+def test_lora_adapter_reproduces_a_low_rank_edit(model: Small, tmp_path: Path) -> None:
+    space = ParameterSpace.from_module(model)
+    moved = {name: torch.zeros(shape) for name, shape in zip(space.names, space.shapes, strict=True)}
+    moved["inner.weight"] = torch.outer(torch.arange(5.0), torch.ones(6))
+    moved["inner.bias"] = torch.ones(5)
+    edit = from_delta(weights_fingerprint(space.read(model)), space.flatten(moved), "test")
+    save_edit(tmp_path / "edit", edit, space)
+    rows = {row.name: row for row in export_lora(load_edit(tmp_path / "edit"), tmp_path / "adapter", 4)}
+    assert rows["inner.weight"].error < 1e-6
+    total = edit.norm**2
+    assert rows["(other)"].share == pytest.approx(5 / total, rel=1e-6)
+    stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    up, down = (stored[f"base_model.model.inner.lora_{side}.weight"] for side in "BA")
+    torch.testing.assert_close(up @ down, moved["inner.weight"], atol=1e-5, rtol=1e-5)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["lora_alpha"] / config["r"] == 1.0
+    assert config["target_modules"] == ["inner"]
+
+
+def test_the_verb_applies_undoes_and_warns(model: Small, tmp_path: Path) -> None:
+    import typer
+
+    app = typer.Typer()
+    app.command()(apply)
+    edit, space = random_edit(model)
+    save_edit(tmp_path / "edit", edit, space)
+    save_file(model.state_dict(), tmp_path / "m.safetensors")
+    runner = CliRunner()
+    arguments = [str(tmp_path / "edit.json"), str(tmp_path / "m.safetensors"), "--out", str(tmp_path / "o")]
+    first = runner.invoke(app, [*arguments, "--lora", "2"])
+    assert first.exit_code == 0, first.output
+    assert "inner.weight" in first.output
+    back = runner.invoke(
+        app, [str(tmp_path / "edit"), str(tmp_path / "o"), "--out", str(tmp_path / "b"), "--undo"]
+    )
+    assert back.exit_code == 0, back.output
+    assert (tmp_path / "b" / "m.safetensors").read_bytes() == (tmp_path / "m.safetensors").read_bytes()

@@ -1,0 +1,99 @@
+"""Operators against their formulas, on dense float64 vectors."""
+
+import pytest
+import torch
+
+from interventions import edits
+from polca_edit.artifacts import load_record, save_record
+from polca_edit.curvature import orthonormalise
+
+
+@pytest.fixture
+def world() -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    rows = orthonormalise(torch.randn(3, 12, generator=g, dtype=torch.float64))
+    draw = [torch.randn(12, generator=g, dtype=torch.float64) for _ in range(4)]
+    return {"rows": rows, "start": draw[0], "early": draw[1], "late": draw[2], "theta": draw[3]}
+
+
+def projector(rows: torch.Tensor) -> torch.Tensor:
+    return rows.T @ rows
+
+
+def test_every_operator_has_its_formula(world: dict[str, torch.Tensor]) -> None:
+    rows, start, early, late, theta = (world[k] for k in ("rows", "start", "early", "late", "theta"))
+    p = projector(rows)
+    cases = [
+        (edits.project_out(theta, start, rows), theta, theta - p @ (theta - start)),
+        (edits.reverse(theta, start, rows, 0.25), theta, theta - 0.25 * p @ (theta - start)),
+        (edits.reverse(theta, start, rows, -0.5), theta, theta + 0.5 * p @ (theta - start)),
+        (edits.rollback_subtract(theta, early, late, rows), theta, theta - p @ (late - early)),
+        (edits.rollback_rewind(theta, early, rows), theta, theta - p @ (theta - early)),
+        (edits.transplant(start, theta, rows), start, start + p @ (theta - start)),
+        (edits.complement(start, theta, rows), theta, start + (torch.eye(12).double() - p) @ (theta - start)),
+        (
+            edits.movement_outside(start, theta, rows),
+            start,
+            start + (torch.eye(12).double() - p) @ (theta - start),
+        ),
+        (edits.amplify(theta, early, late, rows, 0.5), theta, theta + 0.5 * p @ (late - early)),
+        (edits.displace(theta, rows, [1.0, 0.0, -2.0], "any"), theta, theta + rows[0] - 2 * rows[2]),
+    ]
+    for edit, base, expected in cases:
+        torch.testing.assert_close(edit.apply(base), expected, rtol=0, atol=1e-12)
+
+
+def test_windows_add_up_to_the_whole(world: dict[str, torch.Tensor]) -> None:
+    rows, start, early, late, theta = (world[k] for k in ("rows", "start", "early", "late", "theta"))
+    parts = [
+        edits.rollback_subtract(theta, a, b, rows) for a, b in ((start, early), (early, late), (late, theta))
+    ]
+    whole = edits.project_out(theta, start, rows)
+    torch.testing.assert_close(edits.composed(parts).delta(), whole.delta(), rtol=0, atol=1e-12)
+
+
+def test_zero_dose_double_application_order_and_sign(world: dict[str, torch.Tensor]) -> None:
+    rows, start, theta = world["rows"], world["start"], world["theta"]
+    assert torch.equal(edits.reverse(theta, start, rows, 0.0).apply(theta), theta)
+    once = edits.project_out(theta, start, rows).apply(theta)
+    twice = edits.project_out(once, start, rows).apply(once)
+    torch.testing.assert_close(twice, once, rtol=0, atol=1e-12)
+    flipped = edits.project_out(theta, start, -rows[[2, 0, 1]]).apply(theta)
+    torch.testing.assert_close(flipped, once, rtol=0, atol=1e-12)
+
+
+def test_an_edit_refuses_other_weights(world: dict[str, torch.Tensor]) -> None:
+    edit = edits.project_out(world["theta"], world["start"], world["rows"])
+    with pytest.raises(ValueError, match="weights it was made for"):
+        edit.apply(world["late"])
+    with pytest.raises(ValueError, match="12 parameters"):
+        edit.apply(world["theta"][:-1])
+    other = edits.project_out(world["late"], world["start"], world["rows"])
+    with pytest.raises(ValueError, match="same base"):
+        edit.then(other)
+
+
+def test_composition_keeps_both_movements_even_where_rows_overlap(world: dict[str, torch.Tensor]) -> None:
+    theta, start, rows = world["theta"], world["start"], world["rows"]
+    first = edits.project_out(theta, start, rows[:2])
+    second = edits.displace(theta, rows[1:2], [0.3], "shift")
+    both = first.then(second)
+    torch.testing.assert_close(both.delta(), first.delta() + second.delta(), rtol=0, atol=1e-12)
+    assert both.rank == 2
+
+
+def test_saved_edit_comes_back_and_still_refuses(tmp_path, world: dict[str, torch.Tensor]) -> None:
+    edit = edits.project_out(world["theta"], world["start"], world["rows"], vectors=[0, 1, 2])
+    save_record(tmp_path / "edit.safetensors", edit)
+    back = load_record(edits.Edit, tmp_path / "edit.safetensors")
+    assert torch.equal(back.apply(world["theta"]), edit.apply(world["theta"]))
+    assert back.provenance == {"vectors": [0, 1, 2]}
+    with pytest.raises(ValueError, match="weights it was made for"):
+        back.apply(world["late"])
+
+
+def test_restricting_to_disjoint_masks_adds_up(world: dict[str, torch.Tensor]) -> None:
+    edit = edits.project_out(world["theta"], world["start"], world["rows"])
+    mask = torch.arange(12) < 5
+    parts = edit.restricted(mask).delta() + edit.restricted(~mask).delta()
+    torch.testing.assert_close(parts, edit.delta(), rtol=0, atol=1e-12)

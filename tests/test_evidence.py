@@ -1,0 +1,128 @@
+"""Evidence: bootstrap of ratios, averaging over seeds, and the path from a planted run to a verdict."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from experiments.planted_base import (
+    World,
+    landscape_subject,
+    make_pair,
+    measure_world,
+    sequences_of,
+    slot_groups,
+)
+from interventions import nulls
+from interventions.evidence import PairEvidence, combine, dose_outcome, effect_draws, null_p
+from interventions.protocol import PlanSettings, plan_digest, settings_as_plan
+from interventions.statistics import Draws
+from interventions.verdict import decide
+
+SMALL = PlanSettings(
+    draws=39,
+    rotations=39,
+    random_bases=39,
+    gradient_draws=39,
+    transplant_draws=39,
+    shuffle_draws=9,
+    resamples=100,
+)
+
+
+def two_skills() -> World:
+    """Two quadratics at their minimum along the first two of ten axes."""
+    end = torch.full((12,), 0.2, dtype=torch.float64)
+    end[:2] = 1.0
+
+    def losses(theta: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+        own = torch.stack([2 * (theta[0] - 1) ** 2, 0.5 * (theta[1] - 1) ** 2])
+        return own.expand(len(inputs), 2)
+
+    select, evaluate = sequences_of(5, 2), sequences_of(5, 2, first=5)
+    groups = slot_groups(select, ("a", "b")), slot_groups(evaluate, ("a", "b"))
+    rows = torch.eye(12, dtype=torch.float64)[:10]
+    subject = landscape_subject(losses, [end * t / 8 for t in range(9)], rows, select, evaluate)
+    pairs = (make_pair("a", (0,), "a", *groups), make_pair("wrong", (1,), "a", *groups))
+    return World(subject, pairs, *groups)
+
+
+@pytest.fixture(scope="module")
+def measured():
+    return measure_world(two_skills(), SMALL)
+
+
+def test_numbers_are_the_closed_forms(measured) -> None:
+    session, (right, wrong) = measured
+    assert right.damage.estimate == pytest.approx(2.0)
+    assert right.attributed.estimate == pytest.approx(-2.0)
+    assert right.sufficiency is not None
+    assert right.sufficiency.estimate == pytest.approx(1.0)
+    assert right.effect.estimate == pytest.approx(1.0)
+    assert wrong.damage.estimate == pytest.approx(0.0)
+    assert wrong.effect.estimate == pytest.approx(-1.0)
+    change = session.evaluate.change(session.undo((0,)))
+    assert effect_draws(
+        session.evaluate, change, two_skills().pairs[0].evaluate
+    ).interval().error == pytest.approx(0)
+
+
+def test_verdicts_over_seeds_and_of_one_run(measured) -> None:
+    _, (right, wrong) = measured
+    five = decide(combine([right] * 5))
+    assert five.verdict == "causal", five
+    assert "+S" in five.grade
+    one = decide(combine([right]))
+    assert (one.verdict, one.single_run_verdict) == ("inconclusive", "causal")
+    assert decide(combine([wrong] * 5)).verdict == "inconclusive"
+    unplanned = replace(right, controls={k: v for k, v in right.controls.items() if k != "c4"})
+    assert decide(combine([unplanned] * 5)).verdict == "not_selective"
+    with pytest.raises(ValueError, match="only evidence of one pair"):
+        combine([right, wrong])
+
+
+def test_seed_averages_pair_draw_with_draw() -> None:
+    nulls_of_runs = [np.array([0.0, 2.0, 4.0]), np.array([4.0, 2.0, 0.0, 9.0])]
+    assert null_p(2.5, nulls_of_runs) == 1 / 4
+    assert null_p(1.0, [np.array([])]) is None
+
+
+def test_dose_must_rise(measured) -> None:
+    _, (right, _) = measured
+    assert dose_outcome(right.doses) == "passed"
+    falling = {a: Draws(v, np.full(20, v)) for a, v in ((0.0, 0.0), (0.5, 1.0), (1.0, 0.5))}
+    assert dose_outcome(falling) == "failed"
+    assert dose_outcome({0.0: falling[0.0]}) == "not_run"
+
+
+def test_pipeline_null_chooses_on_select_and_takes_the_maximum(measured) -> None:
+    session, _ = measured
+    world = two_skills()
+    choose = nulls.labelled_choice(world.select, world.evaluate, 1)
+    from experiments.planted_base import projections_of
+
+    own = projections_of(world.subject, world.subject.rows)
+    (best,) = choose(own)
+    assert (best.vector, best.name) in {(0, "a"), (1, "b")}
+    assert nulls.largest_effect(session.evaluate, world.subject.rows, [best]) == pytest.approx(1.0)
+    assert nulls.largest_effect(session.evaluate, world.subject.rows, []) == -1.0
+    turned = list(nulls.rotations(4, 2, torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(turned[0].T @ turned[0], torch.eye(4, dtype=torch.float64))
+
+
+def test_plan_digest_changes_with_every_setting() -> None:
+    plan = settings_as_plan(PlanSettings())
+    assert plan_digest(plan) == plan_digest(settings_as_plan(PlanSettings()))
+    assert plan_digest(plan) != plan_digest(settings_as_plan(PlanSettings(draws=198)))
+
+
+def test_controls_that_do_not_apply_in_some_runs_use_the_others(measured) -> None:
+    _, (other, _) = measured
+    assert "c6" in other.not_applicable  # no gradient at the minimum
+    right: PairEvidence = replace(
+        other, controls={**other.controls, "c6": np.zeros(39)}, not_applicable=("positive_control",)
+    )
+    found = combine([right, other])
+    assert found.control_p["c6"] is not None
+    assert "c6" not in found.not_applicable

@@ -1,0 +1,48 @@
+"""Peak memory stays within the stated budget, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import json, resource, sys, torch
+torch.set_num_threads(1)
+from experiments import arithmetic
+from polca_edit.derivatives import Objective
+from polca_edit.models import TransformerShape, build_small_transformer
+from polca_edit.parameters import ParameterSpace
+
+budget, sums = int(sys.argv[1]), int(sys.argv[2])
+module = build_small_transformer(TransformerShape(2, 128, 4, 512, 12, 12, 10), 0)
+space = ParameterSpace.from_module(module)
+tokens = arithmetic.make_data(sums, 4, 4, 8, 0).splits.select
+rows = torch.randn(8, space.size, generator=torch.Generator().manual_seed(1))
+objective = Objective(module, space, arithmetic.token_loss, 10_000, "adjoint", memory_budget=budget)
+objective.directional(space.read(module), rows[:2], tokens.select(torch.arange(4)))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+slopes = objective.directional(space.read(module), rows, tokens)[1]
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps({"extra": (peak - before) * 1024, "check": float(slopes.double().abs().sum())}))
+"""
+
+
+def extra_memory(budget: int, sums: int) -> dict[str, float]:
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(budget), str(sums)], capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read the Linux way")
+def test_adjoint_route_keeps_its_budget():
+    wide = extra_memory(1 << 30, 400)
+    tight = extra_memory(96 << 20, 400)
+    # Without a limit 400 sequences need several times the tight budget, so the test can fail.
+    assert wide["extra"] > 2 * (96 << 20)
+    # The budget counts what is kept; blocks of the contraction and the allocator add at most 64 MB.
+    assert tight["extra"] < (96 << 20) + (64 << 20)
+    assert abs(tight["check"] / wide["check"] - 1) < 1e-5

@@ -1,0 +1,196 @@
+"""The plan against runs that were really made, counted by a hook on the model and by the file system."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import polca_edit.checkpoints as series
+from experiments import plan as planning
+from experiments.cli import app
+from experiments.config import RunConfig, parse_config
+from experiments.pipeline import open_run, run_stages
+from experiments.summary import write_summary
+
+#: d_model and layers: about 14,000, 54,000 and 160,000 parameters.
+SHAPES = {"small": (32, 1), "middle": (64, 1), "large": (80, 2)}
+
+
+def config(width: int, layers: int, **more: object) -> RunConfig:
+    sums = {"select_sums": 30, "curvature_sums": 24, "evaluate_sums": 20}
+    settings = {
+        "model": {"layers": layers, "d_model": width, "heads": 2, "d_mlp": 4 * width},
+        "arithmetic": sums,
+        "training": {
+            "steps": 80,
+            "batch_size": 32,
+            "learning_rate": 1e-3,
+            "warmup": 10,
+            "record_every": 8,
+            "state_every": 40,
+        },
+        "bases": [{"kind": "hessian", "vectors": 4}, {"kind": "trajectory", "vectors": 4}],
+        "damage": {"random_draws": 1, "doses": [0.5]},
+        "breakthrough_delta": 16,
+        **more,
+    }
+    return parse_config(settings)
+
+
+class Counter:
+    """Sequences through a module's forward, bytes of weight files read: nobody's own bookkeeping."""
+
+    def __init__(self, module: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen: list[int] = []
+        self.bytes_read = 0
+        seen = self.seen
+
+        def count(module: torch.nn.Module, given: tuple[torch.Tensor, ...], result: object) -> None:
+            # A plain function: a copy of the module (training works on one) keeps counting here.
+            seen.append(given[0].shape[0])
+
+        module.register_forward_hook(count)
+        real = series.load_file
+
+        def counted(path: Path) -> dict[str, torch.Tensor]:
+            self.bytes_read += os.path.getsize(path)
+            return real(path)
+
+        monkeypatch.setattr(series, "load_file", counted)
+
+    @property
+    def sequences(self) -> int:
+        return sum(self.seen)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """Size -> (plan, what a real run of it took), each made once."""
+    done: dict[str, tuple[dict, dict]] = {}
+
+    def of(size: str) -> tuple[dict, dict]:
+        if size not in done:
+            folder = tmp_path_factory.mktemp(size)
+            settings = config(*SHAPES[size])
+            found = planning.make_plan(settings, folder)
+            run = open_run(settings, folder / "run", say=lambda _: None)
+            with pytest.MonkeyPatch.context() as patch:
+                counter = Counter(run.task.module, patch)
+                run_stages(run)
+                summary = write_summary(run)
+            files = [f for f in (folder / "run").rglob("*.safetensors") if ".part" not in f.name]
+            measured = {
+                "forward_sequences": counter.sequences,
+                "hvps": summary["analyses"]["hessian"]["basis"]["hvps"],
+                "bytes_read": counter.bytes_read,
+                "bytes_written": sum(f.stat().st_size for f in files),
+                "seconds": summary["cost"]["seconds"],
+            }
+            done[size] = found, measured
+        return done[size]
+
+    return of
+
+
+@pytest.mark.parametrize("size", list(SHAPES))
+def test_passes_products_and_bytes_of_a_real_run(size, compared):
+    found, measured = compared(size)
+    for key in ("forward_sequences", "hvps", "bytes_read", "bytes_written"):
+        assert found[key] == pytest.approx(measured[key], rel=0.25), key
+    assert found["peak_bytes"] > found["parameters"] * 4 * 10
+
+
+@pytest.mark.parametrize("size", list(SHAPES))
+def test_time_of_a_real_run(size, compared):
+    found, measured = compared(size)
+    ratio = found["seconds"] / measured["seconds"]
+    if os.getloadavg()[0] > (os.cpu_count() or 1):
+        pytest.skip(f"time is not compared while others use the processor (ratio {ratio:.2f})")
+    assert 1 / 1.5 < ratio < 1.5
+
+
+def test_a_wide_spacing_is_warned_of_and_a_fine_one_is_not():
+    fine = config(32, 1)
+    assert planning.gap_warnings(fine, fine.training.recorded) == [
+        "learning rate x spacing is 8.0e-03, above 6e-03 the trapezoid misses much of the loss change; "
+        "set training.record_every to 6 or less"
+    ]
+    slow = fine.model_copy(update={"training": fine.training.model_copy(update={"learning_rate": 1e-4})})
+    assert planning.gap_warnings(slow, slow.training.recorded) == []
+
+
+def test_pythias_early_steps_are_named():
+    from polca_edit.huggingface import PYTHIA_STEPS
+
+    opened = config(32, 1, checkpoints={"directory": "x"})
+    (said,) = planning.gap_warnings(opened, PYTHIA_STEPS)
+    for gap in ("2-4", "256-512", "512-1000", "1000-2000"):
+        assert gap in said
+    assert "2000-3000" not in said
+    assert planning.gap_warnings(opened, range(0, 1000, 10)) != []
+    assert planning.gap_warnings(opened, range(1000, 2000, 10)) == []
+
+
+@pytest.mark.parametrize(
+    ("sequences", "batch", "expected"), [(10, 4, 12), (8, 4, 8), (3, 100, 3), (101, 100, 200)]
+)
+def test_padding(sequences, batch, expected):
+    assert planning.padded(sequences, batch) == expected
+
+
+def sizes() -> planning.Sizes:
+    bases = (("hessian", 10, 10), ("trajectory", 10, 0))
+    return planning.Sizes(1000, 20, 100, 8, 50, 200, 50, 50, 50, 2, bases, 3, 2, "jvp", False)
+
+
+SPEEDS = planning.Speeds(0.01, 0.001, 0.01, 0.0, 0.005, 0.001, 0.0, 0.0, 0.0, 0)
+
+
+def test_the_cost_of_forward_passes_by_hand():
+    stages = {s.stage: s for s in planning.stage_costs(sizes(), SPEEDS, config(32, 1))}
+    # Two bases: 20 vectors and 4 residual directions; every direction and the losses at 20 checkpoints.
+    assert stages["projections"].forward == 20 * 50 * (1 + 24)
+    assert stages["damage:hessian"].forward == 50 * (2 + 10 * (3 + 2))
+    assert stages["train"].forward == 800
+    assert stages["basis:hessian"].hvps == 8 * 10 - 7
+    assert stages["projections"].seconds == pytest.approx(20 * 50 * 0.01)
+
+
+def test_a_budget_is_kept_and_a_larger_one_buys_more():
+    settings = config(32, 1)
+    full = sum(s.seconds for s in planning.stage_costs(sizes(), SPEEDS, settings))
+    everything = planning.fit_budget(sizes(), SPEEDS, settings, full * 1.01)
+    half = planning.fit_budget(sizes(), SPEEDS, settings, full / 2)
+    assert everything["share"] == 1.0
+    assert half["fits"]
+    assert half["seconds"] <= full / 2
+    assert half["select_sequences"] < 50
+    assert not planning.fit_budget(sizes(), SPEEDS, settings, 0.5)["fits"]
+
+
+def test_more_documents_find_smaller_effects():
+    from experiments.tasks import build_task
+
+    few = config(32, 1)
+    many = few.model_copy(update={"arithmetic": few.arithmetic.model_copy(update={"evaluate_sums": 80})})
+    one = planning.smallest_effect(build_task(few), few)
+    other = planning.smallest_effect(build_task(many), many)
+    assert (one["documents"], other["documents"]) == (20, 80)
+    assert one["in_standard_deviations"] == pytest.approx(2 * other["in_standard_deviations"])
+    # 2.8 standard errors of a mean of 20.
+    assert one["in_standard_deviations"] == pytest.approx(2.8 / 20**0.5)
+
+
+def test_the_verb_prints_json_with_the_promised_keys():
+    result = CliRunner().invoke(app, ["plan", "smoke", "--json", "--budget-minutes", "1"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.output)
+    promised = {"forward_passes", "hvps", "bytes_read", "bytes_written", "peak_bytes", "seconds"}
+    assert promised <= found.keys()
+    assert all(found[key] > 0 for key in promised)
+    assert found["budget"]["fits"]
