@@ -96,20 +96,30 @@ def _hessian(inputs: BasisInputs, count: int) -> Basis:
 
 def _shuffled(inputs: BasisInputs, count: int) -> Basis:
     return bases.shuffled_hessian_basis(
-        inputs.objective, inputs.spaced(count), inputs.tokens, **_eigen(inputs)  # type: ignore[arg-type]
+        inputs.objective,
+        inputs.spaced(count),
+        inputs.tokens,
+        **_eigen(inputs),  # type: ignore[arg-type]
     )
 
 
 def _final(inputs: BasisInputs, count: int) -> Basis:
     options = {**_eigen(inputs), "max_products": inputs.max_products * max(1, count // 2)}
     return bases.final_hessian_basis(
-        inputs.objective, inputs.checkpoints, inputs.tokens, count, **options  # type: ignore[arg-type]
+        inputs.objective,
+        inputs.checkpoints,
+        inputs.tokens,
+        count,
+        **options,  # type: ignore[arg-type]
     )
 
 
 def _sliding(inputs: BasisInputs, count: int) -> Basis:
     return bases.sliding_hessian_basis(
-        inputs.objective, inputs.spaced(count), inputs.tokens, **_eigen(inputs)  # type: ignore[arg-type]
+        inputs.objective,
+        inputs.spaced(count),
+        inputs.tokens,
+        **_eigen(inputs),  # type: ignore[arg-type]
     )
 
 
@@ -132,26 +142,41 @@ def _gauss_newton(inputs: BasisInputs, count: int) -> Basis:
     if inputs.outputs is None:
         raise ValueError("a Gauss-Newton basis needs the model's logits, this task gives none; use 'fisher'")
     return bases.gauss_newton_basis(
-        inputs.objective, inputs.outputs, inputs.spaced(count), inputs.tokens, **_eigen(inputs)  # type: ignore[arg-type]
+        inputs.objective,
+        inputs.outputs,
+        inputs.spaced(count),
+        inputs.tokens,
+        **_eigen(inputs),  # type: ignore[arg-type]
     )
 
 
 def _fisher(inputs: BasisInputs, count: int) -> Basis:
     return bases.fisher_basis(
-        inputs.objective, inputs.spaced(count), inputs.tokens, **_eigen(inputs)  # type: ignore[arg-type]
+        inputs.objective,
+        inputs.spaced(count),
+        inputs.tokens,
+        **_eigen(inputs),  # type: ignore[arg-type]
     )
 
 
 def _covariance(inputs: BasisInputs, count: int) -> Basis:
     return bases.fisher_basis(
-        inputs.objective, inputs.spaced(count), inputs.tokens, centred=True, **_eigen(inputs)  # type: ignore[arg-type]
+        inputs.objective,
+        inputs.spaced(count),
+        inputs.tokens,
+        centred=True,
+        **_eigen(inputs),  # type: ignore[arg-type]
     )
 
 
 def _stacked(inputs: BasisInputs, count: int) -> Basis:
     # Four checkpoints: every product passes over the sample once per stacked checkpoint.
     return bases.stacked_jacobian_basis(
-        inputs.objective, inputs.spaced(min(4, count)), inputs.tokens, count, **_eigen(inputs)  # type: ignore[arg-type]
+        inputs.objective,
+        inputs.spaced(min(4, count)),
+        inputs.tokens,
+        count,
+        **_eigen(inputs),  # type: ignore[arg-type]
     )
 
 
@@ -159,7 +184,11 @@ def _adam(inputs: BasisInputs, count: int) -> Basis:
     if inputs.second_moments is None:
         raise ValueError("an Adam-preconditioned basis needs recorded optimiser state; set state_every")
     return bases.adam_hessian_basis(
-        inputs.objective, inputs.spaced(count), inputs.tokens, inputs.second_moments, **_eigen(inputs)  # type: ignore[arg-type]
+        inputs.objective,
+        inputs.spaced(count),
+        inputs.tokens,
+        inputs.second_moments,
+        **_eigen(inputs),  # type: ignore[arg-type]
     )
 
 
@@ -180,7 +209,11 @@ def _loss_path(inputs: BasisInputs, count: int) -> Basis:
 def _trajectory_hessian(inputs: BasisInputs, count: int) -> Basis:
     first = trajectory_basis(inputs.checkpoints, count - count // 4, mask=inputs.mask)
     return bases.trajectory_and_hessian_basis(
-        first, inputs.objective, inputs.spaced(count // 4), inputs.tokens, **_eigen(inputs)  # type: ignore[arg-type]
+        first,
+        inputs.objective,
+        inputs.spaced(count // 4),
+        inputs.tokens,
+        **_eigen(inputs),  # type: ignore[arg-type]
     )
 
 

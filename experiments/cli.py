@@ -61,7 +61,8 @@ def demo(seed: Seed = None, out: Out = None, set_: Set = None, dry_run: DryRun =
 
 
 @app.command(
-    epilog="Examples: `polca-edit run mini --seed 1` · `polca-edit run english.yaml --text corpus.jsonl.gz` · "
+    epilog="Examples: `polca-edit run mini --seed 1` · "
+    "`polca-edit run english.yaml --text corpus.jsonl.gz` · "
     "`polca-edit run mine.yaml --checkpoints runs/other/checkpoints`"
 )
 def run(
@@ -86,8 +87,13 @@ def run(
     A run that was stopped goes on where it was; finished stages are not repeated.
     """
     overrides = _overrides(
-        set_, seed=seed, text__file=text, checkpoints__directory=checkpoints, device=device, engine=engine,
-        engine_address=address
+        set_,
+        seed=seed,
+        text__file=text,
+        checkpoints__directory=checkpoints,
+        device=device,
+        engine=engine,
+        engine_address=address,
     )
     execute(config, out or Path("runs") / Path(config).stem, overrides, redo, dry_run)
 
@@ -114,7 +120,8 @@ def execute(
         return None
     opened = pipeline.open_run(resolved, out, say)
     say(
-        f"polca-edit: task {opened.task.name}, {opened.task.space.size:,} parameters, seed {resolved.seed}, into {out}"
+        f"polca-edit: task {opened.task.name}, {opened.task.space.size:,} parameters, "
+        f"seed {resolved.seed}, into {out}"
     )
     pipeline.run_stages(opened, redo)
     labels = write_labels(opened) if opened.task.name == "text" else {}

@@ -123,8 +123,8 @@ def _random_controls(
         row = orthonormalise(torch.randn(1, len(place.theta), generator=generator))
         changes.append(place.damage(displace(place.theta, row, [size], "random_direction")).change)
     stack = torch.stack(changes).double()
-    targets: dict[int | None, Tensor] = {None: torch.ones(place.tokens.count, dtype=torch.bool)}
-    targets.update(masks)
+    everything = torch.ones(place.tokens.count, dtype=torch.bool)
+    targets: list[tuple[int | None, Tensor]] = [(None, everything), *masks.items()]
     return [
         {
             "control": "random_direction",
@@ -136,7 +136,7 @@ def _random_controls(
             "on_target_mean": float(stack[:, mask].mean()),
             "on_target_max": float(stack[:, mask].mean(1).max()),
         }
-        for cluster, mask in targets.items()
+        for cluster, mask in targets
     ]
 
 

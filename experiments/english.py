@@ -267,8 +267,10 @@ def _task(
 def _huggingface_task(config: RunConfig) -> Task:
     """A Hugging Face model: its own tokenizer, its checkpoints where the config names some."""
     path, given = Path(config.model.path or "."), config.checkpoints
-    revisions = [] if given is None else find_revisions(
-        given.directory, names=given.pattern, step_pattern=given.step_pattern
+    revisions = (
+        []
+        if given is None
+        else find_revisions(given.directory, names=given.pattern, step_pattern=given.step_pattern)
     )
     adapted = bool(revisions) and is_adapter(revisions[-1].path)
     if adapted:

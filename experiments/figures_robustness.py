@@ -21,7 +21,7 @@ def draw_survival(table: dict[str, dict[str, Any]], path: Path) -> None:
     names = list(table)
     factors = list(next(iter(table.values()))["levels"])
     figure, axes = plt.subplots(figsize=(9, 1.2 + 0.62 * len(names)), constrained_layout=True)
-    colours = plt.get_cmap("tab10").colors
+    colours = [plt.get_cmap("tab10")(i) for i in range(10)]
     for row, name in enumerate(reversed(names)):
         entry = table[name]
         axes.barh(row, entry["share"], height=0.66, color="#dddddd", zorder=1)

@@ -78,9 +78,7 @@ class Branch:
 
     def settings(self, base: ClusterSettings) -> ClusterSettings:
         """Clustering of this branch."""
-        return replace(
-            base, scaled=self.scaled, by_output=self.by_output, min_cluster_share=self.min_cluster
-        )
+        return replace(base, scaled=self.scaled, by_output=self.by_output, min_cluster_share=self.min_cluster)
 
 
 def branches(vectors: Sequence[int], strides: Sequence[int], rules: Sequence[Rule]) -> Iterator[Branch]:

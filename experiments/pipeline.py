@@ -328,7 +328,9 @@ def basis_checkpoints(run: Run, checkpoints: Checkpoints, spec: BasisConfig) -> 
     if spec.placement == "equal":
         return checkpoints.subset([round((i + 1) * (len(checkpoints) - 1) / count) for i in range(count)])
     sample = run.task.splits.curvature
-    means = [float(run.objective.losses(theta, sample).double().mean()) for theta in checkpoints]
+    means = [
+        float(run.objective.losses(checkpoints[i], sample).double().mean()) for i in range(len(checkpoints))
+    ]
     return checkpoints.subset(equal_falls(means, count))
 
 

@@ -206,8 +206,10 @@ def _projection_cost(s: Sizes, speeds: Speeds, select: int) -> StageCost:
         forward = s.checkpoints * select * (1 + s.rows)
     # One pass over the series for the slopes, one more per basis for the displacements.
     reads = s.checkpoints * (1 + len(s.bases))
-    stored = s.select_tokens * FLOAT * sum(
-        s.checkpoints * vectors + 3 * s.checkpoints for _, vectors, _ in s.bases
+    stored = (
+        s.select_tokens
+        * FLOAT
+        * sum(s.checkpoints * vectors + 3 * s.checkpoints for _, vectors, _ in s.bases)
     )
     hvps = 0
     if s.second_order:
@@ -290,8 +292,11 @@ def _product_seconds(
     objective: Objective, theta: Tensor, row: Tensor, tokens: TokenSet, config: RunConfig, sizes: Sizes
 ) -> tuple[float, float, float]:
     """(linearising once more, first time beyond that, one product), seconds for these tokens."""
-    wanted = [(spec, taken) for spec, (kind, _, taken) in zip(config.bases, sizes.bases, strict=True)
-              if kind == "hessian"]
+    wanted = [
+        (spec, taken)
+        for spec, (kind, _, taken) in zip(config.bases, sizes.bases, strict=True)
+        if kind == "hessian"
+    ]
     if not wanted:
         return 0.0, 0.0, 0.0
     spec, taken = wanted[0]

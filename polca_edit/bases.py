@@ -58,9 +58,7 @@ def operator_basis(
     for index in range(len(checkpoints)) if order is None else order:
         theta, step = checkpoints[index], checkpoints.steps[index]
         product = product_at(index)
-        parts.append(
-            next_vectors(product, theta, parts, step, generator, k, tolerance, max_products, mask)
-        )
+        parts.append(next_vectors(product, theta, parts, step, generator, k, tolerance, max_products, mask))
     return join(kind, parts)
 
 
@@ -341,9 +339,7 @@ def adam_hessian_basis(
             row = row - inner_products(row, torch.cat([p.rows for p in parts])).to(row) @ torch.cat(
                 [p.rows for p in parts]
             )
-        parts.append(
-            BasisCheckpoint(step, row / row.norm(), pairs.values, pairs.residuals, pairs.products)
-        )
+        parts.append(BasisCheckpoint(step, row / row.norm(), pairs.values, pairs.residuals, pairs.products))
     return join("adam_hessian", parts)
 
 

@@ -132,7 +132,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"a checkpoint must exist, '{path}' does not; check the path")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            weights: dict[str, Tensor] = load_file(path)
+            return weights
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"'{path}' cannot be read ({error}); it may be truncated, copy it again") from error
@@ -233,7 +234,8 @@ def open_directory(space: ParameterSpace, directory: Path | str, pattern: str = 
         return open_series(space, directory)
     if (directory / "key.json").exists() or any(directory.glob("state-*.safetensors")):
         raise ValueError(
-            f"the recording in '{directory}' has no series.json, it was stopped early; run it again to finish it"
+            f"the recording in '{directory}' has no series.json, it was stopped early; "
+            "run it again to finish it"
         )
     found = [
         p
@@ -278,7 +280,9 @@ def _order_header(path: Path) -> None:
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         if len(text) > size:
-            raise ValueError(f"the header of '{path}' must fit its {size} bytes, got {len(text)}; report this")
+            raise ValueError(
+                f"the header of '{path}' must fit its {size} bytes, got {len(text)}; report this"
+            )
         handle.seek(8)
         handle.write(text.ljust(size))
 

@@ -390,6 +390,4 @@ def with_first(checkpoints: Checkpoints, theta: Tensor, step: int = 0) -> Checkp
         return space.unflatten(first) if index == 0 else checkpoints.read(index - 1)
 
     rates = None if checkpoints.learning_rates is None else (0.0, *checkpoints.learning_rates)
-    return replace(
-        checkpoints, steps=(step, *checkpoints.steps), read=read, learning_rates=rates, _cache={}
-    )
+    return replace(checkpoints, steps=(step, *checkpoints.steps), read=read, learning_rates=rates, _cache={})

@@ -154,13 +154,9 @@ def accelerating_checkpoints(
     return sorted(chosen)
 
 
-def loss_groups(
-    losses: Float[Tensor, "T M"], count: int, *, seed: int
-) -> dict[str, Bool[Tensor, " M"]]:
+def loss_groups(losses: Float[Tensor, "T M"], count: int, *, seed: int) -> dict[str, Bool[Tensor, " M"]]:
     """Token groups whose exact losses move alike (k-means on loss curves), without labels."""
     from sklearn.cluster import KMeans
 
     labels = KMeans(count, n_init=4, random_state=seed).fit_predict(losses.T.double().numpy())
     return {f"group {i}": torch.from_numpy(labels == i) for i in range(count)}
-
-

@@ -257,9 +257,7 @@ def training_splits(
     stream = torch.from_numpy(np.concatenate([documents[index] for index in training]))
     counts = np.bincount(stream.numpy(), minlength=len(strings))
     order = [training[i] for i in torch.randperm(len(training), generator=generator).tolist()]
-    ((curvature, _),) = draw_token_sets(
-        documents, order, sequences[:1], sampling, strings, generator, counts
-    )
+    ((curvature, _),) = draw_token_sets(documents, order, sequences[:1], sampling, strings, generator, counts)
     (select, _), (evaluate, _) = draw_token_sets(
         documents, list(held_out), sequences[1:], sampling, strings, generator, counts
     )

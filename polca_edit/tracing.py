@@ -66,10 +66,10 @@ def trace_linearization(
 
     def derivative(*flat: Tensor) -> tuple[Tensor, ...]:
         given = flat[count : count + extra]
-        values, tangents = torch.func.jvp(
+        pair = torch.func.jvp(
             lambda *point: tuple(function(point, given)), tuple(flat[:count]), tuple(flat[count + extra :])
         )
-        return (*values, *tangents)
+        return (*pair[0], *pair[1])
 
     example = [w.detach().clone(memory_format=torch.contiguous_format) for w in weights]
     with torch.no_grad():

@@ -182,7 +182,7 @@ def train(
             group["lr"] = settings.rate(step)
         optimiser.zero_grad(set_to_none=True)
         loss = batch_loss(module, step)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimiser.step()
         if after_step is not None:
             after_step(step, module, optimiser)

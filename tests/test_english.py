@@ -95,6 +95,7 @@ def test_training_learns_the_text(tmp_path):
     from polca_edit.training import TrainingSettings, train
 
     task = english.build_text_task(config(write_jsonl(tmp_path / "t.jsonl.gz")))
+
     def held_out_loss() -> float:
         with torch.no_grad():
             return float(next_token_loss(task.module, task.splits.select.inputs).mean())

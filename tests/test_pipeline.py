@@ -129,9 +129,7 @@ def test_same_seed_same_summary_after_a_kill_in_every_stage(
     assert not list(out.rglob("*.part"))
 
 
-def test_new_cluster_settings_keep_the_expensive_stages(
-    finished: tuple[Path, dict], tmp_path: Path
-) -> None:
+def test_new_cluster_settings_keep_the_expensive_stages(finished: tuple[Path, dict], tmp_path: Path) -> None:
     copied = tmp_path / "copy"
     shutil.copytree(finished[0], copied)
     lines: list[str] = []

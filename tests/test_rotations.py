@@ -46,8 +46,14 @@ def _projections(seed=0, steps=6, tokens=30):
 
     ones = torch.ones(steps - 1, dtype=torch.float64)
     return Projections(
-        torch.arange(steps), draw(steps, tokens), draw(steps, K, tokens), draw(steps - 1, K),
-        draw(steps - 1, tokens), draw(steps - 1, tokens), ones, ones,
+        torch.arange(steps),
+        draw(steps, tokens),
+        draw(steps, K, tokens),
+        draw(steps - 1, K),
+        draw(steps - 1, tokens),
+        draw(steps - 1, tokens),
+        ones,
+        ones,
     )
 
 
