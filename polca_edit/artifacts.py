@@ -135,6 +135,12 @@ def hardware() -> dict[str, object]:
 
 def peak_rss_bytes() -> int:
     """Largest resident memory of this process so far."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # getrusage would count the peak of the process that started this one.
+        line = next((n for n in status.read_text().splitlines() if n.startswith("VmHWM")), None)
+        if line is not None:
+            return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -270,17 +276,17 @@ def kept_parts(
     """A map that keeps each finished item on disk and reads it back after an interruption.
 
     The cost of items that were read back is carried in ``cost.json``, so that a resumed run adds
-    up to the same passes.
+    up to the same passes. What is spent between this call and an item's end belongs to the items.
     """
+    _adopt_spent(parts)
+    ledger = parts / "cost.json"
+    carried: dict[str, Any] = {"passes": {}, "seconds": 0.0}
+    if ledger.exists():
+        carried = json.loads(ledger.read_text())
+    base, base_seconds = dict(carried["passes"]), carried["seconds"]
+    first, started = passes.as_dict(), time.perf_counter()
 
     def mapped(function: Callable[[int], Record], indices: Sequence[int]) -> Iterator[Record]:
-        ledger = parts / "cost.json"
-        carried: dict[str, Any] = {"passes": {}, "seconds": 0.0}
-        if ledger.exists():
-            carried = json.loads(ledger.read_text())
-        base = dict(carried["passes"])
-        base_seconds, first = carried["seconds"], passes.as_dict()
-        started = time.perf_counter()
         for index in indices:
             path = parts / f"part-{index:05d}.safetensors"
             if path.exists():
@@ -295,7 +301,6 @@ def kept_parts(
             )
             yield result
 
-    _adopt_spent(parts)
     return mapped
 
 

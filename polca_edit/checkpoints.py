@@ -232,7 +232,7 @@ def open_directory(space: ParameterSpace, directory: Path | str, pattern: str = 
         raise ValueError(f"a checkpoint directory must exist, '{directory}' does not; check the path")
     if (directory / "series.json").exists():
         return open_series(space, directory)
-    if (directory / "key.json").exists() or any(directory.glob("state-*.safetensors")):
+    if (directory / "key.json").exists():
         raise ValueError(
             f"the recording in '{directory}' has no series.json, it was stopped early; "
             "run it again to finish it"

@@ -105,12 +105,12 @@ def test_passes_products_and_bytes_of_a_real_run(size, compared):
     assert found["peak_bytes"] > found["parameters"] * 4 * 10
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("size", list(SHAPES))
 def test_time_of_a_real_run(size, compared):
     found, measured = compared(size)
     ratio = found["seconds"] / measured["seconds"]
-    if os.getloadavg()[0] > (os.cpu_count() or 1):
-        pytest.skip(f"time is not compared while others use the processor (ratio {ratio:.2f})")
+    print(f"{size}: planned over measured time {ratio:.2f}")
     assert 1 / 1.5 < ratio < 1.5
 
 

@@ -39,7 +39,8 @@ def test_multiplicity_against_hand_table() -> None:
     assert st.holm(p) == pytest.approx([0.05, 0.08, 0.09, 0.09, 0.09])
     assert st.benjamini_hochberg(p) == pytest.approx([0.05] * 5)
     harmonic = sum(1 / k for k in range(1, 6))
-    assert st.benjamini_hochberg([0.01, 1, 1, 1, 1], dependent=True)[0] == pytest.approx(0.05 * harmonic)
+    one_small = [0.01, 1.0, 1.0, 1.0, 1.0]
+    assert st.benjamini_hochberg(one_small, dependent=True)[0] == pytest.approx(0.05 * harmonic)
 
 
 def test_sign_flip_is_the_exact_distribution() -> None:
