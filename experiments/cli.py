@@ -14,6 +14,8 @@ import yaml
 from rich.console import Console
 
 from experiments import causal, selftest, text_verbs
+from experiments.apply import apply
+from experiments.remove import remove
 
 app = typer.Typer(
     add_completion=False,
@@ -166,12 +168,32 @@ def inspect(
         print_summary(summary, console)
 
 
-app.command(name="test")(causal.causal_test)
-app.command(name="selftest")(selftest.selftest)
-app.command(name="open")(text_verbs.open_checkpoints)
-app.command(name="english")(text_verbs.english)
-app.command(name="label")(text_verbs.label)
-app.command(name="plan")(text_verbs.plan)
+app.command(
+    name="test",
+    epilog="Example: `polca-edit test runs/demo runs/demo-1 --basis trajectory --out studies/demo`",
+)(causal.causal_test)
+app.command(
+    name="selftest",
+    epilog="Examples: `polca-edit selftest` · `polca-edit selftest --bed T1 --break flipped_sign`",
+)(selftest.selftest)
+app.command(
+    name="open", epilog="Example: `polca-edit open trainer-output --text corpus.txt --out runs/mine`"
+)(text_verbs.open_checkpoints)
+app.command(
+    name="remove",
+    epilog="Examples: `polca-edit remove runs/demo --skill 10s` · "
+    "`polca-edit remove runs/demo --cluster trajectory:1:0 --basis trajectory`",
+)(remove)
+app.command(
+    name="apply",
+    epilog="Examples: `polca-edit apply runs/demo/edits/10s.json MODEL --out edited` · "
+    "`polca-edit apply runs/demo/edits/10s.json edited --undo --out restored`",
+)(apply)
+app.command(name="english", epilog="Example: `polca-edit english --text corpus.jsonl.gz --preset demo`")(
+    text_verbs.english
+)
+app.command(name="label", epilog="Example: `polca-edit label runs/mine`")(text_verbs.label)
+app.command(name="plan", epilog="Example: `polca-edit plan mini --json`")(text_verbs.plan)
 
 
 def explain(error: BaseException) -> str:
