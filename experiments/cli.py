@@ -43,7 +43,8 @@ def say(text: str) -> None:
     console.print(text, soft_wrap=True)
 
 
-def _overrides(assignments: list[str] | None, **given: Any) -> dict[str, Any]:
+def settings_from(assignments: list[str] | None, **given: Any) -> dict[str, Any]:
+    """Config overrides from ``--set KEY=VALUE`` and options; ``a__b`` is the key ``a.b``."""
     values: dict[str, Any] = {}
     for assignment in assignments or []:
         key, equals, text = assignment.partition("=")
@@ -59,7 +60,7 @@ def _overrides(assignments: list[str] | None, **given: Any) -> dict[str, Any]:
 @app.command(epilog="Example: `polca-edit demo --seed 3 --out runs/demo-3`")
 def demo(seed: Seed = None, out: Out = None, set_: Set = None, dry_run: DryRun = False) -> None:
     """Run the main job on the built-in arithmetic task (minutes on two CPU cores)."""
-    execute("demo", out or Path("runs/demo"), _overrides(set_, seed=seed), None, dry_run)
+    execute("demo", out or Path("runs/demo"), settings_from(set_, seed=seed), None, dry_run)
 
 
 @app.command(
@@ -88,7 +89,7 @@ def run(
 
     A run that was stopped goes on where it was; finished stages are not repeated.
     """
-    overrides = _overrides(
+    overrides = settings_from(
         set_,
         seed=seed,
         text__file=text,

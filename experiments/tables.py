@@ -49,33 +49,49 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
         )
 
 
+PER_SKILL, ROWS = 2, 12
+
+
+def f1(cluster: dict[str, Any]) -> float:
+    """F1 of homogeneity and recall for the cluster's label, 0 without one."""
+    label = cluster["label"]
+    if label not in cluster["homogeneity"]:
+        return 0.0
+    precision, recall = cluster["homogeneity"][label], cluster["recall_all"][label]
+    return 2.0 * precision * recall / max(precision + recall, 1e-12)
+
+
 def _cluster_table(summary: dict[str, Any]) -> Table:
     table = Table(
-        title="Largest clusters: what they hold, and what undoing their vector costs (select split)",
+        title="Clusters that agree best with a known skill; cost of undoing their vector (select split)",
         title_justify="left",
     )
     for heading in ("basis", "vector", "cluster", "tokens", "best skill", "homogeneity", "recall", "lift"):
         table.add_column(heading, justify="left" if heading in ("basis", "best skill") else "right")
     table.add_column("damage on / off target", justify="right")
-    rows = []
-    for name, analysis in summary["analyses"].items():
-        for c in analysis["clusters"]:
-            rows.append((c["homogeneity"].get(c["label"], 0.0) * c["tokens"], name, analysis, c))
-    for _, name, analysis, c in sorted(rows, key=lambda row: -row[0])[:10]:
-        hit = find_damage(analysis, c["vector"], c["cluster"], "select")
+    found = [(name, a, c) for name, a in summary["analyses"].items() for c in a["clusters"]]
+    found.sort(key=lambda item: (-f1(item[2]), -item[2]["tokens"]))
+    shown: dict[str | None, int] = {}
+    for name, analysis, c in found:
         label = c["label"]
+        shown[label] = shown.get(label, 0) + 1
+        known = label in c["homogeneity"]
+        if sum(shown.values()) > ROWS or (known and shown[label] > PER_SKILL):
+            shown[label] -= 1
+            continue
+        hit = find_damage(analysis, c["vector"], c["cluster"], "select")
         table.add_row(
             name,
             str(c["vector"]),
             str(c["cluster"]),
             str(c["tokens"]),
             label or "-",
-            "-" if label is None else f"{c['homogeneity'][label]:.2f}",
-            "-" if label is None else f"{c['recall_all'][label]:.2f}",
-            "-" if label is None else f"{c['lift'][label]:.1f}",
+            f"{c['homogeneity'][label]:.2f}" if known else "-",
+            f"{c['recall_all'][label]:.2f}" if known else "-",
+            f"{c['lift'][label]:.1f}" if known else "-",
             "-" if hit is None else f"{hit['on_target']:+.3f} / {hit['off_target'] or 0:+.3f}",
         )
-    if not rows:
+    if not found:
         table.add_row("no clusters found", *[""] * 8)
     return table
 
@@ -102,28 +118,42 @@ def most_selective(
     partition: tuple[str, ...] = ("1000s", "100s", "10s", "1s"),
     split: str = "evaluate",
 ) -> dict[str, Any] | None:
-    """The vector whose removal costs one part at least 1 nat and the worst other part least of that."""
-    best: dict[str, Any] | None = None
+    """The vector whose removal costs one part at least 1 nat and the worst other part least of that.
+
+    It is chosen on the select split; the numbers are those of ``split``.
+    """
+    chosen: tuple[float, str, int, str] | None = None
     for name, analysis in summary["analyses"].items():
         for row in analysis["damage"]:
-            if row["cluster"] is not None or row["split"] != split or row["dose"] != 1.0:
-                continue
-            parts = {skill: row["groups"][skill] for skill in partition if skill in row["groups"]}
+            parts = _parts(row, partition, "select")
             if len(parts) < 2:
                 continue
             skill = max(parts, key=lambda key: parts[key])
             off = max(value for key, value in parts.items() if key != skill)
-            if parts[skill] < 1.0:
-                continue
-            share = max(off, 0.0) / parts[skill]
-            if best is None or share < best["share"]:
-                best = {
-                    "basis": name,
-                    "vector": row["vector"],
-                    "skill": skill,
-                    "on": parts[skill],
-                    "off": off,
-                    "share": share,
-                    "split": split,
-                }
-    return best
+            share = max(off, 0.0) / max(parts[skill], 1e-12)
+            if parts[skill] >= 1.0 and (chosen is None or share < chosen[0]):
+                chosen = share, name, row["vector"], skill
+    if chosen is None:
+        return None
+    _, name, vector, skill = chosen
+    row = find_damage(summary["analyses"][name], vector, None, split)
+    parts = {} if row is None else _parts(row, partition, split)
+    if skill not in parts:
+        return None
+    off = max(value for key, value in parts.items() if key != skill)
+    return {
+        "basis": name,
+        "vector": vector,
+        "skill": skill,
+        "on": parts[skill],
+        "off": off,
+        "share": max(off, 0.0) / parts[skill] if parts[skill] > 0 else None,
+        "split": split,
+    }
+
+
+def _parts(row: dict[str, Any], partition: tuple[str, ...], split: str) -> dict[str, float]:
+    """Damage per part of a whole-vector project_out row of the split; empty for other rows."""
+    if row["cluster"] is not None or row["split"] != split or row["dose"] != 1.0:
+        return {}
+    return {skill: row["groups"][skill] for skill in partition if skill in row["groups"]}

@@ -100,7 +100,7 @@ def open_checkpoints(
         preset=preset,
     )
     for assignment in set_ or []:
-        overrides.update(cli._overrides([assignment]))
+        overrides.update(cli.settings_from([assignment]))
     cli.execute(preset, out or Path("runs") / folder.resolve().name, overrides, None, dry_run)
 
 
@@ -123,7 +123,7 @@ def english(
 
     if preset not in ENGLISH_PRESETS:
         raise ValueError(f"--preset must be one of {sorted(ENGLISH_PRESETS)}, got '{preset}'")
-    overrides = cli._overrides(set_, seed=seed, text__file=text, text__probe=probe, device=device)
+    overrides = cli.settings_from(set_, seed=seed, text__file=text, text__probe=probe, device=device)
     target = out or Path("runs") / f"english-{preset}"
     cli.execute(ENGLISH_PRESETS[preset], target, overrides, redo, dry_run)
 
@@ -170,7 +170,7 @@ def plan(
     from experiments import cli
     from experiments.plan import describe, make_plan
 
-    resolved = load_config(config, cli._overrides(set_, text__file=text))
+    resolved = load_config(config, cli.settings_from(set_, text__file=text))
     with tempfile.TemporaryDirectory() as folder:
         budget = None if budget_minutes is None else 60 * budget_minutes
         found = make_plan(resolved, Path(folder), budget)
