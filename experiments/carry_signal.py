@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from experiments.cli import run_application
 from experiments.config import load_config
 from experiments.multiverse import best_carry, group_damage, thinned
 from experiments.pipeline import Run, open_run
@@ -176,4 +177,4 @@ def signal_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    typer.run(carry_signal)
+    run_application(carry_signal)

@@ -51,12 +51,14 @@ def best_cluster(summary: dict[str, Any]) -> dict[str, Any] | None:
     if best is None:
         return None
     row = best[1]
-    analysis, key = summary["analyses"][row["basis"]], (row["vector"], row["cluster"])
-    on_evaluate = next((c for c in analysis["evaluate_clusters"] if (c["vector"], c["cluster"]) == key), None)
+    analysis, pair = summary["analyses"][row["basis"]], (row["vector"], row["cluster"])
+    on_evaluate = next(
+        (c for c in analysis["evaluate_clusters"] if (c["vector"], c["cluster"]) == pair), None
+    )
     if on_evaluate is not None:
         row["evaluate"] = {k: on_evaluate[k][row["skill"]] for k in ("homogeneity", "recall_all", "lift")}
         row["rule_auc"], row["rule"] = on_evaluate["rule_auc"], on_evaluate["rule"]
-    damage = {split: find_damage(analysis, *key, split) for split in ("select", "evaluate")}
+    damage = {split: find_damage(analysis, *pair, split) for split in ("select", "evaluate")}
     row["damage"] = {
         split: None if hit is None else {k: hit[k] for k in ("on_target", "off_target", "headroom")}
         for split, hit in damage.items()

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from experiments import arithmetic
 from experiments.arithmetic import ArithmeticData, carries, first_and_second, make_data, token_set
+from experiments.config import load_config
+from experiments.pipeline import training_settings
+from experiments.tasks import arithmetic_shape
 from interventions.removal_problem import GroupRule, Limits, Predictor, RemovalProblem
 from interventions.removal_searches import GroupCurvature, group_curvature
 from interventions.rivals import masked_loss
@@ -74,11 +77,11 @@ def allowed_sums(held_out: Tensor, count: int, generator: torch.Generator) -> To
 
 @dataclass(frozen=True)
 class BedSettings:
-    """Model, training and sample sizes of one bed (defaults: the demo)."""
+    """Model, training and sample sizes of one bed."""
 
-    shape: TransformerShape = TransformerShape(2, 128, 4, 512, 12, 12, 10)
-    training: TrainingSettings = TrainingSettings(steps=900, learning_rate=2e-4)
-    record_every: int = 15
+    shape: TransformerShape
+    training: TrainingSettings
+    record_every: int
     batch_size: int = 64
     select_sums: int = 1000
     curvature_sums: int = 250
@@ -87,6 +90,15 @@ class BedSettings:
     hessian_vectors: int = 12
     trajectory_vectors: int = 16
     curvature_sample: int = 64
+
+
+def preset_bed(preset: str, **sizes: int) -> BedSettings:
+    """A bed with the model and training of an arithmetic preset; sample sizes are the bed's own."""
+    config = load_config(preset)
+    t = config.training
+    return BedSettings(
+        arithmetic_shape(config), training_settings(config), t.record_every, t.batch_size, **sizes
+    )
 
 
 @dataclass(frozen=True)

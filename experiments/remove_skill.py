@@ -33,6 +33,7 @@ from experiments.removal_bed import (
     commuted,
     open_bed,
     prepare,
+    preset_bed,
     relearning_batches,
     with_own_digits,
 )
@@ -63,7 +64,7 @@ class Study:
         retrain: whether the gold standard is trained for every skill.
     """
 
-    bed: BedSettings = BedSettings()
+    bed: BedSettings
     effort: Effort = Effort()
     relearning_steps: int = 40
     skills: tuple[str, ...] = tuple(SKILL_GROUPS)
@@ -87,18 +88,11 @@ SMOKE = Study(
     4,
     ("1s",),
 )
-MINI = Study(
-    BedSettings(
-        TransformerShape(3, 512, 4, 2048, 12, 12, 10),
-        TrainingSettings(steps=2000, learning_rate=1e-5),
-        record_every=40,
-        select_sums=500,
-        fit_sums=128,
-        hessian_vectors=8,
-        curvature_sample=64,
-    )
-)
-PRESETS = {"demo": Study(), "mini": MINI, "smoke": SMOKE}
+PRESETS: dict[str, Callable[[], Study]] = {
+    "smoke": lambda: SMOKE,
+    "demo": lambda: Study(preset_bed("demo")),
+    "mini": lambda: Study(preset_bed("mini", select_sums=500, hessian_vectors=8)),
+}
 
 
 @dataclass(frozen=True)
@@ -481,7 +475,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, required=True, help="result file")
     parser.add_argument("--figures", type=Path, help="folder for the Pareto and relearning figures")
     given = parser.parse_args(arguments)
-    study = PRESETS[given.preset]
+    study = PRESETS[given.preset]()
     chosen = restricted_to(study, given.skills, given.methods)
     seeds = range(given.first_seed, given.first_seed + given.seeds)
 

@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
+from experiments.cli import run_application
 from experiments.config import RunConfig, load_config
 from experiments.pipeline import open_run
 from experiments.reproduce_measure import Measured, Say, Settings, measure_bases, rotations_of, trained
@@ -52,15 +53,18 @@ NUMBERS = (
 )
 SCHEMA = "polca-edit/reproduce/1"
 
-#: Config changes and settings by preset. ``demo`` must end in twenty minutes on two cores, so the
-#: bases that are not in the main comparison get 8 vectors and evaluate 150 sums; ``mini`` leaves the
-#: dear bases to ``demo``.
+#: Config changes and settings by preset. ``demo`` must end in twenty minutes on two cores, so it has
+#: 60 intervals, the bases that are not in the main comparison get 8 vectors and evaluate 150 sums;
+#: ``mini`` leaves the dear bases to ``demo``.
 PRESETS: dict[str, tuple[dict[str, Any], Settings]] = {
     "smoke": (
         {"training.record_every": 3},
         Settings(3, None, ("hessian", "trajectory_secant", "random"), ("trajectory_secant",), draws=2),
     ),
-    "demo": ({"arithmetic.evaluate_sums": 150}, Settings(others=8)),
+    "demo": (
+        {"arithmetic.evaluate_sums": 150, "training.record_every": 20, "training.state_every": 200},
+        Settings(others=8),
+    ),
     "mini": (
         {"arithmetic.select_sums": 250},
         Settings(12, None, ("hessian", "shuffled_hessian", "trajectory_secant", "random")),
@@ -220,4 +224,4 @@ def reproduce(
 
 
 if __name__ == "__main__":
-    typer.run(reproduce)
+    run_application(reproduce)

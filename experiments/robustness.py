@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.basis_kinds import build_kind
+from experiments.cli import run_application
 from experiments.config import RunConfig, load_config
 from experiments.figures_robustness import draw_survival
 from experiments.multiverse import branches, conclusions, outcome, survival
@@ -179,4 +180,4 @@ def survival_table(table: dict[str, dict[str, Any]]) -> Table:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    typer.run(robustness)
+    run_application(robustness)

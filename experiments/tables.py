@@ -57,7 +57,7 @@ def f1(cluster: dict[str, Any]) -> float:
     label = cluster["label"]
     if label not in cluster["homogeneity"]:
         return 0.0
-    precision, recall = cluster["homogeneity"][label], cluster["recall_all"][label]
+    precision, recall = float(cluster["homogeneity"][label]), float(cluster["recall_all"][label])
     return 2.0 * precision * recall / max(precision + recall, 1e-12)
 
 

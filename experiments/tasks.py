@@ -87,10 +87,7 @@ def _arithmetic(config: RunConfig) -> Task:
     m = config.model
     if m.kind == "huggingface":
         raise ValueError("task 'arithmetic' builds its own model, got kind 'huggingface'; use kind plain")
-    outputs = 10 if m.kind == "plain" else None
-    shape = TransformerShape(
-        m.layers, m.d_model, m.heads, m.d_mlp, 12, arithmetic.LENGTH, outputs, m.init_std
-    )
+    shape = arithmetic_shape(config)
     build = build_small_transformer if m.kind == "plain" else build_native_bridge
     module = build(shape, config.seed)
     device = _device(config.device)
@@ -108,6 +105,13 @@ def _arithmetic(config: RunConfig) -> Task:
         },
         arithmetic.PLACES,
     )
+
+
+def arithmetic_shape(config: RunConfig) -> TransformerShape:
+    """The small transformer an arithmetic config asks for (12 symbols in, 10 digits out)."""
+    m = config.model
+    outputs = 10 if m.kind == "plain" else None
+    return TransformerShape(m.layers, m.d_model, m.heads, m.d_mlp, 12, arithmetic.LENGTH, outputs, m.init_std)
 
 
 def _text(config: RunConfig) -> Task:

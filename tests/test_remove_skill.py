@@ -187,8 +187,8 @@ def test_matched_damage_compares_only_edits_that_reach_the_goal() -> None:
 
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match="not one of"):
-        restricted_to(Study(), "12s", None)
+        restricted_to(Study(TINY), "12s", None)
     with pytest.raises(ValueError, match="not one of"):
-        restricted_to(Study(), None, "magic")
-    assert restricted_to(Study(), "10s,1s", "NPO").skills == ("10s", "1s")
+        restricted_to(Study(TINY), None, "magic")
+    assert restricted_to(Study(TINY), "10s,1s", "NPO").skills == ("10s", "1s")
     assert finite({"a": [float("nan"), 1.0], "b": (float("inf"),)}) == {"a": [None, 1.0], "b": [None]}
