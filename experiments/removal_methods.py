@@ -43,7 +43,7 @@ class Effort:
     """
 
     trial_steps: int = 8
-    steps: int = 220
+    steps: int = 300
     search_sums: int = 200
 
 

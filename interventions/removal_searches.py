@@ -23,28 +23,34 @@ def match_dose(
     largest: float = 1.5,
     evaluations: int = 5,
 ) -> tuple[float, Shares]:
-    """Smallest dose in (0, largest] whose (uncapped) target share on select reaches the goal, by bisection.
+    """A dose in (0, largest] whose (uncapped) target share on select reaches the goal, least harm elsewhere.
 
-    If none does, the dose among quarter steps with the best score.
+    Bisection looks for the smallest such dose. Damage need not grow with the dose (half of an edit may
+    break what the whole edit keeps), so of all doses tried that reach the goal the one with the
+    smallest positive part off target is taken. If none does, the dose with the best score.
     """
 
     def at(dose: float) -> Shares:
         return select_shares(problem, problem.theta + dose * delta)
 
-    full = at(1.0)
-    low, high, best = (0.0, 1.0, full) if full.target_raw >= goal else (1.0, largest, at(largest))
-    if best.target_raw < goal:
-        tried = {1.0: full, largest: best, **{d: at(d) for d in (0.25, 0.5, 0.75)}}
+    tried = {1.0: at(1.0)}
+    low, high = (0.0, 1.0) if tried[1.0].target_raw >= goal else (1.0, largest)
+    if high == largest:
+        tried[largest] = at(largest)
+    if tried[high].target_raw < goal:
+        tried.update({dose: at(dose) for dose in (0.25, 0.5, 0.75)})
         chosen = min(tried, key=lambda d: score(tried[d], replace(problem.limits, target=min(goal, 1.0))))
         return chosen, tried[chosen]
     for _ in range(evaluations):
         middle = (low + high) / 2
-        shares = at(middle)
-        if shares.target_raw >= goal:
-            high, best = middle, shares
+        tried[middle] = at(middle)
+        if tried[middle].target_raw >= goal:
+            high = middle
         else:
             low = middle
-    return high, best
+    reached = [dose for dose, shares in tried.items() if shares.target_raw >= goal]
+    chosen = min(reached, key=lambda dose: (tried[dose].worst_positive, abs(dose)))
+    return chosen, tried[chosen]
 
 
 # -- searches without a gradient in the loop -------------------------------------------------------

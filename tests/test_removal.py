@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from interventions import removal_searches
 from interventions.relabelling import Refit
 from interventions.removal import (
     ConstrainedLoss,
@@ -24,6 +25,7 @@ from interventions.removal_problem import (
     Limits,
     Predictor,
     RemovalProblem,
+    Shares,
     mean_by_group,
     score,
     select_shares,
@@ -254,6 +256,21 @@ def test_dose_is_the_smallest_that_reaches_the_goal(problem: RemovalProblem) -> 
     weak, reached = match_dose(problem, 0.01 * delta, 0.9)
     assert reached.target < 0.9
     assert weak == 1.5
+
+
+def test_dose_is_not_lowered_into_harm(problem: RemovalProblem, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of this edit reaches the goal too, but breaks another group that the whole edit keeps."""
+
+    def fake(given: RemovalProblem, theta: Tensor) -> Shares:
+        dose = float((theta - given.theta)[0])
+        harm = 0.4 if dose < 1 else 0.01
+        raw = torch.tensor([1.0 if dose > 0.3 else 0.2, harm])
+        return Shares(raw, raw.clamp_min(0), raw, raw, (True, False), float(raw[0]), 0.0)
+
+    monkeypatch.setattr(removal_searches, "select_shares", fake)
+    dose, shares = match_dose(problem, torch.ones(40), 0.9)
+    assert dose == 1.0
+    assert shares.worst_positive == pytest.approx(0.01)
 
 
 def test_searches_find_the_planted_vector(problem: RemovalProblem) -> None:
