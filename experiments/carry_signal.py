@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from experiments.cli import run_application
+from experiments.application import run_application
 from experiments.config import load_config
 from experiments.multiverse import best_carry, group_damage, thinned
 from experiments.pipeline import Run, open_run

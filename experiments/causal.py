@@ -17,6 +17,9 @@ import yaml
 from experiments import causal_runs, figures_causal
 from experiments.causal_runs import RunMeasurement, RunTest
 from experiments.pipeline import Run, load_run
+from experiments.report import write_report
+from experiments.report_sections import extra_sections
+from experiments.summary import write_summary
 from interventions.evidence import PairEvidence, combine
 from interventions.nulls import leave_one_out
 from interventions.protocol import PlanSettings, plan_digest, settings_as_plan
@@ -94,8 +97,12 @@ def causal_test(
     write_json(out / "study.json", plain(study))
     table = verdict_table(rows)
     write_atomically(out / "verdicts.md", lambda part: part.write_text(table) and None)
+    record = {"runs": len(tests), "seeds": study["seeds"], "plan": digest, "rows": rows, "details": details}
     for item in tests:
-        write_json(item.run.directory / f"verdicts-{basis}.json", plain([row["summary"] for row in rows]))
+        key = item.run.key(f"clusters:{basis}")
+        write_json(item.run.directory / f"verdicts-{basis}.json", plain({"clusters_key": key, **record}))
+        write_summary(item.run)
+        write_report(item.run.directory, lambda _: None, extra_sections(item.run.directory))
     figures_causal.write_study_figures(out / "figures", rows, details)
     typer.echo(table)
     typer.echo(f"Study: {out} ({study['seconds']:.0f} s)")

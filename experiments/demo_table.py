@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from experiments.cli import run_application
+from experiments.application import run_application
 from experiments.tables import find_damage, most_selective
 from polca_edit.artifacts import hardware, versions
 from polca_edit.checkpoints import write_json

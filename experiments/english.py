@@ -312,7 +312,7 @@ def describe_text(config: TextConfig) -> str:
 
 
 if __name__ == "__main__":
-    from experiments.cli import run_application
+    from experiments.application import run_application
     from experiments.text_verbs import english
 
     run_application(english)

@@ -14,7 +14,8 @@ from typing import Annotated, Any
 
 import typer
 
-from experiments.cli import execute, run_application, settings_from
+from experiments.application import run_application
+from experiments.execution import execute, settings_from
 from polca_edit.artifacts import RunDirectory, hardware, versions
 from polca_edit.checkpoints import write_json
 

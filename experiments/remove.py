@@ -16,6 +16,8 @@ from experiments import arithmetic
 from experiments.edit_files import save_edit
 from experiments.pipeline import ClusterRecord, Run, load_run
 from experiments.removal_bed import GROUPS, SKILL_GROUPS, allowed_sums, arithmetic_logits, assign_groups
+from experiments.report import write_report
+from experiments.report_sections import extra_sections
 from interventions.removal import FitSettings, constrained, edit_of
 from interventions.removal_measures import SkillOutputs, chance, refit_damage
 from interventions.removal_problem import (
@@ -296,6 +298,8 @@ def remove(
     record = {"removals": results, "versions": versions(), "hardware": hardware(), "seed": opened.config.seed}
     write_json(written.with_suffix(".result.json"), record)
     typer.echo(f"Edit: {written}")
+    if written.parent == run / "edits" and (run / "summary.json").exists():
+        write_report(opened.directory, lambda _: None, extra_sections(opened.directory))
 
 
 def in_order(

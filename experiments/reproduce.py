@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
-from experiments.cli import run_application
+from experiments.application import run_application
 from experiments.config import RunConfig, load_config
 from experiments.pipeline import open_run
 from experiments.reproduce_measure import Measured, Say, Settings, measure_bases, rotations_of, trained

@@ -20,8 +20,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from experiments.application import run_application
 from experiments.basis_kinds import build_kind
-from experiments.cli import run_application
 from experiments.config import RunConfig, load_config
 from experiments.figures_robustness import draw_survival
 from experiments.multiverse import branches, conclusions, outcome, survival

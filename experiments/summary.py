@@ -100,8 +100,17 @@ def _analysis(run: Run, label: str, observation: Observation, evaluate: dict[str
         "evaluate_clusters": evaluate["scores"],
         "damage": record["damage"] + evaluate["damage"],
         "controls": record["controls"],
-        "verdicts": [],
+        "verdicts": _verdicts(run, label),
     }
+
+
+def _verdicts(run: Run, label: str) -> list[dict[str, Any]]:
+    """Verdicts of the last causal test of a basis; none where these clusters were not tested."""
+    path = run.directory.path / f"verdicts-{label}.json"
+    record = json.loads(path.read_text()) if path.exists() else {}
+    if record.get("clusters_key") != run.key(f"clusters:{label}"):
+        return []
+    return [row["summary"] for row in record["rows"]]
 
 
 def _basis_entry(run: Run, basis: Basis, observation: Observation, change: dict[str, Any]) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def open_checkpoints(
     `polca-edit open pythia-14m --names 'step*' --text pile.jsonl.gz` ·
     `polca-edit open lora-output --base gpt2-folder --text notes.txt`
     """
-    from experiments import cli
+    from experiments.execution import execute, settings_from
 
     overrides = open_overrides(
         folder,
@@ -100,8 +100,8 @@ def open_checkpoints(
         preset=preset,
     )
     for assignment in set_ or []:
-        overrides.update(cli.settings_from([assignment]))
-    cli.execute(preset, out or Path("runs") / folder.resolve().name, overrides, None, dry_run)
+        overrides.update(settings_from([assignment]))
+    execute(preset, out or Path("runs") / folder.resolve().name, overrides, None, dry_run)
 
 
 def english(
@@ -119,13 +119,13 @@ def english(
 
     Example: `polca-edit english --preset demo --text wiki.jsonl.gz --out runs/english`
     """
-    from experiments import cli
+    from experiments.execution import execute, settings_from
 
     if preset not in ENGLISH_PRESETS:
         raise ValueError(f"--preset must be one of {sorted(ENGLISH_PRESETS)}, got '{preset}'")
-    overrides = cli.settings_from(set_, seed=seed, text__file=text, text__probe=probe, device=device)
+    overrides = settings_from(set_, seed=seed, text__file=text, text__probe=probe, device=device)
     target = out or Path("runs") / f"english-{preset}"
-    cli.execute(ENGLISH_PRESETS[preset], target, overrides, redo, dry_run)
+    execute(ENGLISH_PRESETS[preset], target, overrides, redo, dry_run)
 
 
 def label(
@@ -138,15 +138,16 @@ def label(
     """
     import json
 
-    from experiments.labelling import describe_labels, label_sections, write_labels
+    from experiments.labelling import describe_labels, write_labels
     from experiments.pipeline import load_run
     from experiments.report import write_report
+    from experiments.report_sections import extra_sections
     from experiments.summary import write_summary
 
     run = load_run(directory)
     labels = write_labels(run)
     write_summary(run)
-    page = write_report(run.directory, typer.echo, label_sections(run.directory))
+    page = write_report(run.directory, typer.echo, extra_sections(run.directory))
     if json_:
         typer.echo(json.dumps(labels, indent=1, sort_keys=True))
     else:
@@ -167,10 +168,10 @@ def plan(
     import json
     import tempfile
 
-    from experiments import cli
+    from experiments.execution import settings_from
     from experiments.plan import describe, make_plan
 
-    resolved = load_config(config, cli.settings_from(set_, text__file=text))
+    resolved = load_config(config, settings_from(set_, text__file=text))
     with tempfile.TemporaryDirectory() as folder:
         budget = None if budget_minutes is None else 60 * budget_minutes
         found = make_plan(resolved, Path(folder), budget)

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 import experiments.pipeline as pipeline
 from experiments import damage_stage, engines
-from experiments.cli import app, explain
+from experiments.application import explain
+from experiments.cli import app
 from experiments.config import RunConfig, load_config, preset_names
 from experiments.summary import read_summary, summary_schema, write_summary
 from polca_edit import artifacts, training
