@@ -24,12 +24,13 @@ def extra_sections(directory: RunDirectory) -> list[Section]:
 
 
 def causal_sections(directory: RunDirectory) -> list[Section]:
-    """One chapter per basis that ``polca-edit test`` judged."""
-    found = []
-    for path in sorted(directory.path.glob("verdicts-*.json")):
-        record = json.loads(path.read_text())
-        found.append(_causal_section(path.stem.removeprefix("verdicts-"), record))
-    return found
+    """One chapter per basis whose present clusters ``polca-edit test`` judged."""
+    analyses = json.loads((directory / "summary.json").read_text())["analyses"]
+    return [
+        _causal_section(basis, json.loads((directory / f"verdicts-{basis}.json").read_text()))
+        for basis, analysis in analyses.items()
+        if analysis["verdicts"]
+    ]
 
 
 def _causal_section(basis: str, record: Mapping[str, Any]) -> Section:
