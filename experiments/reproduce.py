@@ -21,7 +21,12 @@ from experiments.application import run_application
 from experiments.config import RunConfig, load_config
 from experiments.pipeline import open_run
 from experiments.reproduce_measure import Measured, Say, Settings, measure_bases, rotations_of, trained
-from experiments.reproduce_rivals import quadrature_table, rival_rows, second_order_error
+from experiments.reproduce_rivals import (
+    quadrature_table,
+    rival_rows,
+    second_order_error,
+    with_second_order,
+)
 from experiments.reproduce_rows import (
     TokenSplits,
     carry_fields,
@@ -149,9 +154,11 @@ def reproduce_seed(config: RunConfig, settings: Settings, out: Path, say: Say) -
         "adaptive": report,
     }
     if settings.rivals and "hessian" in measured:
-        result["features"] = rival_rows(run, checkpoints, measured, splits, settings)
+        hessian = measured["hessian"]
+        curved = with_second_order(run.objective, checkpoints, hessian, run.task.splits.curvature)
+        result["features"] = rival_rows(run, checkpoints, measured, curved, splits, settings)
         result["second_order"] = second_order_error(
-            run.objective, checkpoints, measured["hessian"], splits.select, run.task.splits.curvature
+            run.objective, checkpoints, hessian.basis, curved[0], splits.select
         )
         say(f"  rival features done at {time.perf_counter() - started:.0f} s")
     result["quadrature"] = quadrature_table(run.objective, checkpoints, splits.evaluate, settings.tolerance)

@@ -14,7 +14,7 @@ from experiments.reproduce_measure import Measured, Settings
 from experiments.reproduce_rows import TokenSplits, carry_fields, cluster_variants, projected
 from polca_edit import features
 from polca_edit.allocation import Projections, allocate, project, second_order_terms
-from polca_edit.basis import unlabelled
+from polca_edit.basis import Basis, unlabelled
 from polca_edit.checkpoints import Checkpoints
 from polca_edit.clusters import ClusterSettings
 from polca_edit.derivatives import Objective
@@ -28,12 +28,16 @@ RULES: tuple[FixedRule, ...] = ("trapezoid", "trapezoid2", "simpson", "gauss2", 
 
 
 def rival_rows(
-    run: Run, checkpoints: Checkpoints, measured: dict[str, Measured], splits: TokenSplits, settings: Settings
+    run: Run,
+    checkpoints: Checkpoints,
+    measured: dict[str, Measured],
+    with_curvature: tuple[Projections, Projections],
+    splits: TokenSplits,
+    settings: Settings,
 ) -> list[dict[str, Any]]:
     """Tables 1 and 8-11: rival trajectories and orders of POLCA on the Hessian basis, same clustering."""
     objective, config = run.objective, run.config
     hessian = measured["hessian"]
-    with_curvature = _with_second_order(objective, checkpoints, hessian, run.task.splits.curvature)
     families: list[tuple[str, features.Trajectories, features.Trajectories]] = []
 
     def add(name: str, make: Callable[[Projections, TokenSet], features.Trajectories]) -> None:
@@ -76,9 +80,10 @@ def rival_rows(
     return rows
 
 
-def _with_second_order(
+def with_second_order(
     objective: Objective, checkpoints: Checkpoints, measured: Measured, curvature: TokenSet
 ) -> tuple[Projections, Projections]:
+    """Projections on select and evaluate with the mean terms of Eq. 6."""
     sample = curvature.select(torch.arange(min(CURVATURE_SUMS, curvature.sequences)))
     means, curvatures = second_order_terms(objective, checkpoints, measured.basis, sample)
     return (
@@ -127,22 +132,21 @@ def quadrature_table(
 
 
 def second_order_error(
-    objective: Objective, checkpoints: Checkpoints, measured: Measured, tokens: TokenSet, curvature: TokenSet
+    objective: Objective, checkpoints: Checkpoints, basis: Basis, select: Projections, tokens: TokenSet
 ) -> dict[str, Any]:
     """Table 12: Eq. 6's second-order term against 1/2 d^2 b'H_x b (central differences of slopes).
 
     Five vectors, ten intervals, all tokens; errors relative to the true term's root mean square.
     """
-    select, _ = _with_second_order(objective, checkpoints, measured, curvature)
     estimate = allocate(select, "second_order").values - allocate(select, "first_order").values
     size = len(checkpoints) - 1
     intervals = [round(i * (size - 1) / min(9, size - 1)) for i in range(min(10, size))]
-    vectors = list(range(0, len(measured.basis), max(1, len(measured.basis) // 5)))[:5]
+    vectors = list(range(0, len(basis), max(1, len(basis) // 5)))[:5]
     pairs = []
     for t in intervals:
         theta = checkpoints[t]
         for v in vectors:
-            row = measured.basis.rows[v]
+            row = basis.rows[v]
             h = 1e-2
             sides = [objective.directional(theta + s * h * row, row[None], tokens)[1][0] for s in (1, -1)]
             true = (sides[0] - sides[1]) / (2 * h) / 2 * select.displacements[t, v] ** 2
