@@ -19,6 +19,7 @@ from torch import Tensor
 
 from experiments.application import run_application
 from experiments.config import RunConfig, load_config
+from experiments.execution import settings_from
 from experiments.pipeline import open_run
 from experiments.reproduce_measure import Measured, Say, Settings, measure_bases, rotations_of, trained
 from experiments.reproduce_rivals import (
@@ -214,6 +215,9 @@ def reproduce(
     ),
     bases: Annotated[str | None, typer.Option(help="Only these bases, separated by commas.")] = None,
     first_seed: Annotated[int, typer.Option(help="The first seed.", min=0)] = 0,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a config key, e.g. training.record_every=6.")
+    ] = None,
 ) -> None:
     """The paper's Tables 1 and 8-12 beside ours, and every basis and rotation."""
     if preset not in PRESETS:
@@ -227,7 +231,8 @@ def reproduce(
         console.print(text, soft_wrap=True)
 
     given = range(first_seed, first_seed + seeds)
-    print_tables(run_reproduction(preset, given, json_, out / preset, settings, say), console)
+    changes = settings_from(set_)
+    print_tables(run_reproduction(preset, given, json_, out / preset, settings, say, **changes), console)
 
 
 if __name__ == "__main__":
