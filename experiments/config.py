@@ -158,6 +158,9 @@ class RunConfig(Section):
         None, ge=1, description="sequences per task, best a multiple of batch_size; default all"
     )
     batch_size: int = Field(250, ge=1, description="sequences per derivative batch")
+    basis_memory_gb: float = Field(
+        4.0, ge=0, description="larger bases are built with their rows streamed from disk"
+    )
     compiled: bool = Field(False, description="torch.compile the derivative graphs")
     model: ModelConfig = ModelConfig()
     arithmetic: ArithmeticConfig = ArithmeticConfig()

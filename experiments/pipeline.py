@@ -26,13 +26,17 @@ from polca_edit.allocation import (
     second_order_terms,
 )
 from polca_edit.artifacts import (
+    Ledger,
     RunDirectory,
     StageRecord,
     checksum,
     hardware,
     kept_parts,
+    kept_products,
     key_of,
     load_record,
+    mapped_rows,
+    part_path,
     peak_rss_bytes,
     save_record,
     versions,
@@ -375,18 +379,24 @@ def build_basis(run: Run, spec: BasisConfig, checkpoints: Checkpoints, parts: Pa
         return trajectory_basis(checkpoints, spec.vectors, mask=mask)
     if spec.kind == "hessian":
         chosen = basis_checkpoints(run, checkpoints, spec)
-        keep = kept_parts(parts, BasisCheckpoint, run.objective.passes)
+        ledger = Ledger(parts, run.objective.passes)
+        keep = kept_parts(parts, BasisCheckpoint, ledger)
+        budget = round(run.config.basis_memory_gb * 1e9)
+        large = spec.vectors * size * 4 > budget
         finished = [load_record(BasisCheckpoint, p) for p in sorted(parts.glob("part-*.safetensors"))]
         bar = tqdm(
             total=len(chosen), initial=len(finished), desc=f"basis {spec.label}", disable=None, leave=False
         )
         queue = list(finished)
 
-        def note(part: BasisCheckpoint) -> None:
+        def note(part: BasisCheckpoint) -> BasisCheckpoint:
             # Written through the keeping map, so that cost and part survive together.
-            list(keep(lambda _: part, [len(queue)]))
-            queue.append(part)
+            index = len(queue)
+            list(keep(lambda _: part, [index]))
+            shutil.rmtree(parts / f"products-{index:05d}", ignore_errors=True)
+            queue.append(part if not large else load_record(BasisCheckpoint, part_path(parts, index)))
             bar.update()
+            return queue[-1]
 
         basis = hessian_basis(
             run.objective,
@@ -399,6 +409,11 @@ def build_basis(run: Run, spec: BasisConfig, checkpoints: Checkpoints, parts: Pa
             mask=mask,
             finished=finished,
             on_checkpoint=note,
+            keep_products=lambda index, product: kept_products(
+                parts / f"products-{index:05d}", product, ledger
+            ),
+            rows_in_memory=budget,
+            allocate=(lambda count, width: mapped_rows(parts / "rows.bin", count, width)) if large else None,
             kind=spec.kind,
         )
         bar.close()
@@ -435,7 +450,7 @@ def _projections(run: Run, stage: str) -> None:
     parts = run.directory.path / "projections" / "parts"
     outputs = [run.directory.projections(label) for label in labels]
     with run.directory.stage(stage, run.key(stage), outputs, run.objective.passes, parts=parts):
-        mapped = kept_parts(parts, CheckpointSlopes, run.objective.passes)
+        mapped = kept_parts(parts, CheckpointSlopes, Ledger(parts, run.objective.passes))
         indices = range(len(checkpoints))
         wanted = [i for i in indices if not (parts / f"part-{i:05d}.safetensors").exists()]
         with slope_engine(run, checkpoints, bases, tokens, wanted) as at:

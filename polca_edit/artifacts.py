@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from polca_edit.checkpoints import write_json, write_tensors
@@ -270,41 +272,82 @@ class RunDirectory:
         return self.stage_file(stage).exists() or parts is None
 
 
-def kept_parts(
-    parts: Path, kind: type[Record], passes: PassCount
-) -> Callable[[Callable[[int], Record], Sequence[int]], Iterator[Record]]:
-    """A map that keeps each finished item on disk and reads it back after an interruption.
+class Ledger:
+    """What a stage's finished parts cost, kept beside them so that a resumed run adds up the same.
 
-    The cost of items that were read back is carried in ``cost.json``, so that a resumed run adds
-    up to the same passes. What is spent between this call and an item's end belongs to the items.
+    Cost noted by an interrupted try becomes the carried cost of this one; what is spent between making
+    the ledger and a note belongs to the parts noted.
     """
-    _adopt_spent(parts)
-    ledger = parts / "cost.json"
-    carried: dict[str, Any] = {"passes": {}, "seconds": 0.0}
-    if ledger.exists():
-        carried = json.loads(ledger.read_text())
-    base, base_seconds = dict(carried["passes"]), carried["seconds"]
-    first, started = passes.as_dict(), time.perf_counter()
+
+    def __init__(self, parts: Path, passes: PassCount) -> None:
+        if (parts / "spent.json").exists():
+            os.replace(parts / "spent.json", parts / "cost.json")
+        carried: dict[str, Any] = {"passes": {}, "seconds": 0.0}
+        if (parts / "cost.json").exists():
+            carried = json.loads((parts / "cost.json").read_text())
+        self._parts, self._passes = parts, passes
+        self._base, self._seconds = dict(carried["passes"]), carried["seconds"]
+        self._first, self._started = passes.as_dict(), time.perf_counter()
+
+    def note(self) -> None:
+        """Write down all that was spent so far."""
+        now = self._passes.as_dict()
+        spent = {kind: self._base.get(kind, 0.0) + now[kind] - self._first[kind] for kind in now}
+        seconds = self._seconds + time.perf_counter() - self._started
+        write_json(self._parts / "spent.json", {"passes": spent, "seconds": seconds})
+
+
+def part_path(parts: Path, index: int) -> Path:
+    """File of a finished part."""
+    return parts / f"part-{index:05d}.safetensors"
+
+
+def mapped_rows(path: Path, count: int, size: int) -> Float[Tensor, "K N"]:
+    """An empty float32 table that lives in a file; the system writes pages back when memory is short."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return torch.from_file(str(path), shared=True, size=count * size, dtype=torch.float32).view(count, size)
+
+
+def kept_parts(
+    parts: Path, kind: type[Record], ledger: Ledger
+) -> Callable[[Callable[[int], Record], Sequence[int]], Iterator[Record]]:
+    """A map that keeps each finished item on disk and reads it back after an interruption."""
 
     def mapped(function: Callable[[int], Record], indices: Sequence[int]) -> Iterator[Record]:
         for index in indices:
-            path = parts / f"part-{index:05d}.safetensors"
+            path = part_path(parts, index)
             if path.exists():
                 yield load_record(kind, path)
                 continue
             result = function(index)
             save_record(path, result)
-            spent = {k: base.get(k, 0.0) + v - first[k] for k, v in passes.as_dict().items()}
-            write_json(
-                parts / "spent.json",
-                {"passes": spent, "seconds": base_seconds + time.perf_counter() - started},
-            )
+            ledger.note()
             yield result
 
     return mapped
 
 
-def _adopt_spent(parts: Path) -> None:
-    """Cost noted by an interrupted try becomes the carried cost of this one."""
-    if (parts / "spent.json").exists():
-        os.replace(parts / "spent.json", parts / "cost.json")
+def kept_products(
+    folder: Path, product: Callable[[Tensor], Tensor], ledger: Ledger
+) -> Callable[[Tensor], Tensor]:
+    """An operator whose results are kept in order and replayed after an interruption.
+
+    It relies on the caller asking for the same products in the same order, as Lanczos from a seeded
+    start does.
+    """
+    count = 0
+
+    def kept(vector: Tensor) -> Tensor:
+        nonlocal count
+        path = folder / f"product-{count:05d}.safetensors"
+        count += 1
+        if path.exists():
+            stored: Tensor = load_file(path)["image"]
+            # A copy: sums over memory that is aligned otherwise differ in the last digit.
+            return stored.to(vector).clone()
+        image = product(vector)
+        write_tensors(path, {"image": image})
+        ledger.note()
+        return image
+
+    return kept

@@ -79,6 +79,10 @@ def unlabelled(kind: str, rows: Float[Tensor, "K N"]) -> Basis:
     return Basis(kind, rows, torch.full((count,), NO_ORIGIN), nan, nan.clone())
 
 
+#: v (N,) -> H v (N,).
+Product = Callable[[Tensor], Tensor]
+
+
 @dataclass(frozen=True)
 class BasisCheckpoint:
     """Vectors found at one checkpoint (one step of Algorithm 1).
@@ -105,7 +109,10 @@ def hessian_basis(
     max_products: int = 60,
     mask: Bool[Tensor, " N"] | None = None,
     finished: Sequence[BasisCheckpoint] = (),
-    on_checkpoint: Callable[[BasisCheckpoint], None] | None = None,
+    on_checkpoint: Callable[[BasisCheckpoint], BasisCheckpoint | None] | None = None,
+    keep_products: Callable[[int, Product], Product] | None = None,
+    rows_in_memory: int | None = None,
+    allocate: Callable[[int, int], Tensor] | None = None,
     kind: str = "hessian",
 ) -> Basis:
     """Algorithm 1 of arXiv 2506.15872: top eigenvectors of Pi H_t Pi, checkpoint after checkpoint.
@@ -123,7 +130,13 @@ def hessian_basis(
         max_products: Hessian-vector products per checkpoint at most.
         mask: restrict vectors to these parameters.
         finished: checkpoints already done, to resume from.
-        on_checkpoint: called with each finished checkpoint.
+        on_checkpoint: called with each finished checkpoint; what it returns (the same vectors, memory-mapped
+            from disk, say) takes the checkpoint's place.
+        keep_products: wraps the operator of a checkpoint (given its index), so that products of an
+            interrupted checkpoint can be replayed.
+        rows_in_memory: bytes of earlier vectors that may be held beside the Krylov vectors; above it they
+            are taken block by block from where the parts hold them. None: no limit.
+        allocate: makes the (K, N) tensor of the joined rows; None joins in memory.
         kind: name of the basis.
     """
     parts = list(finished)
@@ -132,6 +145,8 @@ def hessian_basis(
     for index in range(len(parts), len(checkpoints)):
         theta = checkpoints[index]
         product = objective.hessian(theta, tokens, expected=8 * k * len(checkpoints))
+        if keep_products is not None:
+            product = keep_products(index, product)
         part = next_vectors(
             product,
             theta,
@@ -142,13 +157,14 @@ def hessian_basis(
             tolerance,
             max_products,
             mask,
+            rows_in_memory,
         )
         if parts:
             parts[-1] = replace(parts[-1], following=None)
         parts.append(part)
         if on_checkpoint is not None:
-            on_checkpoint(part)
-    return join(kind, parts)
+            parts[-1] = on_checkpoint(part) or part
+    return join(kind, parts, allocate)
 
 
 def next_vectors(
@@ -161,9 +177,11 @@ def next_vectors(
     tolerance: float,
     max_products: int,
     mask: Bool[Tensor, " N"] | None = None,
+    rows_in_memory: int | None = None,
 ) -> BasisCheckpoint:
     """Top k eigenpairs of the operator, off the vectors found so far and inside the mask."""
-    rows = torch.cat([part.rows for part in parts]).to(theta) if parts else None
+    size = sum(part.rows.numel() * part.rows.element_size() for part in parts)
+    streamed = rows_in_memory is not None and size > rows_in_memory
     start = parts[-1].following if parts else None
     # Lanczos runs on the masked coordinates alone, so a subset costs its own size, not N.
     inside = torch.arange(theta.numel()) if mask is None else mask.nonzero()[:, 0]
@@ -178,6 +196,7 @@ def next_vectors(
     def inner(vectors: Tensor | None) -> Tensor | None:
         return vectors if vectors is None or mask is None else vectors[:, inside]
 
+    blocks = [part.rows if mask is None else part.rows[:, inside] for part in parts]
     extra = 0
     if start is not None:
         # The vectors found last are projected out; the Ritz vectors behind them are their successors.
@@ -191,7 +210,7 @@ def next_vectors(
         len(inside),
         k,
         generator=generator,
-        rows=inner(rows),
+        rows=blocks if streamed or not blocks else torch.cat(blocks).to(theta),
         start=start,
         tolerance=tolerance,
         max_products=max_products,
@@ -214,11 +233,27 @@ def next_vectors(
     )
 
 
-def join(kind: str, parts: Sequence[BasisCheckpoint]) -> Basis:
-    """One basis from the vectors of several checkpoints."""
+def join(
+    kind: str, parts: Sequence[BasisCheckpoint], allocate: Callable[[int, int], Tensor] | None = None
+) -> Basis:
+    """One basis from the vectors of several checkpoints.
+
+    Args:
+        kind: name of the basis.
+        parts: vectors of each checkpoint.
+        allocate: makes the (K, N) tensor the rows are copied into, for example in a mapped file.
+    """
+    if allocate is None:
+        rows = torch.cat([part.rows for part in parts])
+    else:
+        rows = allocate(sum(len(part.rows) for part in parts), parts[0].rows.shape[1])
+        first = 0
+        for part in parts:
+            rows[first : first + len(part.rows)] = part.rows
+            first += len(part.rows)
     return Basis(
         kind,
-        torch.cat([part.rows for part in parts]),
+        rows,
         torch.tensor([part.step for part in parts for _ in part.rows]),
         torch.cat([part.eigenvalues for part in parts]).double(),
         torch.cat([part.residuals for part in parts]).double(),

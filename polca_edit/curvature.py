@@ -7,7 +7,7 @@ reorthogonalising; Golub & Underwood (1977) the block form.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,12 +54,23 @@ def inner_products(left: Float[Tensor, "a N"], right: Float[Tensor, "b N"]) -> F
     return total
 
 
-def remove_rows(vectors: Float[Tensor, "k N"], rows: Float[Tensor, "K N"] | None) -> Float[Tensor, "k N"]:
-    """Vectors minus their component along orthonormal rows, done twice for accuracy."""
-    if rows is None or rows.shape[0] == 0:
+#: Orthonormal rows in one tensor, or in blocks that may lie on disk (memory-mapped) or another device.
+Rows = Float[Tensor, "K N"] | Sequence[Tensor]
+
+
+def remove_rows(vectors: Float[Tensor, "k N"], rows: Rows | None) -> Float[Tensor, "k N"]:
+    """Vectors minus their component along orthonormal rows, done twice for accuracy.
+
+    Rows given in blocks are visited one block at a time, so only one needs to be in memory.
+    """
+    if rows is None:
         return vectors
+    blocks = [rows] if isinstance(rows, Tensor) else rows
     for _ in range(2):
-        vectors = vectors - inner_products(vectors, rows).to(vectors) @ rows
+        for block in blocks:
+            if len(block):
+                near = block.to(vectors)
+                vectors = vectors - inner_products(vectors, near).to(vectors) @ near
     return vectors
 
 
@@ -85,7 +96,7 @@ def projected_lanczos(
     k: int,
     *,
     generator: torch.Generator,
-    rows: Float[Tensor, "K N"] | None = None,
+    rows: Rows | None = None,
     start: Float[Tensor, "s N"] | None = None,
     tolerance: float = 1e-3,
     max_products: int = 200,
@@ -101,7 +112,7 @@ def projected_lanczos(
         size: N.
         k: how many pairs.
         generator: draws the start vectors that ``start`` does not supply.
-        rows: orthonormal rows to project out (Algorithm 1 of arXiv 2506.15872).
+        rows: orthonormal rows to project out (Algorithm 1 of arXiv 2506.15872), in one tensor or in blocks.
         start: warm start, for example the last checkpoint's eigenvectors.
         tolerance: stop when every relative residual is at most this.
         max_products: give up after this many products; the residuals then say how far it got.
@@ -113,7 +124,7 @@ def projected_lanczos(
     Raises:
         ValueError: if fewer than k dimensions remain after projection, or a product is not finite.
     """
-    held = 0 if rows is None else rows.shape[0]
+    held = sum(len(block) for block in ([rows] if isinstance(rows, Tensor) else rows or []))
     if not 1 <= k <= size - held:
         raise ValueError(f"k must be between 1 and the {size - held} dimensions left, got {k}")
     block = torch.randn(k, size, generator=generator, dtype=dtype).to(device)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from polca_edit.artifacts import RunDirectory, kept_parts, key_of, load_record, save_record
+from polca_edit.artifacts import Ledger, RunDirectory, kept_parts, key_of, load_record, save_record
 from polca_edit.derivatives import PassCount
 
 
@@ -93,7 +93,7 @@ def test_parts_are_kept_and_their_cost_is_counted_once(tmp_path: Path) -> None:
             return Other(torch.tensor([float(index)]))
 
         with run.stage("one", "key", [], passes, parts=parts):
-            return [float(r.values) for r in kept_parts(parts, Other, passes)(work, range(4))]
+            return [float(r.values) for r in kept_parts(parts, Other, Ledger(parts, passes))(work, range(4))]
 
     with pytest.raises(KeyboardInterrupt):
         attempt(2)
@@ -114,7 +114,7 @@ def test_parts_of_other_settings_are_thrown_away(tmp_path: Path) -> None:
 
         passes = PassCount()
         with run.stage("one", key, [], passes, parts=parts):
-            return [float(r.values) for r in kept_parts(parts, Other, passes)(work, range(2))]
+            return [float(r.values) for r in kept_parts(parts, Other, Ledger(parts, passes))(work, range(2))]
 
     with pytest.raises(KeyboardInterrupt):
         attempt("old", 0.0, True)

@@ -8,6 +8,7 @@ import torch
 from oracles import copied_with, dense_hessian, mean_loss, quadratic_problem, text_tokens, tiny_gpt2, walk
 from torch import nn
 
+from polca_edit.artifacts import Ledger, kept_products, load_record, mapped_rows, save_record
 from polca_edit.basis import (
     Basis,
     BasisCheckpoint,
@@ -323,3 +324,81 @@ def test_orthonormalise_keeps_the_span_and_drops_dependent_rows(generator):
     assert gram_error(kept) < 1e-14
     assert torch.allclose(rows @ kept.T @ kept, rows)
     assert isinstance(unlabelled("any", kept), Basis)
+
+
+def test_rows_in_blocks_on_disk_give_the_same_basis(generator, tmp_path):
+    _, objective, tokens, checkpoints = curved_problem(generator)
+    whole = hessian_basis(
+        objective, checkpoints, tokens, generator=torch.Generator().manual_seed(4), k=2, **TIGHT
+    )
+    seen = []
+
+    def stored(part: BasisCheckpoint) -> BasisCheckpoint:
+        path = tmp_path / f"{len(seen)}.safetensors"
+        save_record(path, part)
+        seen.append(path)
+        return load_record(BasisCheckpoint, path)
+
+    streamed = hessian_basis(
+        objective,
+        checkpoints,
+        tokens,
+        generator=torch.Generator().manual_seed(4),
+        k=2,
+        on_checkpoint=stored,
+        rows_in_memory=0,
+        allocate=lambda count, size: mapped_rows(tmp_path / "rows.bin", count, size),
+        **TIGHT,
+    )
+    assert len(seen) == 4
+    assert (tmp_path / "rows.bin").stat().st_size == 4 * streamed.rows.numel()
+    torch.testing.assert_close(streamed.eigenvalues, whole.eigenvalues, rtol=1e-9, atol=0)
+    overlap = (streamed.rows.double() * whole.rows).sum(1).abs()
+    torch.testing.assert_close(overlap, torch.ones_like(overlap), rtol=0, atol=1e-6)
+
+
+def test_products_of_an_interrupted_checkpoint_are_replayed(generator, tmp_path):
+    """Broken off inside the second checkpoint: the same bytes, and no product is computed twice."""
+    _, objective, tokens, checkpoints = curved_problem(generator)
+
+    class Killed(BaseException):
+        pass
+
+    def run(parts, finished=(), stop=None):
+        ledger = Ledger(parts, objective.passes)
+        done = []
+
+        def kept(index, product):
+            inner = kept_products(parts / f"products-{index}", product, ledger)
+
+            def counted(vector):
+                if stop is not None and len(done) == stop:
+                    raise Killed
+                done.append(index)
+                return inner(vector)
+
+            return counted
+
+        before = objective.passes.hvp
+        try:
+            basis = hessian_basis(
+                objective,
+                checkpoints,
+                tokens,
+                generator=torch.Generator().manual_seed(4),
+                finished=finished,
+                keep_products=kept,
+                **TIGHT,
+            )
+        except Killed:
+            basis = None
+        return basis, objective.passes.hvp - before
+
+    whole, all_passes = run(tmp_path / "whole")
+    (tmp_path / "killed").mkdir()
+    nothing, first_passes = run(tmp_path / "killed", stop=whole.products // 2)
+    assert nothing is None
+    resumed, rest = run(tmp_path / "killed")
+    assert torch.equal(resumed.rows, whole.rows)
+    assert 0 < first_passes < all_passes
+    assert first_passes + rest == all_passes

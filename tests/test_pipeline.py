@@ -110,6 +110,7 @@ def test_same_seed_same_summary_after_a_kill_in_every_stage(
 
     stops = [
         (training, "write_tensors", 5),
+        (artifacts, "write_tensors", 3),
         (artifacts, "save_record", 2),
         (engines, "local_slopes", 4),
         (pipeline, "load_observation", 1),
