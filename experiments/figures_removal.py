@@ -27,7 +27,9 @@ def _skills(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def _grid(count: int, height: float) -> tuple[Figure, list[Axes]]:
     columns = min(3, count)
     lines = -(-count // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(3.7 * columns, height * lines), squeeze=False)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(3.7 * columns, height * lines), squeeze=False, layout="constrained"
+    )
     for axis in axes.flat[count:]:
         axis.set_visible(False)
     return figure, list(axes.flat[:count])
@@ -43,6 +45,8 @@ def pareto_figure(pareto: Sequence[Mapping[str, Any]], required: Mapping[str, Ma
         figure, axes = _grid(len(skills), 3.1)
         methods = list(dict.fromkeys(str(entry["method"]) for entry in pareto if entry["points"]))
         colours = {name: CYCLE[index % len(CYCLE)] for index, name in enumerate(methods)}
+        # More methods than colours: the second and third round are dashed and dotted.
+        lines = {name: ("-", "--", ":")[index // len(CYCLE) % 3] for index, name in enumerate(methods)}
         for axis, skill in zip(axes, skills, strict=True):
             bound = required[skill]
             axis.axvspan(bound["target"], 1.02, ymax=1.0, color="#EFEFEF", zorder=0)
@@ -60,6 +64,7 @@ def pareto_figure(pareto: Sequence[Mapping[str, Any]], required: Mapping[str, Ma
                     markersize=2.5,
                     linewidth=2.0 if name in OURS else 1.0,
                     color=colours[name],
+                    linestyle=lines[name],
                     label=name,
                 )
             axis.set_yscale("log")
@@ -69,8 +74,7 @@ def pareto_figure(pareto: Sequence[Mapping[str, Any]], required: Mapping[str, Ma
             axis.set_ylabel("worst other group, positive part")
         handles, labels = axes[0].get_legend_handles_labels()
         unique = dict(zip(labels, handles, strict=True))
-        figure.legend(list(unique.values()), list(unique), loc="lower center", ncols=4, frameon=False)
-        figure.tight_layout(rect=(0, 0.14 if len(skills) <= 3 else 0.09, 1, 1))
+        figure.legend(list(unique.values()), list(unique), loc="outside lower center", ncols=5, frameon=False)
         return figure
 
 
@@ -84,7 +88,12 @@ def relearning_figure(curves: Sequence[Mapping[str, Any]]) -> Figure:
         skills, kinds = _skills(curves), list(dict.fromkeys(str(curve["data"]) for curve in curves))
         methods = list(dict.fromkeys(str(curve["method"]) for curve in curves))
         figure, axes = plt.subplots(
-            len(skills), len(kinds), figsize=(3.4 * len(kinds), 2.3 * len(skills)), squeeze=False, sharey=True
+            len(skills),
+            len(kinds),
+            figsize=(3.4 * len(kinds), 2.3 * len(skills)),
+            squeeze=False,
+            sharey=True,
+            layout="constrained",
         )
         for curve in curves:
             axis = axes[skills.index(str(curve["skill"]))][kinds.index(str(curve["data"]))]
@@ -101,21 +110,20 @@ def relearning_figure(curves: Sequence[Mapping[str, Any]]) -> Figure:
         axes[0][0].set_ylim(-0.02, 1.02)
         handles, labels = axes[0][0].get_legend_handles_labels()
         unique = dict(zip(labels, handles, strict=True))
-        figure.legend(list(unique.values()), list(unique), loc="lower center", ncols=4, frameon=False)
-        figure.tight_layout(rect=(0, 0.3 / len(skills) ** 0.5 / 3, 1, 1))
+        figure.legend(list(unique.values()), list(unique), loc="outside lower center", ncols=4, frameon=False)
         return figure
 
 
 def draw_removal(result: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write ``pareto.svg`` and ``relearning.svg``; returns the files."""
+    """Write ``pareto.png`` and ``relearning.png``; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
     figures = {"pareto": pareto_figure(result["pareto"], result["required"])}
     if result["relearning"]:
         figures["relearning"] = relearning_figure(result["relearning"])
     written = []
     for name, figure in figures.items():
-        path = folder / f"{name}.svg"
-        figure.savefig(path, metadata={"Date": None})
+        path = folder / f"{name}.png"
+        figure.savefig(path, dpi=110, metadata={"Software": None})
         plt.close(figure)
         written.append(path)
     return written
