@@ -20,6 +20,8 @@ from polca_edit.artifacts import checksum
 from polca_edit.checkpoints import read_weights, write_atomically, write_json, write_tensors
 
 UNDO = "undo"
+#: Folder of an adapter that ``--lora`` adds.
+ADAPTER = "adapter"
 WEIGHT_SUFFIXES = {".safetensors", ".pt", ".pth", ".bin"}
 SURVIVAL = 0.99
 
@@ -213,7 +215,7 @@ def undo_edit(file: EditFile, model: Path, out: Path) -> list[str]:
     restored = {entry["file"] for entry in record["files"]}
     for source in sorted(folder.rglob("*")):
         relative = source.relative_to(folder)
-        if not source.is_file() or relative.parts[0] == UNDO:
+        if not source.is_file() or relative.parts[0] in {UNDO, *record.get("added", ())}:
             continue
         (out / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / UNDO / relative if str(relative) in restored else source, out / relative)
@@ -252,6 +254,8 @@ def apply(
     if lora is not None:
         from experiments.lora import export_lora
 
-        rows = export_lora(file, out / "adapter", lora, dose=dose)
+        rows = export_lora(file, out / ADAPTER, lora, dose=dose)
+        record = json.loads((out / UNDO / "undo.json").read_text())
+        write_json(out / UNDO / "undo.json", {**record, "added": [ADAPTER]})
         for row in rows:
             typer.echo(f"  {row.name:<40} rank {row.rank:>3}  error {row.error:.2%}")
