@@ -248,3 +248,5 @@ def test_the_verb_applies_undoes_and_warns(model: Small, tmp_path: Path) -> None
     )
     assert back.exit_code == 0, back.output
     assert (tmp_path / "b" / "m.safetensors").read_bytes() == (tmp_path / "m.safetensors").read_bytes()
+    # Nothing that apply added stays behind.
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["m.safetensors"]
