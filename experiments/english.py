@@ -37,7 +37,7 @@ from polca_edit.models import TransformerShape, build_native_bridge, build_small
 from polca_edit.parameters import ParameterSpace
 from polca_edit.sequences import Sampling, draw_token_sets, hold_out, training_splits
 from polca_edit.text import encode_documents, token_strings, train_tokenizer
-from polca_edit.tokens import Splits, TokenLossFunction, next_token_loss
+from polca_edit.tokens import Splits, TokenLossFunction, TokenSet, next_token_loss
 
 #: 40,274,737 parameters; vocabulary and context follow from the count (arXiv 2506.15872, Table 6).
 PAPER_SHAPE = TransformerShape(layers=3, d_model=512, heads=4, d_mlp=2048, d_vocab=30_001, n_ctx=128)
@@ -187,6 +187,33 @@ def text_data(
     return EnglishData(
         splits, stream, found.strings, config.seed, batch_size, sampling.length, digest.hexdigest(), tags
     )
+
+
+def transfer_tokens(config: RunConfig, file: str, sequences: int) -> TokenSet:
+    """Tokens of another text, read with the tokenizer of a text run (trained anew, the same for its seed).
+
+    Raises:
+        ValueError: if the run reads token ids or a Hugging Face model, or the text is too small.
+    """
+    if config.task != "text" or config.model.kind == "huggingface":
+        raise ValueError(
+            "labels carry over for runs on a text with their own tokenizer, this one is another; run "
+            "'polca-edit english' first"
+        )
+    generator = torch.Generator().manual_seed(config.seed)
+    found = tokenise(config.text, None, config.text.vocabulary, generator)
+    if found.tokenizer is None:
+        raise ValueError("labels carry over to texts, this run was given token ids; run it on the text")
+    hidden = set(found.held_out)
+    seen = np.concatenate([ids for i, ids in enumerate(found.documents) if i not in hidden])
+    counts = np.bincount(seen, minlength=len(found.strings))
+    documents = read_documents(file, field=config.text.field, limit=config.text.max_documents)
+    ids = encode_documents(found.tokenizer, [d.text for d in documents])
+    pool = torch.randperm(len(ids), generator=generator).tolist()
+    ((tokens, _),) = draw_token_sets(
+        ids, pool, (sequences,), sampling_of(config.text), found.strings, generator, counts
+    )
+    return tokens
 
 
 def _probed(

@@ -13,9 +13,13 @@ from markupsafe import escape
 from experiments.pipeline import ClusterRecord, Run, load_observation
 from experiments.report import Section
 from experiments.report_tokens import nearest_to_medoid
+from polca_edit.allocation import allocate, project
 from polca_edit.artifacts import RunDirectory, load_record
+from polca_edit.basis import Basis
 from polca_edit.checkpoints import write_json
-from polca_edit.labels import LABEL_AUC, distinct, overlap, rule_label, tag_label
+from polca_edit.clusters import ClusterSettings
+from polca_edit.comparators import cluster_both
+from polca_edit.labels import LABEL_AUC, distinct, overlap, rule_label, tag_label, transferred_auc
 from polca_edit.tokens import TokenSet
 
 CONTEXTS = 10
@@ -70,6 +74,41 @@ def label_clusters(run: Run, basis: str) -> dict[str, Any]:
     }
 
 
+def transferred_labels(run: Run, basis: str, tokens: TokenSet) -> list[dict[str, Any]]:
+    """How well each cluster's rule names the tokens of another text that move like the cluster.
+
+    Those tokens get their cluster from their own projected losses, by the prediction of the clustering
+    that was fitted on select; the rule never sees a loss.
+    """
+    settings = ClusterSettings(**run.config.clusters.model_dump())
+    projections = project(
+        run.objective, run.checkpoints(), [load_record(Basis, run.directory.basis(basis))], tokens
+    )[0]
+    both = cluster_both(
+        load_observation(run, basis).allocation.projected_loss(),
+        allocate(projections, run.config.rule).projected_loss(),
+        settings,
+        seed=run.config.seed,
+    )
+    rows = []
+    for found in both:
+        for number in range(found.select.count):
+            rule = rule_label(run.task.splits.select, found.select.members(number), seed=run.config.seed)
+            member = found.evaluate.members(number)
+            rows.append(
+                {
+                    "basis": basis,
+                    "vector": found.select.vector,
+                    "cluster": number,
+                    "rule": rule.text,
+                    "auc": rule.auc,
+                    "auc_transferred": transferred_auc(rule.rule, tokens, member),
+                    "tokens": int(member.sum()),
+                }
+            )
+    return rows
+
+
 def _contexts(tokens: TokenSet, member: torch.Tensor, paths: torch.Tensor) -> list[str]:
     """Contexts of the tokens nearest the medoid of the cluster's trajectories."""
     if not tokens.contexts:
@@ -90,7 +129,11 @@ def write_labels(run: Run) -> dict[str, dict[str, Any]]:
 
 def read_labels(directory: Path) -> dict[str, dict[str, Any]]:
     """Basis -> labels of a run, empty where none were made."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted((directory / "labels").glob("*.json"))}
+    return {
+        path.stem: json.loads(path.read_text())
+        for path in sorted((directory / "labels").glob("*.json"))
+        if path.stem != "transfer"
+    }
 
 
 def label_of(entry: Mapping[str, Any]) -> str | None:

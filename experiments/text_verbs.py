@@ -130,21 +130,40 @@ def english(
 
 def label(
     directory: Annotated[Path, typer.Argument(help="A finished run.")],
+    transfer: Annotated[
+        str | None,
+        typer.Option(help="Another text: do the labels hold there? (labels/transfer.json)"),
+    ] = None,
+    sequences: Annotated[int, typer.Option(min=4, help="Sequences of that text.")] = 32,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Label the clusters of a run from what their tokens share, and draw the report again.
 
-    Example: `polca-edit label runs/english-demo`
+    Examples: `polca-edit label runs/english-demo` ·
+    `polca-edit label runs/english-demo --transfer wikitext2/valid.txt`
     """
     import json
 
-    from experiments.labelling import describe_labels, write_labels
+    from experiments.english import transfer_tokens
+    from experiments.labelling import describe_labels, transferred_labels, write_labels
     from experiments.pipeline import load_run
     from experiments.report import write_report
     from experiments.report_sections import extra_sections
     from experiments.summary import write_summary
+    from polca_edit.checkpoints import write_json
 
     run = load_run(directory)
+    if transfer is not None:
+        other = transfer_tokens(run.config, transfer, sequences)
+        rows = [row for b in run.config.bases for row in transferred_labels(run, b.label, other)]
+        write_json(run.directory.path / "labels" / "transfer.json", {"text": transfer, "rows": rows})
+        for row in rows:
+            there = "none there" if row["auc_transferred"] is None else f"{row['auc_transferred']:.2f}"
+            typer.echo(
+                f"  {row['basis']} {row['vector']}:{row['cluster']}  AUC {row['auc']:.2f}, "
+                f"on the other text {there} ({row['tokens']} tokens)"
+            )
+        return
     labels = write_labels(run)
     write_summary(run)
     page = write_report(run.directory, typer.echo, extra_sections(run.directory))

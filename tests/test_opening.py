@@ -114,6 +114,11 @@ def test_english_from_a_text_file(tmp_path):
     for entry in labels["clusters"]:
         assert 0 <= entry["auc"] <= 1
         assert len(entry["contexts"]) == min(10, entry["tokens"])
+    CliRunner().invoke(app, ["label", str(out), "--transfer", str(text), "--sequences", "8"])
+    rows = json.loads((out / "labels" / "transfer.json").read_text())["rows"]
+    wanted = {f"{c['vector']}:{c['cluster']}" for c in labels["clusters"]}
+    assert {f"{r['vector']}:{r['cluster']}" for r in rows if r["basis"] == "trajectory"} == wanted
+    assert all(r["auc_transferred"] is None or 0 <= r["auc_transferred"] <= 1 for r in rows)
     if labels["clusters"]:
         assert "tokens nearest the medoid" in (out / "report.html").read_text()
     summary = checked_summary(out, 16 * 300 + 16 * 16 + (4 * 272 + 544 + 528 + 64) + 32 + 17 * 300, 6)
