@@ -39,7 +39,8 @@ def dissociation(matrix: Sequence[Sequence[float]], names: Sequence[str]) -> Fig
     axes.set_yticks(range(len(names)), short)
     for (row, column), value in np.ndenumerate(table):
         if np.isfinite(value):
-            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8)
+            ink = "white" if abs(value) > 0.6 else "black"
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=ink)
     axes.set_xlabel("cluster measured")
     axes.set_ylabel("vector undone, chosen for")
     figure.colorbar(shown, ax=axes, label="share of headroom lost")
