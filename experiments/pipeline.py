@@ -452,7 +452,7 @@ def _projections(run: Run, stage: str) -> None:
     with run.directory.stage(stage, run.key(stage), outputs, run.objective.passes, parts=parts):
         mapped = kept_parts(parts, CheckpointSlopes, Ledger(parts, run.objective.passes))
         indices = range(len(checkpoints))
-        wanted = [i for i in indices if not (parts / f"part-{i:05d}.safetensors").exists()]
+        wanted = [i for i in indices if not part_path(parts, i).exists()]
         with slope_engine(run, checkpoints, bases, tokens, wanted) as at:
             slopes = list(
                 tqdm(
