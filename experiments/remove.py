@@ -41,7 +41,8 @@ from polca_edit.membership import fit_rule
 from polca_edit.tokens import TokenSet
 
 DOSE_MARGIN = 0.03
-SETTINGS = tuple(FitSettings(rate, retain, 4.0) for rate in (0.005, 0.01) for retain in (10.0, 25.0))
+#: Recorded rows kept in each group of weights; more cost more and were no better on select (demo model).
+LEADING = 36
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,25 @@ class Budget:
         steps: optimiser steps of the final fit.
         trial_steps: steps of each tried setting.
         sequences: sequences per step.
+        rates: learning rates that are tried; more steps afford smaller ones, which spare the others.
     """
 
     steps: int
     trial_steps: int
     sequences: int
+    rates: tuple[float, ...]
+
+    @property
+    def settings(self) -> tuple[FitSettings, ...]:
+        """What is tried on select."""
+        return tuple(FitSettings(rate, retain, 6.0) for rate in self.rates for retain in (10.0, 25.0))
 
 
-BUDGETS = {"small": Budget(40, 4, 64), "medium": Budget(120, 10, 128), "large": Budget(400, 20, 256)}
+BUDGETS = {
+    "small": Budget(60, 6, 96, (0.006, 0.01)),
+    "medium": Budget(150, 10, 128, (0.006, 0.01)),
+    "large": Budget(500, 20, 128, (0.003, 0.004)),
+}
 
 
 def text_logits(module: nn.Module, inputs: Tensor) -> Float[Tensor, "B Lm1 V"]:
@@ -171,7 +183,9 @@ def edit_span(run: Run, basis: str | None) -> Span:
     rows = stacked_displacements([checkpoints[index].clone() for index in range(len(checkpoints))])
     stored = [run.directory.basis(b.label) for b in run.config.bases if b.kind == "hessian"]
     rows = torch.cat([rows, *(load_record(Basis, path).rows for path in stored if path.exists())])
-    return span_by_tensor(rows, run.task.space, "recorded movement by groups of neurons", block=1024)
+    return span_by_tensor(
+        rows, run.task.space, "recorded movement by groups of neurons", block=1024, per_block=LEADING
+    )
 
 
 def removed(problem: RemovalProblem, span: Span, budget: Budget) -> tuple[Tensor, FitSettings, float]:
@@ -181,7 +195,7 @@ def removed(problem: RemovalProblem, span: Span, budget: Budget) -> tuple[Tensor
         found = constrained(problem, span, setting, budget.trial_steps)
         return score(select_shares(problem, problem.theta + found.delta), problem.limits)
 
-    best = min(SETTINGS, key=trial)
+    best = min(budget.settings, key=trial)
     final = constrained(problem, span, best, budget.steps)
     dose, _ = match_dose(problem, final.delta, problem.limits.target + DOSE_MARGIN)
     return dose * final.delta, best, dose
