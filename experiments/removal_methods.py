@@ -190,16 +190,30 @@ def iterative(problem: RemovalProblem, method: str, run: Iterative, rank: int, e
     for setting in settings_of(method):
         trial = run(problem, setting, effort.trial_steps)
         log.append(_entry(asdict(setting), select_shares(small, problem.theta + trial.delta), problem))
-    best = min(range(len(log)), key=lambda i: log[i]["score"])
-    setting = settings_of(method)[best]
-    final = run(problem, setting, effort.steps)
-    log.append(
-        {
-            "final": True,
-            **_entry(asdict(setting), select_shares(problem, problem.theta + final.delta), problem),
-        }
-    )
-    return _finish(problem, method, final.delta, rank, asdict(setting), log, began, passes)
+    finals = []
+    for setting in finalists(method, log):
+        final = run(problem, setting, effort.steps)
+        entry = _entry(asdict(setting), select_shares(problem, problem.theta + final.delta), problem)
+        log.append({"final": True, **entry})
+        finals.append((entry["score"], final.delta, setting))
+    _, delta, setting = min(finals, key=lambda found: found[0])
+    return _finish(problem, method, delta, rank, asdict(setting), log, began, passes)
+
+
+def finalists(method: str, log: Sequence[dict[str, Any]]) -> list[FitSettings]:
+    """The best setting tried; for rivals with a retain term also the best that retains, without a stop.
+
+    Eight trial steps cannot tell whether a rival should stop at the goal or go on repairing what it
+    broke, so both are run in full and the better one on select is kept.
+    """
+    settings = settings_of(method)
+    best = settings[min(range(len(log)), key=lambda i: float(log[i]["score"]))]
+    if method not in ("GradDiff", "NPO"):
+        return [best]
+    most = max(setting.retain for setting in settings)
+    keeping = [i for i, setting in enumerate(settings) if setting.retain == most]
+    on = settings[min(keeping, key=lambda i: float(log[i]["score"]))]
+    return [best, replace(on, stop=False)]
 
 
 def _searching(problem: RemovalProblem, effort: Effort) -> RemovalProblem:

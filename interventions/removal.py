@@ -110,6 +110,8 @@ class FitSettings:
         confusion: weight of the uniform-output term on the skill.
         strength: method's own knob (gamma of GradDiff, beta of NPO, task-vector multiple ...).
         seed: of control spans.
+        stop: end a rival's fit once the batch's target damage reaches the goal; its retain term does not
+            get to repair anything then, but unbounded ascent ends in time.
     """
 
     learning_rate: float = 0.02
@@ -117,6 +119,7 @@ class FitSettings:
     confusion: float = 0.5
     strength: float = 1.0
     seed: int = 0
+    stop: bool = True
 
 
 Loss = Callable[[Batch], Tensor]

@@ -1,8 +1,9 @@
 """What people use today to unlearn, on the same problem, the same batches and the same passes.
 
 Every rival returns a movement of the weights, so that dose, shares and relearning are judged by the
-same code as our edits. Iterative rivals move all weights with Adam and stop early once the batch's
-target damage reaches the goal: without that stop gradient ascent destroys the model. All losses
+same code as our edits. Iterative rivals move all weights with Adam. They stop once the batch's target
+damage reaches the goal (without that stop gradient ascent destroys the model) or, where the setting
+says so, use all steps, which lets a retain term repair what the first steps broke. All losses
 are per token, masked to the skill's tokens, and taken from log-probabilities.
 """
 
@@ -78,7 +79,8 @@ def npo(problem: RemovalProblem, settings: FitSettings, steps: int) -> Fit:
 
 def _all_weights(problem: RemovalProblem, loss: Loss, settings: FitSettings, steps: int) -> Fit:
     span = whole_space(problem.theta.numel())
-    return fit(problem, span, loss, settings, steps, stop=reached(problem.limits.target + 0.05))
+    stop = reached(problem.limits.target + 0.05) if settings.stop else None
+    return fit(problem, span, loss, settings, steps, stop=stop)
 
 
 def task_vector(problem: RemovalProblem, settings: FitSettings, steps: int) -> Fit:

@@ -24,7 +24,7 @@ from experiments.removal_bed import (
     skill_rule,
     with_own_digits,
 )
-from experiments.removal_methods import Effort, settings_of
+from experiments.removal_methods import Effort, finalists, settings_of
 from experiments.remove_skill import Study, finite, matched_damage, restricted_to, run_study
 from polca_edit.models import TransformerShape
 from polca_edit.training import TrainingSettings
@@ -192,3 +192,13 @@ def test_unknown_names_are_refused() -> None:
         restricted_to(Study(TINY), None, "magic")
     assert restricted_to(Study(TINY), "10s,1s", "NPO").skills == ("10s", "1s")
     assert finite({"a": [float("nan"), 1.0], "b": (float("inf"),)}) == {"a": [None, 1.0], "b": [None]}
+
+
+def test_rivals_with_a_retain_term_also_run_to_the_end() -> None:
+    settings = settings_of("NPO")
+    log = [{"score": float(index)} for index in range(len(settings))]  # the first setting retains nothing
+    stopping, going_on = finalists("NPO", log)
+    assert stopping == settings[0]
+    assert stopping.retain == 0.0
+    assert going_on == replace(next(s for s in settings if s.retain == 3.0), stop=False)
+    assert finalists("span optimised", log) == [settings_of("span optimised")[0]]

@@ -92,6 +92,15 @@ def test_rivals_hurt_the_skill_and_stop_at_the_goal(problem: RemovalProblem, met
     assert found.passes > 0
 
 
+@pytest.mark.parametrize("method", [rivals.grad_diff, rivals.npo])
+def test_without_the_stop_all_steps_are_used(problem: RemovalProblem, method) -> None:
+    settings = FitSettings(learning_rate=0.1, retain=1.0, strength=0.5, stop=False)
+    found = method(problem, settings, 60)
+    stopped = method(problem, replace(settings, stop=True), 60)
+    assert found.steps == 60 > stopped.steps
+    assert select_shares(problem, problem.theta + found.delta).target_raw > 1.04
+
+
 def test_task_vector_is_the_negative_of_fine_tuning(problem: RemovalProblem) -> None:
     once = rivals.task_vector(problem, FitSettings(learning_rate=0.05, strength=1.0), 10)
     twice = rivals.task_vector(problem, FitSettings(learning_rate=0.05, strength=2.0), 10)
