@@ -19,7 +19,7 @@ from interventions.blocking import Curve, Hold
 from interventions.evidence import PairEvidence
 from interventions.label_tests import LabelTest, label_test
 from interventions.nulls import Chooser
-from interventions.planted_skill import PlantedPower, planted_power
+from interventions.planted_skill import PlantedPower, planted_draws, planted_power
 from interventions.protocol import (
     ControlBank,
     Pair,
@@ -152,7 +152,8 @@ def measure_run(test: RunTest) -> RunMeasurement:
     )
     session = open_session(subject, settings)
     maxima = reference_maxima(test, session)
-    planted = planted_power(session, maxima["rotation"])
+    draws = planted_draws(session)
+    planted = planted_power(draws, maxima["rotation"], settings.thresholds.level)
     span, gate = span_gate(session)
     everything = (*test.pairs, *test.nulls)
     vectors = sorted({v for pair in everything for v in pair.vectors})
@@ -166,7 +167,7 @@ def measure_run(test: RunTest) -> RunMeasurement:
         own = allocated[[vectors.index(v) for v in pair.vectors]]
         evidence = measure_pair(session, pair, banks[pair.vectors], own, maxima)
         gates: dict[str, Outcome] = {**evidence.gates, "the span carries movement": gate}
-        found.append(replace(evidence, gates=gates, positive_control=planted.outcome))
+        found.append(replace(evidence, gates=gates, positive_control=planted.outcome, planted=draws))
     tested = mark_crossovers(session, test.pairs, found[: len(test.pairs)])
     return RunMeasurement(session, tuple(tested), tuple(found[len(test.pairs) :]), planted, maxima, span)
 
