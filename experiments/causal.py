@@ -97,7 +97,14 @@ def causal_test(
     write_json(out / "study.json", plain(study))
     table = verdict_table(rows)
     write_atomically(out / "verdicts.md", lambda part: part.write_text(table) and None)
-    record = {"runs": len(tests), "seeds": study["seeds"], "plan": digest, "rows": rows, "details": details}
+    record = {
+        "runs": len(tests),
+        "seeds": study["seeds"],
+        "plan": digest,
+        "rows": rows,
+        "details": details,
+        "planted": study["planted"],
+    }
     for item in tests:
         key = item.run.key(f"clusters:{basis}")
         write_json(item.run.directory / f"verdicts-{basis}.json", plain({"clusters_key": key, **record}))
@@ -174,7 +181,7 @@ def study_rows(
     rows, details = [], {}
     for name, items in by_name.items():
         parts = [e for _, e in items]
-        inputs = combine(parts, stop_after=settings.stop_after, seed=settings.seed)
+        inputs = pooled(parts, settings)
         verdict = decide(inputs, settings.thresholds)
         number = items[0][0]
         pair = next(p for p in tests[number].pairs if p.name == name)
@@ -191,7 +198,7 @@ def study_rows(
                     )
                     blocked.append(replace(item, blocking=result))
                     extra.setdefault("blocking", []).extend(_curve(c, run_number) for c in curves)
-                inputs = combine(blocked, stop_after=settings.stop_after, seed=settings.seed)
+                inputs = pooled(blocked, settings)
                 verdict = decide(inputs, settings.thresholds)
             except ValueError as reason:
                 extra["blocking_not_run"] = str(reason)
@@ -207,6 +214,12 @@ def study_rows(
         ):
             row["holm_p"], row["bh_q"] = float(h), float(q)
     return rows, details
+
+
+def pooled(parts: Sequence[PairEvidence], settings: PlanSettings) -> VerdictInputs:
+    """Verdict inputs of one pair over its runs, by the plan's settings."""
+    level = settings.thresholds.level
+    return combine(parts, stop_after=settings.stop_after, seed=settings.seed, level=level)
 
 
 def _curve(curve: Any, run: int) -> dict[str, Any]:
@@ -297,7 +310,7 @@ def null_rows(measured: Sequence[RunMeasurement], settings: PlanSettings) -> lis
     rows = []
     for number, one in enumerate(measured):
         for evidence in one.nulls:
-            inputs = combine([evidence], stop_after=settings.stop_after, seed=settings.seed)
+            inputs = pooled([evidence], settings)
             verdict = decide(inputs, settings.thresholds)
             rows.append(
                 {

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import sklearn
 import torch
 
 from interventions.measures import Target
@@ -61,6 +62,11 @@ def cluster_chooser(select: TokenSet, evaluate: TokenSet, settings: ChoiceSettin
     outputs = select.output_of if settings.observe.clusters.by_output else None
 
     def choose(projections: Projections) -> list[Choice]:
+        # Features and trajectories are finite by construction; checking them again is a third of the work.
+        with sklearn.config_context(assume_finite=True, skip_parameter_validation=True):
+            return chosen_from(projections)
+
+    def chosen_from(projections: Projections) -> list[Choice]:
         observation = analyse(projections, settings.observe, outputs)
         allocated = observation.allocation.values.sum(0).double().numpy()
         candidates = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from experiments.causal_pairs import ChoiceSettings, as_pairs, cluster_chooser, declared_nulls
 from experiments.pipeline import Run
-from interventions import blocking, controls, localise, nulls
+from experiments.reference_bases import family_gates, reference_maxima
+from interventions import blocking, controls, localise
 from interventions.blocking import Curve, Hold
 from interventions.evidence import PairEvidence
 from interventions.label_tests import LabelTest, label_test
 from interventions.nulls import Chooser
-from interventions.planted_skill import PlantedPower, planted_power
+from interventions.planted_skill import PlantedPower, planted_draws, planted_power
 from interventions.protocol import (
     ControlBank,
     Pair,
@@ -31,6 +32,7 @@ from interventions.protocol import (
     mark_crossovers,
     measure_pair,
     open_session,
+    open_span_draws,
 )
 from interventions.statistics import Array, Bits
 from interventions.verdict import BlockingResult, Outcome
@@ -38,11 +40,11 @@ from polca_edit.allocation import Projections
 from polca_edit.artifacts import load_record
 from polca_edit.basis import Basis, capture
 from polca_edit.checkpoints import SeriesFolder
-from polca_edit.curvature import orthonormalise
 from polca_edit.training import TrainingSettings
 
-#: Random reference bases are measured on at most this many intervals (A7).
-RANDOM_INTERVALS = 40
+#: Up to this many select tokens, the run's basis and all reference bases are clustered from all
+#: pairwise distances, the fastest way there.
+DENSE_TOKENS = 4000
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,10 @@ def choose_pairs(run: Run, label: str, settings: PlanSettings) -> RunTest:
     own = replace(
         settings, seed=settings.seed + 1000 * run.config.seed, reference=run.config.damage.reference
     )
-    chosen = ChoiceSettings(run.settings(), settings.pairs, settings.thresholds.rule_auc, run.config.seed)
+    observe = run.settings()
+    if select.count <= DENSE_TOKENS:
+        observe = replace(observe, clusters=replace(observe.clusters, algorithm="generic"))
+    chosen = ChoiceSettings(observe, settings.pairs, settings.thresholds.rule_auc, run.config.seed)
     choose = cluster_chooser(select, evaluate, chosen)
     pairs = as_pairs(
         choose(projections),
@@ -152,23 +157,30 @@ def measure_run(test: RunTest) -> RunMeasurement:
     )
     session = open_session(subject, settings)
     maxima = reference_maxima(test, session)
-    planted = planted_power(session, maxima["rotation"])
+    draws = planted_draws(session)
+    planted = planted_power(draws, maxima["rotation"], settings.thresholds.level)
     span, gate = span_gate(session)
     everything = (*test.pairs, *test.nulls)
     vectors = sorted({v for pair in everything for v in pair.vectors})
     allocated = attributed_losses(session, vectors, subject.evaluate) if vectors else np.zeros((0, 0))
     banks: dict[tuple[int, ...], ControlBank] = {}
+    shared = open_span_draws(session, [pair.vectors for pair in everything])
     found: list[PairEvidence] = []
-    for pair in everything:
+    for number, pair in enumerate(everything):
+        tested = number < len(test.pairs)
         if pair.vectors not in banks:
             same = [p.evaluate for p in everything if p.vectors == pair.vectors]
-            banks[pair.vectors] = fill_bank(session, pair.vectors, same)
+            banks[pair.vectors] = fill_bank(session, pair.vectors, same, shared, reported=tested)
         own = allocated[[vectors.index(v) for v in pair.vectors]]
-        evidence = measure_pair(session, pair, banks[pair.vectors], own, maxima)
-        gates: dict[str, Outcome] = {**evidence.gates, "the span carries movement": gate}
-        found.append(replace(evidence, gates=gates, positive_control=planted.outcome))
-    tested = mark_crossovers(session, test.pairs, found[: len(test.pairs)])
-    return RunMeasurement(session, tuple(tested), tuple(found[len(test.pairs) :]), planted, maxima, span)
+        evidence = measure_pair(session, pair, banks[pair.vectors], own, maxima, reported=tested)
+        gates: dict[str, Outcome] = {
+            **evidence.gates,
+            "the span carries movement": gate,
+            **family_gates(list(maxima)),
+        }
+        found.append(replace(evidence, gates=gates, positive_control=planted.outcome, planted=draws))
+    crossed = mark_crossovers(session, test.pairs, found[: len(test.pairs)])
+    return RunMeasurement(session, tuple(crossed), tuple(found[len(test.pairs) :]), planted, maxima, span)
 
 
 def span_gate(session: Session) -> tuple[dict[str, float], Outcome]:
@@ -184,74 +196,6 @@ def span_gate(session: Session) -> tuple[dict[str, float], Outcome]:
         "captured path": path,
     }
     return numbers, "passed" if damage.high > session.settings.thresholds.effect_floor else "failed"
-
-
-def reference_maxima(test: RunTest, session: Session) -> dict[str, Array]:
-    """c7: rotations inside the span from stored projections; random bases of all weight space."""
-    settings = test.settings
-    generator = torch.Generator().manual_seed(settings.seed + 17)
-    found = {
-        "rotation": nulls.rotation_maxima(
-            session.evaluate,
-            test.basis.rows,
-            test.projections,
-            test.choose,
-            draws=settings.rotations,
-            generator=generator,
-        )
-    }
-    if settings.random_bases:
-        found["random"] = random_family(test, session, generator)
-    return found
-
-
-def random_family(test: RunTest, session: Session, generator: torch.Generator) -> Array:
-    """Largest T of random orthonormal bases; several bases share each pass over the checkpoints."""
-    run, count = test.run, len(test.basis)
-    series = session.subject.checkpoints
-    every = max(1, -(-(len(series) - 1) // RANDOM_INTERVALS))
-    indices = sorted({*range(0, len(series), every), len(series) - 1})
-    part = series.subset(indices)
-    found: list[float] = []
-    while len(found) < test.settings.random_bases:
-        together = min(10, test.settings.random_bases - len(found))
-        draws = [
-            orthonormalise(torch.randn(count, run.task.space.size, generator=generator))
-            for _ in range(together)
-        ]
-        rows = torch.cat(draws)
-        planned = len(rows) * len(part)
-        slopes, losses = [], []
-        for index in range(len(part)):
-            value, slope = run.objective.directional(
-                part[index], rows, run.task.splits.select, expected=planned
-            )
-            losses.append(value)
-            slopes.append(slope)
-        moves = torch.stack([rows @ (part[i + 1] - part[i]) for i in range(len(part) - 1)])
-        for number, own in enumerate(draws):
-            lines = slice(number * count, (number + 1) * count)
-            projections = _bare(part.steps, losses, [s[lines] for s in slopes], moves[:, lines])
-            found.append(nulls.largest_effect(session.evaluate, own, test.choose(projections)))
-    return np.array(found)
-
-
-def _bare(
-    steps: Sequence[int], losses: Sequence[Tensor], slopes: Sequence[Tensor], moves: Tensor
-) -> Projections:
-    """Projections without residual parts, which the choice of pairs does not read."""
-    zero = torch.zeros(len(moves), len(losses[0]))
-    flat = torch.zeros(len(moves))
-    return Projections(
-        torch.tensor(steps),
-        torch.stack(list(losses)),
-        torch.stack(list(slopes)),
-        moves,
-        zero,
-        zero,
-        flat,
-        flat,
-    )
 
 
 # -- blocking (O5) -----------------------------------------------------------------------------------

@@ -103,8 +103,21 @@ class CheckpointsConfig(Section):
     skip_damaged: bool = Field(False, description="leave incomplete checkpoints out instead of refusing")
 
 
+#: Rotations inside a span that need no label, and the one that does.
+Rotation = Literal[
+    "none",
+    "varimax",
+    "quartimax",
+    "joint",
+    "joint_centred",
+    "joint_normalised",
+    "fastica",
+    "contrastive",
+]
+
+
 class BasisConfig(Section):
-    """One basis."""
+    """One basis; with a rotation, the span of the unrotated basis of the same kind turned."""
 
     kind: str = "hessian"
     name: str | None = None
@@ -117,11 +130,30 @@ class BasisConfig(Section):
     placement: Literal["equal", "loss_fall"] = Field(
         "equal", description="equal steps (paper), or equal shares of the mean loss's fall (no labels)"
     )
+    rotation: Rotation = Field(
+        "none", description="turn the unrotated basis of the same kind inside its span, fitted on select"
+    )
+    skill: str | None = Field(None, description="known skill of a contrastive rotation (supervised)")
+
+    @model_validator(mode="after")
+    def _skill_for_contrastive(self) -> BasisConfig:
+        if (self.skill is not None) != (self.rotation == "contrastive"):
+            raise ValueError("'skill' names the skill of a contrastive rotation, and only that; set both")
+        return self
 
     @property
     def label(self) -> str:
         """Name of the basis in files and summaries."""
-        return self.name or self.kind
+        return self.name or (self.kind if self.rotation == "none" else f"{self.kind}_{self.rotation}")
+
+    @property
+    def rotated(self) -> bool:
+        """Whether it is another basis turned, and needs no pass of its own."""
+        return self.rotation != "none"
+
+    def span(self) -> dict[str, Any]:
+        """Every setting that decides the span: all but name and rotation."""
+        return self.model_dump(exclude={"name", "rotation", "skill"})
 
 
 class ClusterConfig(Section):
@@ -179,6 +211,44 @@ class RunConfig(Section):
         if len(set(labels)) != len(labels):
             raise ValueError(f"every basis needs its own name, got {labels}; set 'name'")
         return self
+
+    @model_validator(mode="after")
+    def _rotated_from_a_measured_basis(self) -> RunConfig:
+        """A rotated basis takes its span's settings from the unrotated one of its kind."""
+        resolved = []
+        for spec in self.bases:
+            if not spec.rotated:
+                resolved.append(spec)
+                continue
+            if self.rule == "second_order":
+                raise ValueError(
+                    f"basis '{spec.label}' is rotated, and rule 'second_order' needs curvatures that "
+                    "rotations do not have; use rule 'trapezoid'"
+                )
+            asked = spec.model_dump(include=spec.model_fields_set - {"name", "rotation", "skill"})
+            found = [
+                b
+                for b in self.bases
+                if not b.rotated and b.kind == spec.kind and asked.items() <= b.model_dump().items()
+            ]
+            if not found:
+                raise ValueError(
+                    f"basis '{spec.label}' turns an unrotated basis '{spec.kind}' with the same settings, "
+                    "none is there; add it to 'bases'"
+                )
+            own = {"name": spec.name, "rotation": spec.rotation, "skill": spec.skill}
+            resolved.append(found[0].model_copy(update=own))
+        # Frozen sections cannot be assigned to; validation is where they are made.
+        object.__setattr__(self, "bases", tuple(resolved))
+        return self
+
+    def measured_bases(self) -> tuple[BasisConfig, ...]:
+        """Bases that are projected; the others are turned from them."""
+        return tuple(basis for basis in self.bases if not basis.rotated)
+
+    def source_of(self, spec: BasisConfig) -> BasisConfig:
+        """The measured basis whose span a rotated one turns."""
+        return next(b for b in self.measured_bases() if b.span() == spec.span())
 
 
 #: Other names of presets.

@@ -25,6 +25,7 @@ LADDER = {
     "c6": "c6 token-set gradients",
     "rotation": "c7 pipeline, rotated bases",
     "random": "c7 pipeline, random bases",
+    "shuffled_hessian": "c7 pipeline, shuffled Hessian",
 }
 
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from experiments.config import BasisConfig, RunConfig, dump_config
 from experiments.engines import slope_engine
+from experiments.rotated_bases import turned
 from experiments.tasks import Task, build_task
 from polca_edit.allocation import (
     CheckpointSlopes,
@@ -116,23 +117,28 @@ class Run:
     def key(self, stage: str) -> str:
         """Hash of everything a stage's result depends on."""
         c = self.config.model_dump(mode="json")
+        measured = [_spec_key(basis) for basis in self.config.measured_bases()]
         common = {k: c[k] for k in ("task", "seed", "model", c["task"], "training", "checkpoints")}
         kind, _, name = stage.partition(":")
         own: Any = None
+        # A rotated basis stands on the measured ones, and nothing but its own stages stands on it.
+        spec = next((b for b in self.config.bases if b.label == name), None)
+        bases = [*measured, _spec_key(spec)] if spec is not None and spec.rotated else measured
         if kind == "basis":
-            own = next(b for b in c["bases"] if (b["name"] or b["kind"]) == name)
+            own = bases if spec is not None and spec.rotated else next(b for b in bases if _label(b) == name)
         elif kind == "projections":
-            own = c["bases"], c["rule"] == "second_order"
+            own = measured, c["rule"] == "second_order"
         elif kind in ("clusters", "damage"):
             own = (
-                c["bases"],
+                bases,
                 c["rule"],
                 c["clusters"],
                 c["breakthrough_delta"],
                 c["damage"] if kind == "damage" else None,
             )
         elif kind == "evaluate":
-            own = c["bases"], c["rule"], c["clusters"], c["breakthrough_delta"], c["damage"]
+            every = [_spec_key(basis) for basis in self.config.bases]
+            own = every, c["rule"], c["clusters"], c["breakthrough_delta"], c["damage"]
         return key_of(SCHEMA, stage, common, own)
 
     def settings(self) -> ObserveSettings:
@@ -151,6 +157,15 @@ class Run:
         if given is not None:
             return open_directory(self.task.space, given.directory, given.pattern).require()
         return open_series(self.task.space, self.directory.checkpoints).require()
+
+
+def _spec_key(spec: BasisConfig) -> dict[str, Any]:
+    """A basis section as it enters keys; sections without a rotation keep the keys they always had."""
+    return spec.model_dump(mode="json", exclude=set() if spec.rotated else {"rotation", "skill"})
+
+
+def _label(section: dict[str, Any]) -> str:
+    return str(section["name"] or section["kind"])
 
 
 def open_run(config: RunConfig, out: Path, say: Say = print) -> Run:
@@ -185,12 +200,13 @@ def load_run(out: Path, say: Say = print) -> Run:
 
 
 def stage_names(config: RunConfig) -> list[str]:
-    """Stages of a run, in order."""
+    """Stages of a run, in order; rotated bases come from the projections of the others."""
     labels = [basis.label for basis in config.bases]
     return [
         *([] if config.checkpoints is not None else ["train"]),
-        *(f"basis:{label}" for label in labels),
+        *(f"basis:{basis.label}" for basis in config.measured_bases()),
         "projections",
+        *(f"basis:{basis.label}" for basis in config.bases if basis.rotated),
         *(f"clusters:{label}" for label in labels),
         *(f"damage:{label}" for label in labels),
         "evaluate",
@@ -361,11 +377,30 @@ def equal_falls(means: Sequence[float], count: int) -> list[int]:
 
 def _basis(run: Run, stage: str) -> None:
     spec = next(b for b in run.config.bases if b.label == stage.partition(":")[2])
+    if spec.rotated:
+        _rotated_basis(run, stage, spec)
+        return
     path = run.directory.basis(spec.label)
     parts = run.directory.path / "basis" / f"{spec.label}.parts"
     checkpoints = run.checkpoints()
     with run.directory.stage(stage, run.key(stage), [path], run.objective.passes, parts=parts):
         save_record(path, build_basis(run, spec, checkpoints, parts))
+
+
+def _rotated_basis(run: Run, stage: str, spec: BasisConfig) -> None:
+    """Basis and projections at once, both turned from stored ones."""
+    source = run.config.source_of(spec).label
+    outputs = [run.directory.basis(spec.label), run.directory.projections(spec.label)]
+    with run.directory.stage(stage, run.key(stage), outputs, run.objective.passes):
+        basis, projections = turned(
+            spec,
+            load_record(Basis, run.directory.basis(source)),
+            load_record(Projections, run.directory.projections(source)),
+            run.task.splits.select,
+            run.config.seed,
+        )
+        save_record(outputs[0], basis)
+        save_record(outputs[1], projections)
 
 
 def build_basis(run: Run, spec: BasisConfig, checkpoints: Checkpoints, parts: Path) -> Basis:
@@ -444,7 +479,7 @@ def _further_basis(run: Run, spec: BasisConfig, checkpoints: Checkpoints) -> Bas
 
 
 def _projections(run: Run, stage: str) -> None:
-    labels = [b.label for b in run.config.bases]
+    labels = [b.label for b in run.config.measured_bases()]
     bases = [load_record(Basis, run.directory.basis(label)) for label in labels]
     checkpoints, tokens = run.checkpoints(), run.task.splits.select
     parts = run.directory.path / "projections" / "parts"

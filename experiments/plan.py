@@ -36,6 +36,8 @@ COARSE_SPACING = 6e-3
 #: An opened series is too coarse where a step is more than this times the one before.
 COARSE_RATIO = 1.5
 FLOAT = 4
+#: Kind of a basis that is turned from another one's stored projections.
+ROTATED = "rotated"
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Sizes:
         evaluate: sequences of the evaluate split.
         derivative_batch: sequences per derivative batch.
         states: optimiser states recorded.
-        bases: (kind, vectors, basis checkpoints) of each basis.
+        bases: (kind, vectors, basis checkpoints) of each basis; a rotated one has kind ``rotated``.
         doses: damage doses per vector.
         draws: random directions per vector.
         route: how directional derivatives are taken.
@@ -83,8 +85,8 @@ class Sizes:
 
     @property
     def rows(self) -> int:
-        """Directions per checkpoint: vectors and two residual directions of every basis."""
-        return self.vectors + 2 * len(self.bases)
+        """Directions per checkpoint: vectors and two residual directions of every measured basis."""
+        return sum(vectors + 2 for kind, vectors, _ in self.bases if kind != ROTATED)
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,8 @@ def _basis_cost(
 ) -> StageCost:
     weights, stored = s.parameters * FLOAT, vectors * s.parameters * FLOAT
     name = f"basis:{spec.label}"
+    if kind == ROTATED:  # turned from stored projections, which it stores anew
+        return StageCost(name, 0, 0, 0, stored + projected_bytes(s, vectors), 0.0)
     if kind == "random":
         return StageCost(name, 0, 0, 0, stored, 0.0)
     if kind != "hessian":
@@ -196,6 +200,11 @@ def _basis_cost(
     return StageCost(name, forward, count, taken * weights, stored, seconds)
 
 
+def projected_bytes(s: Sizes, vectors: int) -> int:
+    """Stored projections of one basis: token slopes along its vectors and residuals, exact losses."""
+    return s.select_tokens * FLOAT * s.checkpoints * (vectors + 3)
+
+
 def _projection_cost(s: Sizes, speeds: Speeds, select: int) -> StageCost:
     weights = s.parameters * FLOAT
     if s.route == "adjoint":
@@ -205,16 +214,13 @@ def _projection_cost(s: Sizes, speeds: Speeds, select: int) -> StageCost:
     else:
         forward = s.checkpoints * select * (1 + s.rows)
     # One pass over the series for the slopes, one more per basis for the displacements.
-    reads = s.checkpoints * (1 + len(s.bases))
-    stored = (
-        s.select_tokens
-        * FLOAT
-        * sum(s.checkpoints * vectors + 3 * s.checkpoints for _, vectors, _ in s.bases)
-    )
+    measured = [vectors for kind, vectors, _ in s.bases if kind != ROTATED]
+    reads = s.checkpoints * (1 + len(measured))
+    stored = sum(projected_bytes(s, vectors) for vectors in measured)
     hvps = 0
     if s.second_order:
         hvps = s.vectors * (s.checkpoints - 1)
-        reads += s.checkpoints * len(s.bases)
+        reads += s.checkpoints * len(measured)
     seconds = s.checkpoints * s.select * speeds.slopes + speeds.slopes_setup + reads * speeds.read
     seconds += hvps * s.curvature * speeds.product
     return StageCost("projections", forward, hvps, reads * weights, stored, seconds)
@@ -317,7 +323,8 @@ def sizes_of(task: Task, config: RunConfig, steps: Sequence[int]) -> Sizes:
     bases = []
     for spec in config.bases:
         taken = len(spec.steps) if spec.steps is not None else -(-spec.vectors // spec.per_checkpoint)
-        bases.append((spec.kind, spec.vectors, taken if spec.kind == "hessian" else 0))
+        kind = ROTATED if spec.rotated else spec.kind
+        bases.append((kind, spec.vectors, taken if kind == "hessian" else 0))
     return Sizes(
         task.space.size,
         len(steps),

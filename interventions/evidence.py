@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interventions import measures
+from interventions.detection import PlantedDraws, detectable_share, powers
 from interventions.edits import Edit
 from interventions.measures import Target
 from interventions.statistics import (
@@ -171,6 +172,7 @@ class PairEvidence:
         controls: family -> T of every draw.
         reference: family of reference bases -> largest T over that basis's pairs, per draw.
         positive_control: c10.
+        planted: effects of planted skills of this run, for the share that several runs find together.
         gates: name -> outcome.
         there_and_back: path length over net displacement along the vectors.
         pilot_error: standard error of D_C on the select split.
@@ -202,6 +204,7 @@ class PairEvidence:
     controls: Mapping[str, Array] = field(default_factory=dict)
     reference: Mapping[str, Array] = field(default_factory=dict)
     positive_control: Outcome = "not_run"
+    planted: PlantedDraws | None = None
     gates: Mapping[str, Outcome] = field(default_factory=dict)
     there_and_back: float = 1.0
     pilot_error: float = 0.0
@@ -255,7 +258,12 @@ def _worst(outcomes: Sequence[Outcome]) -> Outcome:
 
 
 def combine(
-    runs: Sequence[PairEvidence], *, stop_after: int | None = None, seed: int = 0, sign_test: bool = True
+    runs: Sequence[PairEvidence],
+    *,
+    stop_after: int | None = None,
+    seed: int = 0,
+    sign_test: bool = True,
+    level: float = 0.05,
 ) -> VerdictInputs:
     """One set of verdict inputs from the evidence of the same pair in several runs (seeds).
 
@@ -324,6 +332,7 @@ def combine(
             for g in sorted({g for r in runs for g in r.gates})
         },
         positive_control=_worst([run.positive_control for run in runs]),
+        detectable_share=_detectable(runs, level),
         crossover=all(run.crossover for run in runs),
         blocking=_blocking(runs),
         decay_share=float(np.mean(decays)) if decays else None,
@@ -338,6 +347,15 @@ def combine(
             else float(np.mean([run.raw_share for run in runs])),
         ),
     )
+
+
+def _detectable(runs: Sequence[PairEvidence], level: float) -> float | None:
+    """Smallest share of a planted skill that these runs find together, None where none was planted."""
+    planted = [run.planted for run in runs if run.planted is not None]
+    maxima = [run.reference["rotation"] for run in runs if "rotation" in run.reference]
+    if len(planted) < len(runs) or len(maxima) < len(runs):
+        return None
+    return detectable_share({share: power for share, (power, _) in powers(planted, maxima, level).items()})
 
 
 def _control_p(runs: Sequence[PairEvidence], family: str, stop_after: int | None) -> float | None:

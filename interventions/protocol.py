@@ -21,6 +21,7 @@ from interventions import controls, edits, measures
 from interventions.edits import Edit
 from interventions.evidence import Bench, PairEvidence, effect_draws, open_bench, share_draws, tensor_mask
 from interventions.measures import Target
+from interventions.span_draws import SpanDraws, curve_sizes
 from interventions.statistics import Array, Bits, Draws, sequence_permutation_p
 from interventions.verdict import Outcome, Thresholds
 from polca_edit.allocation import coordinates
@@ -40,8 +41,11 @@ class PlanSettings:
         doses: alpha grid of O2.
         draws: draws of every random control.
         stop_after: exceedances at which a control's draws stop (Besag & Clifford).
+        least_draws: draws before which none stops, so that a study of several runs, where the shortest
+            null counts, can still reach the level.
         rotations: reference bases rotated inside the span (c7).
         random_bases: reference bases of random directions (c7).
+        shuffled_bases: Hessian bases from a shuffled order of the checkpoints (c7).
         gradient_draws: draws of c6.
         transplant_draws: draws per family for the sufficiency share.
         shuffle_draws: label shuffles (c8).
@@ -57,8 +61,10 @@ class PlanSettings:
     doses: tuple[float, ...] = (-1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
     draws: int = 199
     stop_after: int = 10
+    least_draws: int = 39
     rotations: int = 199
     random_bases: int = 39
+    shuffled_bases: int = 39
     gradient_draws: int = 199
     transplant_draws: int = 99
     shuffle_draws: int = 199
@@ -241,60 +247,85 @@ def operator_gates(session: Session, vectors: Sequence[int]) -> dict[str, Outcom
 
 @dataclass(frozen=True)
 class ControlBank:
-    """Damage of random in-span edits and of c1, c2, shared by all pairs of one vector set.
+    """Damage of random edits, shared by all pairs of one vector set.
 
     Attributes:
         own: (R, M) c3b, each part's own movement undone.
-        curve: (R, doses, M) c3a at every dose of the curve.
-        isotropic: (R, M) c1.
-        placed: (R, M) c2.
-        spectrum: (R, M) c2, stronger.
+        sized: (R, M) c3a, displaced as far as the pair's edit.
+        curve: (R, sizes, M) the same directions at rising sizes, for c4.
+        random: family -> (R', M) c1 and c2; empty where only what the rule reads is drawn.
     """
 
     own: NDArray[np.float64]
+    sized: NDArray[np.float64]
     curve: NDArray[np.float64]
-    isotropic: NDArray[np.float64]
-    placed: NDArray[np.float64]
-    spectrum: NDArray[np.float64]
+    random: Mapping[str, NDArray[np.float64]]
 
 
-def fill_bank(session: Session, vectors: Sequence[int], targets: Sequence[Target]) -> ControlBank:
+def open_span_draws(session: Session, sets: Sequence[tuple[int, ...]]) -> SpanDraws:
+    """Random directions of the span for the controls of these vector sets."""
+    sizes = curve_sizes([session.undo(vectors).norm for vectors in sets])
+    return SpanDraws(session.evaluate, session.subject.rows, sizes, session.settings.seed * 7919 + 31)
+
+
+def fill_bank(
+    session: Session,
+    vectors: Sequence[int],
+    targets: Sequence[Target],
+    span: SpanDraws | None = None,
+    *,
+    reported: bool = True,
+) -> ControlBank:
     """Draw c1-c4 for one vector set.
 
     Drawing of c3 and c4 stops once every pair of this vector set has been reached often enough on
-    some required rung; the other rungs then have as many draws.
+    some required rung, but not before ``least_draws``: over several runs the shortest null counts.
+
+    Args:
+        session: the open run.
+        vectors: what is undone.
+        targets: every target tested with these vectors.
+        span: draws shared with other vector sets.
+        reported: draw c1 and c2 too, which no clause of the rule reads.
     """
-    settings, bench, theta = session.settings, session.evaluate, session.theta
-    generator = torch.Generator().manual_seed(settings.seed * 7919 + 31 * sum(vectors) + len(vectors))
+    settings, bench = session.settings, session.evaluate
     edit = session.undo(vectors)
-    size, rows = edit.norm, session.subject.rows
+    size = edit.norm
     change = bench.change(edit)
     observed = [float(measures.selectivity(change, bench.headroom, t)) for t in targets]
     reached = np.zeros((len(targets), 3), dtype=int)
-    own, curves = [], []
-    for _ in range(settings.draws):
-        own.append(
-            bench.change(controls.in_span_own(theta, session.reference, rows, len(vectors), generator))
-        )
-        unit = controls.in_span(theta, rows, size, generator)
-        curves.append(np.stack([bench.change(unit.scaled(dose)) for dose in controls.CURVE]))
+    draws = span or open_span_draws(session, [tuple(vectors)])
+    own, sized, curves = [], [], []
+    for number in range(settings.draws):
+        own.append(draws.own(number, len(vectors)))
+        sized.append(draws.at(number, size))
+        curves.append(draws.curve(number))
         matched = controls.matched_damage(curves[-1], float(change.mean()))[0]
-        at_size = curves[-1][controls.CURVE.index(1.0)]
         for i, target in enumerate(targets):
-            found = [measures.selectivity(c, bench.headroom, target) for c in (own[-1], at_size, matched)]
+            found = [measures.selectivity(c, bench.headroom, target) for c in (own[-1], sized[-1], matched)]
             reached[i] += np.array([float(value) >= observed[i] for value in found])
-        if (reached.max(1) >= settings.stop_after).all():
+        if number + 1 >= settings.least_draws and (reached.max(1) >= settings.stop_after).all():
             break
+    random = _random_edits(session, edit, vectors) if reported else {}
+    return ControlBank(np.stack(own), np.stack(sized), np.stack(curves), random)
+
+
+def _random_edits(session: Session, edit: Edit, vectors: Sequence[int]) -> dict[str, NDArray[np.float64]]:
+    """c1 and c2: half as many draws as of c3, a tenth of c2's stronger form."""
+    settings, bench, theta = session.settings, session.evaluate, session.theta
+    generator = torch.Generator().manual_seed(settings.seed * 7919 + 31 * sum(vectors) + len(vectors))
+    space, size = session.subject.objective.space, edit.norm
     few = max(1, settings.draws // 2)
-    space = session.subject.objective.space
     signs = [1.0 if i % 2 else -1.0 for i in range(few)]
-    return ControlBank(
-        np.stack(own),
-        np.stack(curves),
-        np.stack([bench.change(controls.isotropic(theta, size * sign, generator)) for sign in signs]),
-        np.stack([bench.change(controls.same_placement(theta, edit, space, generator)) for _ in signs]),
-        np.stack([bench.change(controls.same_spectrum(theta, edit, space, generator)) for _ in signs[:20]]),
-    )
+    return {
+        "c1": np.stack([bench.change(controls.isotropic(theta, size * s, generator)) for s in signs]),
+        "c2a": np.stack(
+            [bench.change(controls.same_placement(theta, edit, space, generator)) for _ in signs]
+        ),
+        "c2b": np.stack(
+            [bench.change(controls.same_spectrum(theta, edit, space, generator)) for _ in signs[:20]]
+        ),
+    }
 
 
 def ladder(session: Session, pair: Pair, bank: ControlBank, change: Array) -> dict[str, Array]:
@@ -307,10 +338,8 @@ def ladder(session: Session, pair: Pair, bank: ControlBank, change: Array) -> di
 
     others = controls.other_vectors(session.theta, session.reference, session.subject.rows, pair.vectors)
     return {
-        "c1": effects(bank.isotropic),
-        "c2a": effects(bank.placed),
-        "c2b": effects(bank.spectrum),
-        "c3a": effects(bank.curve[:, controls.CURVE.index(1.0)]),
+        **{family: effects(table) for family, table in bank.random.items()},
+        "c3a": effects(bank.sized),
         "c3b": effects(bank.own),
         "c4": effects(matched),
         "c5": effects(np.stack([session.evaluate.change(edit) for _, edit in others])),
@@ -352,22 +381,29 @@ def gradient_controls(session: Session, pair: Pair, observed: float) -> Array | 
             continue
         value = measures.selectivity(bench.change(edit), bench.headroom, Target(counterpart))
         found.append(float(value))
-        if sum(v >= observed for v in found) >= settings.stop_after:
+        enough = len(found) >= settings.least_draws
+        if enough and sum(v >= observed for v in found) >= settings.stop_after:
             break
     return np.array(found) if found else None
 
 
-def sufficiency(session: Session, pair: Pair) -> tuple[Draws, dict[str, Array]]:
-    """Q_C under O4 and under random transplants of the same size into theta_ref (c1, c3)."""
+def sufficiency(session: Session, pair: Pair, *, reported: bool = True) -> tuple[Draws, dict[str, Array]]:
+    """Q_C under O4 and under random transplants of the same size into theta_ref (c1-c3).
+
+    Drawing stops once one family has been reached often enough. The transplants decide a grade
+    alone, so none is drawn where nothing is ``reported``.
+    """
     bench, settings = session.evaluate, session.settings
     rows = session.rows(pair.vectors)
     edit = edits.transplant(session.reference, session.theta, rows)
     share = share_draws(bench, bench.gain(edit), pair.evaluate.members)
     generator = torch.Generator().manual_seed(settings.seed * 15_485_863 + pair.vectors[0])
     room = float(bench.headroom[pair.evaluate.members].mean())
+    if not reported:
+        return share, {}
     nulls: dict[str, list[float]] = {"c1": [], "c2": [], "c3": []}
     space = session.subject.objective.space
-    for _ in range(settings.transplant_draws):
+    for number in range(settings.transplant_draws):
         drawn = {
             "c1": controls.isotropic(session.reference, edit.norm, generator),
             "c2": controls.same_placement(session.reference, edit, space, generator),
@@ -376,6 +412,9 @@ def sufficiency(session: Session, pair: Pair) -> tuple[Draws, dict[str, Array]]:
         for family, other in drawn.items():
             gain = float(bench.gain(other)[pair.evaluate.members].mean())
             nulls[family].append(min(gain, room) / room if room > 0 else float("nan"))
+        reached = max(sum(v >= share.estimate for v in values) for values in nulls.values())
+        if number + 1 >= settings.least_draws and reached >= settings.stop_after:
+            break
     return share, {family: np.array(values) for family, values in nulls.items()}
 
 
@@ -412,6 +451,8 @@ def measure_pair(
     bank: ControlBank,
     attributed: NDArray[np.float64],
     reference: Mapping[str, Array],
+    *,
+    reported: bool = True,
 ) -> PairEvidence:
     """Everything the rule needs for one pair in one run.
 
@@ -421,6 +462,7 @@ def measure_pair(
         bank: random edits for its vectors.
         attributed: (k, M) loss allocated to each of its vectors on the evaluate split.
         reference: family -> largest T per reference basis (c7).
+        reported: measure what only a report or a grade reads too; declared nulls go without.
     """
     bench, target = session.evaluate, pair.evaluate
     edit = session.undo(pair.vectors)
@@ -436,7 +478,7 @@ def measure_pair(
             not_applicable.append("c6")
         else:
             ladder_draws["c6"] = gradients
-    shares, nulls = sufficiency(session, pair)
+    shares, nulls = sufficiency(session, pair, reported=reported)
     window, shams, rewound = windows(session, pair)
     a = attributed.sum(0)
     return PairEvidence(

@@ -34,6 +34,7 @@ class Thresholds:
         equivalence_power: power below which the flag ``underpowered`` is set.
         headroom_errors: headroom must exceed this many standard errors.
         there_and_back: path length over net displacement above which O1 says nothing.
+        detectable_share: planted skills must be found from this share on, or ``low_power`` is set.
         even_tolerance: |D(+1) - D(-1)| below this share of their sum sets ``even_response``.
     """
 
@@ -50,6 +51,7 @@ class Thresholds:
     equivalence_power: float = 0.8
     headroom_errors: float = 3.0
     there_and_back: float = 5.0
+    detectable_share: float = 0.8
     even_tolerance: float = 0.1
 
 
@@ -110,6 +112,8 @@ class VerdictInputs:
         dose_asymmetry: D(+1) and D(-1).
         gates: name -> outcome (operator identity, movement, completeness ...).
         positive_control: outcome of c10.
+        detectable_share: smallest share of its tokens' headroom at which a planted skill is found; None:
+            not run, inf: none was found.
         crossover: crosses over with another pair.
         blocking: None: not run.
         decay_share: share of the displacement that is weight decay; None where unknown.
@@ -143,6 +147,7 @@ class VerdictInputs:
     dose_asymmetry: tuple[float, float] | None = None
     gates: Mapping[str, Outcome] = field(default_factory=dict)
     positive_control: Outcome = "not_run"
+    detectable_share: float | None = None
     crossover: bool = False
     blocking: BlockingResult | None = None
     decay_share: float | None = None
@@ -190,6 +195,8 @@ def decide(inputs: VerdictInputs, thresholds: Thresholds | None = None) -> Verdi
     if clauses.get(why) == "not_run":
         why = f"not_run:{why}"
     reason = reason_for(inputs, single if clauses["seeds"] == "failed" else full, why, grade)
+    if "low_power" in flags and "causal" not in (full, single):
+        reason += " " + sensitivity_words(inputs)
     if clauses["seeds"] == "failed":
         reason += f" Single-run verdict: {inputs.seeds} of {t.seeds} seeds."
     return Verdict(full, single, tuple(dict.fromkeys((*more, *flags))), grade, reason, clauses)
@@ -325,6 +332,8 @@ def informative_flags(i: VerdictInputs, t: Thresholds) -> list[str]:
     powers = [equivalence_power(g.damage.error, margin(i, g, t)) for g in i.others.values()]
     if powers and min(powers) < t.equivalence_power:
         flags.append("underpowered")
+    if i.detectable_share is not None and i.detectable_share > t.detectable_share:
+        flags.append("low_power")
     if i.interaction <= -0.1:
         flags.append("synergy")
     if i.interaction >= 0.1 and i.sufficiency is not None:
@@ -382,6 +391,16 @@ _WORDS = {
     "equivalence": "other groups are damaged beyond the equivalence margin",
     "sign": "the effect is not consistent over seeds",
 }
+
+
+def sensitivity_words(i: VerdictInputs) -> str:
+    """What a negative result cannot exclude, from the planted skills."""
+    if i.detectable_share is None or i.detectable_share == float("inf"):
+        return "No planted skill was found, however large."
+    return (
+        f"Planted skills are only found from {i.detectable_share:.0%} of their tokens' headroom on, "
+        "so a smaller effect is not excluded."
+    )
 
 
 def reason_for(i: VerdictInputs, verdict: Name, decided_by: str, grade: str) -> str:

@@ -27,6 +27,9 @@ class ClusterSettings:
         drop_rising_vectors: leave out vectors whose mean projected loss rises.
         by_output: cluster tokens of each output id apart.
         selection: HDBSCAN's cluster selection.
+        algorithm: how HDBSCAN finds its spanning tree; ``generic`` holds all pairwise distances and is
+            three to four times faster for up to a few thousand tokens. Distances differ in the last bit,
+            which moved one token in 1 % of 452 clusterings of demo runs.
     """
 
     min_cluster_share: float = 0.03
@@ -36,6 +39,7 @@ class ClusterSettings:
     drop_rising_vectors: bool = True
     by_output: bool = False
     selection: Literal["eom", "leaf"] = "eom"
+    algorithm: Literal["best", "generic"] = "best"
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,7 @@ def density_clusters(
         min_samples=samples,
         cluster_selection_method=settings.selection,
         core_dist_n_jobs=1,
+        algorithm=settings.algorithm,
     )
     return torch.from_numpy(np.asarray(clusterer.fit_predict(paths.double().numpy()), dtype=np.int64))
 

@@ -19,7 +19,15 @@ from experiments.summary import write_summary
 from interventions.protocol import plan_digest
 from polca_edit.artifacts import RunDirectory
 
-FEW = ("draws=19", "rotations=19", "random_bases=0", "gradient_draws=19", "transplant_draws=9", "planted=3")
+FEW = (
+    "draws=19",
+    "rotations=19",
+    "random_bases=0",
+    "shuffled_bases=0",
+    "gradient_draws=19",
+    "transplant_draws=9",
+    "planted=3",
+)
 WORDS = {"causal", "not_selective", "observational_only", "inconclusive"}
 
 

@@ -121,6 +121,24 @@ def test_even_response_and_underpowered_are_flags_only() -> None:
     assert "underpowered" in decide(replace(CAUSAL, others={"rest": wide})).flags
 
 
+@pytest.mark.parametrize(
+    ("share", "words"),
+    [(0.9, "from 90% of their tokens' headroom on"), (float("inf"), "No planted skill was found")],
+)
+def test_a_blunt_assay_is_flagged_and_said(share: float, words: str) -> None:
+    blunt = decide(replace(CAUSAL, pipeline_p=0.2, detectable_share=share))
+    assert blunt.verdict == "not_selective"
+    assert "low_power" in blunt.flags
+    assert words in blunt.reason
+    sharp = decide(replace(CAUSAL, pipeline_p=0.2, detectable_share=0.8))
+    assert "low_power" not in sharp.flags
+    assert "lanted" not in sharp.reason
+    # A verdict that was reached needs no excuse.
+    reached = decide(replace(CAUSAL, detectable_share=share))
+    assert reached.verdict == "causal"
+    assert "lanted" not in reached.reason
+
+
 values = some.floats(allow_nan=True, allow_infinity=True) | some.floats(-2, 2)
 intervals = some.builds(Interval, *[values] * 6)
 outcomes = some.sampled_from(["passed", "failed", "not_run", "not_applicable"])
@@ -151,6 +169,7 @@ everything = some.builds(
     dose_monotone=outcomes,
     gates=some.dictionaries(some.sampled_from(["operator", "movement"]), outcomes),
     positive_control=outcomes,
+    detectable_share=some.none() | values,
     blocking=some.none()
     | some.builds(BlockingResult, intervals, intervals, some.booleans(), some.booleans(), some.booleans()),
     not_applicable=some.lists(some.sampled_from(["c6", "seeds", "dose", "equivalence"]), max_size=2).map(

@@ -1,0 +1,51 @@
+"""A basis turned inside its span: fitted on stored select projections, with no model at hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from experiments.config import BasisConfig
+from polca_edit import rotations
+from polca_edit.allocation import Projections
+from polca_edit.basis import Basis
+from polca_edit.tokens import TokenSet
+
+#: Enough for the angles to settle at the sizes of a run.
+JACOBI: dict[str, Any] = {"sweeps": 30, "tolerance": 1e-6}
+
+
+def fit_rotation(spec: BasisConfig, projections: Projections, select: TokenSet, seed: int) -> Tensor:
+    """(K, K) rotation of a config section, from the select split's allocation matrices.
+
+    Raises:
+        ValueError: for a contrastive rotation of a skill the tokens do not know.
+    """
+    matrices = rotations.allocation_matrices(projections)
+    table = matrices.diagonal(dim1=1, dim2=2)
+    if spec.rotation in ("varimax", "quartimax"):
+        return rotations.orthomax(table, "varimax" if spec.rotation == "varimax" else "quartimax")
+    if spec.rotation == "fastica":
+        return rotations.independent_components(table, seed=seed)
+    if spec.rotation == "contrastive":
+        if spec.skill not in select.skills:
+            raise ValueError(
+                f"basis '{spec.label}': skill must be one of {sorted(select.skills)}, got '{spec.skill}'"
+            )
+        return rotations.contrastive(matrices, select.skills[spec.skill])
+    centred = spec.rotation in ("joint_centred", "joint_normalised")
+    normalised = spec.rotation == "joint_normalised"
+    return rotations.joint_diagonalisation(matrices, centred=centred, normalised=normalised, **JACOBI)
+
+
+def turned(
+    spec: BasisConfig, basis: Basis, projections: Projections, select: TokenSet, seed: int
+) -> tuple[Basis, Projections]:
+    """The rotated basis and its projections; residual parts are those of the span and stay."""
+    rotation = fit_rotation(spec, projections, select, seed)
+    supervised = spec.rotation == "contrastive"
+    return (
+        basis.rotated(rotation, f"{spec.kind}_{spec.rotation}", supervised=supervised),
+        projections.rotated(rotation),
+    )
