@@ -14,7 +14,8 @@ import numpy as np
 import typer
 import yaml
 
-from experiments import causal_runs, figures_causal
+from experiments import causal_branches, causal_runs, figures_causal
+from experiments.causal_listing import control_rows, operator_rows
 from experiments.causal_runs import RunMeasurement, RunTest
 from experiments.pipeline import Run, load_run
 from experiments.report import write_report
@@ -33,7 +34,10 @@ SCHEMA = "polca-edit/study/1"
 
 def causal_test(
     runs: Annotated[list[Path], typer.Argument(help="finished run directories; several seeds of one config")],
-    basis: Annotated[str, typer.Option(help="basis to test, as named in the runs")] = "trajectory",
+    basis: Annotated[
+        list[str] | None,
+        typer.Option(help="basis to test, as named in the runs (default trajectory); repeat for one plan"),
+    ] = None,
     out: Annotated[Path, typer.Option(help="study directory")] = Path("studies/study"),
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="plan setting, e.g. draws=99 or thresholds.seeds=6")
@@ -49,70 +53,87 @@ def causal_test(
     """Test whether the movement along basis vectors matters for their clusters, and only for them.
 
     Pairs are chosen on the select split and written to plan.json with its hash before the evaluate
-    split is opened. With fewer than five runs every row carries a single-run verdict.
+    split is opened. Several bases go into one plan, and each gets a folder of its own in the study.
+    With fewer than five runs every row carries a single-run verdict.
     """
-    started = time.perf_counter()
     settings = plan_settings(set_)
     opened = [load_run(path, lambda _: None) for path in runs]
     same_config(opened)
-    tests = [causal_runs.choose_pairs(run, basis, settings) for run in opened]
-    plan = {
-        "basis": basis,
+    labels = list(dict.fromkeys(basis or ["trajectory"]))
+    tests = {name: [causal_runs.choose_pairs(run, name, settings) for run in opened] for name in labels}
+    plan: dict[str, object] = {
         "settings": settings_as_plan(settings),
-        "runs": [causal_runs.pair_plan(t) for t in tests],
+        "bases": {name: [causal_runs.pair_plan(t) for t in items] for name, items in tests.items()},
     }
     digest = plan_digest(plan)
     write_json(out / "plan.json", {**plan, "sha256": digest})
     exploratory = [record_opening(run, digest) for run in opened]
-    typer.echo(
-        f"plan {digest[:12]}: {sum(len(t.pairs) for t in tests)} pairs in {len(tests)} runs, basis {basis}"
-    )
+    for name, items in tests.items():
+        typer.echo(
+            f"plan {digest[:12]}: {sum(len(t.pairs) for t in items)} pairs in {len(items)} runs, basis {name}"
+        )
+        place = out if len(labels) == 1 else out / name
+        study, record = _judge(name, items, settings, label or [], blocking=blocking)
+        _check_plan(out / "plan.json", digest)
+        study = {**study, "plan": digest, "exploratory": exploratory}
+        _write_study(place, name, items, study, {**record, "plan": digest})
+
+
+def _check_plan(path: Path, digest: str) -> None:
+    stored = json.loads(path.read_text())
+    if stored.pop("sha256") != digest or plan_digest(stored) != digest:
+        raise ValueError(f"'{path}' changed while the study ran; start again in a new directory")
+
+
+def _judge(
+    basis: str, tests: Sequence[RunTest], settings: PlanSettings, labels: Sequence[str], *, blocking: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Measure every run of one basis and apply the rule; (study.json, what each run keeps)."""
+    started, worked = time.perf_counter(), time.process_time()
     measured = []
     for item in tests:
         begun = time.perf_counter()
         measured.append(causal_runs.measure_run(item))
         typer.echo(f"  {item.run.directory.path}: measured in {time.perf_counter() - begun:.0f} s")
     rows, details = study_rows(tests, measured, settings, blocking=blocking)
-    stored = json.loads((out / "plan.json").read_text())
-    if stored.pop("sha256") != digest or plan_digest(stored) != digest:
-        raise ValueError(f"'{out / 'plan.json'}' changed while the study ran; start again in a new directory")
+    planted = [asdict(m.planted) for m in measured]
+    seeds = [t.run.config.seed for t in tests]
     study = {
         "schema": SCHEMA,
         "basis": basis,
-        "plan": digest,
-        "exploratory": exploratory,
         "verdicts": rows,
         "nulls": null_rows(measured, settings),
         "calibration": [calibration(m) for m in measured],
         "span": [m.span for m in measured],
-        "planted": [asdict(m.planted) for m in measured],
-        "labels": label_rows(tests, measured, label or []),
+        "planted": planted,
+        "labels": label_rows(tests, measured, labels),
         "runs": [str(t.run.directory.path.name) for t in tests],
-        "seeds": [t.run.config.seed for t in tests],
+        "seeds": seeds,
         "seconds": time.perf_counter() - started,
+        "cpu_seconds": time.process_time() - worked,
         "versions": versions(),
         "hardware": hardware(),
         "peak_rss_bytes": peak_rss_bytes(),
     }
-    write_json(out / "study.json", plain(study))
-    table = verdict_table(rows)
-    write_atomically(out / "verdicts.md", lambda part: part.write_text(table) and None)
-    record = {
-        "runs": len(tests),
-        "seeds": study["seeds"],
-        "plan": digest,
-        "rows": rows,
-        "details": details,
-        "planted": study["planted"],
-    }
+    record = {"runs": len(tests), "seeds": seeds, "rows": rows, "details": details, "planted": planted}
+    return study, record
+
+
+def _write_study(
+    place: Path, basis: str, tests: Sequence[RunTest], study: Mapping[str, Any], record: Mapping[str, Any]
+) -> None:
+    """study.json, the table and the figures of one basis; the verdicts go to every run's report too."""
+    write_json(place / "study.json", plain(study))
+    table = verdict_table(study["verdicts"])
+    write_atomically(place / "verdicts.md", lambda part: part.write_text(table) and None)
     for item in tests:
         key = item.run.key(f"clusters:{basis}")
         write_json(item.run.directory / f"verdicts-{basis}.json", plain({"clusters_key": key, **record}))
         write_summary(item.run)
         write_report(item.run.directory, lambda _: None, extra_sections(item.run.directory))
-    figures_causal.write_study_figures(out / "figures", rows, details)
+    figures_causal.write_study_figures(place / "figures", study["verdicts"], record["details"])
     typer.echo(table)
-    typer.echo(f"Study: {out} ({study['seconds']:.0f} s)")
+    typer.echo(f"Study: {place} ({study['seconds']:.0f} s)")
 
 
 def plan_settings(assignments: Sequence[str] | None) -> PlanSettings:
@@ -189,19 +210,10 @@ def study_rows(
             "localisation": causal_runs.localise_pair(tests[number], measured[number].session, pair)
         }
         if blocking and "causal" in (verdict.verdict, verdict.single_run_verdict):
-            try:
-                blocked = []
-                for run_number, item in items:
-                    own = next(p for p in tests[run_number].pairs if p.name == name)
-                    result, curves = causal_runs.block_pair(
-                        tests[run_number], measured[run_number].session, own
-                    )
-                    blocked.append(replace(item, blocking=result))
-                    extra.setdefault("blocking", []).extend(_curve(c, run_number) for c in curves)
-                inputs = pooled(blocked, settings)
-                verdict = decide(inputs, settings.thresholds)
-            except ValueError as reason:
-                extra["blocking_not_run"] = str(reason)
+            parts, curves, missing = trained_again(name, items, tests, measured)
+            extra.update({**curves, **missing})
+            inputs = pooled(parts, settings)
+            verdict = decide(inputs, settings.thresholds)
         details[name] = {**extra, **_matrix(measured[number], tests[number])}
         rows.append(_row(name, parts, inputs, verdict, extra, tests[number]))
     families = [row["inputs"]["pipeline_p"] for row in rows if row["inputs"]["pipeline_p"] is not None]
@@ -214,6 +226,39 @@ def study_rows(
         ):
             row["holm_p"], row["bh_q"] = float(h), float(q)
     return rows, details
+
+
+def trained_again(
+    name: str,
+    items: Sequence[tuple[int, PairEvidence]],
+    tests: Sequence[RunTest],
+    measured: Sequence[RunMeasurement],
+) -> tuple[list[PairEvidence], dict[str, Any], dict[str, str]]:
+    """A pair blocked in every run (O5), its window skipped and made early in the first (O3c, O5'').
+
+    Returns:
+        The evidence with its blocking results, curves and branches for the record, and why something
+        did not run.
+    """
+    parts = [e for _, e in items]
+    record: dict[str, Any] = {}
+    missing: dict[str, str] = {}
+    own = {n: next(p for p in tests[n].pairs if p.name == name) for n, _ in items}
+    try:
+        blocked, curves = [], []
+        for number, item in items:
+            result, found = causal_branches.block_pair(tests[number], measured[number].session, own[number])
+            blocked.append(replace(item, blocking=result))
+            curves.extend(_curve(c, number) for c in found)
+        parts, record["blocking"] = blocked, curves
+    except ValueError as reason:
+        missing["blocking_not_run"] = str(reason)
+    first = items[0][0]
+    try:
+        record["branches"] = causal_branches.branch_pair(tests[first], measured[first].session, own[first])
+    except ValueError as reason:
+        missing["branches_not_run"] = str(reason)
+    return parts, record, missing
 
 
 def pooled(parts: Sequence[PairEvidence], settings: PlanSettings) -> VerdictInputs:
@@ -261,6 +306,8 @@ def _row(
         "clauses": dict(verdict.clauses),
         "inputs": asdict(inputs),
         "delta": inputs.delta(test.settings.thresholds),
+        "operators": operator_rows(evidence, inputs, extra),
+        "controls": control_rows(evidence, inputs),
         "doses": {str(a): asdict(_interval(d)) for a, d in first.doses.items()},
         "ladder": {
             family: _spread(values) for family, values in {**first.controls, **first.reference}.items()

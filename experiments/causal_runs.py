@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
 from experiments.causal_pairs import ChoiceSettings, as_pairs, cluster_chooser, declared_nulls
 from experiments.pipeline import Run
 from experiments.reference_bases import family_gates, reference_maxima
-from interventions import blocking, controls, localise
-from interventions.blocking import Curve, Hold
+from interventions import edits, localise
 from interventions.evidence import PairEvidence
 from interventions.label_tests import LabelTest, label_test
 from interventions.nulls import Chooser
@@ -35,12 +30,10 @@ from interventions.protocol import (
     open_span_draws,
 )
 from interventions.statistics import Array, Bits
-from interventions.verdict import BlockingResult, Outcome
+from interventions.verdict import Outcome
 from polca_edit.allocation import Projections
 from polca_edit.artifacts import load_record
 from polca_edit.basis import Basis, capture
-from polca_edit.checkpoints import SeriesFolder
-from polca_edit.training import TrainingSettings
 
 #: Up to this many select tokens, the run's basis and all reference bases are clustered from all
 #: pairwise distances, the fastest way there.
@@ -189,102 +182,15 @@ def span_gate(session: Session) -> tuple[dict[str, float], Outcome]:
     inside = session.undo(range(len(rows)))
     damage = bench.mean(bench.change(inside), np.ones(len(bench.before), dtype=bool)).interval()
     net, path = capture(rows, session.subject.checkpoints)
+    inserted = edits.transplant(session.reference, session.theta, rows)
     numbers = {
         "damage of undoing the span": damage.estimate,
+        "gain of the span alone": float(bench.gain(inserted).mean()),
         "headroom": float(bench.headroom.mean()),
         "captured net": net,
         "captured path": path,
     }
     return numbers, "passed" if damage.high > session.settings.thresholds.effect_floor else "failed"
-
-
-# -- blocking (O5) -----------------------------------------------------------------------------------
-
-
-def _shifted(
-    batch_loss: Callable[[nn.Module, int], Tensor], offset: int, module: nn.Module, step: int
-) -> Tensor:
-    return batch_loss(module, step + offset)
-
-
-def block_pair(
-    test: RunTest, session: Session, pair: Pair, *, branches: int = 5, steps: int = 300
-) -> tuple[BlockingResult, list[Curve]]:
-    """Train again from before the cluster's breakthrough with the pair's vectors held still.
-
-    Arms per data order: free, blocked, two random parts of the span, one other vector.
-
-    Raises:
-        ValueError: if the run has no optimiser state, or was not trained here.
-    """
-    run = test.run
-    if run.task.batch_loss is None:
-        raise ValueError(
-            f"blocking trains again and '{run.directory.path}' only opened checkpoints; use a recorded run"
-        )
-    t = run.config.training
-    series = session.subject.checkpoints
-    wanted = series.steps[pair.window[0]] if pair.window is not None else None
-    folder = SeriesFolder(run.directory.checkpoints)
-    states = folder.state_steps()
-    if states and wanted is not None and wanted < states[0]:
-        wanted = None  # the skill starts before the first state: branch at the first one
-    start = blocking.open_branch_point(folder, run.task.space, wanted)
-    stop = min(t.steps, start.step + steps)
-    settings = TrainingSettings(
-        t.steps, t.learning_rate, t.weight_decay, t.betas, t.warmup, t.decay, run.config.seed
-    )
-    generator = torch.Generator().manual_seed(test.settings.seed + 41)
-    rows = session.rows(pair.vectors)
-    others = [v for v in range(len(test.basis)) if v not in pair.vectors]
-    arms: dict[str, Tensor | None] = {"none": None, "block": rows}
-    for index in range(2):
-        frame = controls.random_frame(len(test.basis), len(rows), generator).to(test.basis.rows)
-        arms[f"sham in span {index + 1}"] = frame @ test.basis.rows
-    if others:
-        arms["sham other vector"] = session.rows(others[: len(rows)])
-    groups = {"target": pair.evaluate.members, **pair.evaluate.apart()}
-
-    def measure(trained: nn.Module) -> dict[str, float]:
-        losses = run.objective.losses(run.task.space.read(trained), session.subject.evaluate).double().numpy()
-        return {name: float(losses[mask].mean()) for name, mask in groups.items()}
-
-    curves: list[Curve] = []
-    for branch in range(branches):
-        # A step's batch is a pure function of it: an offset is another data order, the same for all arms.
-        offset = branch * 1_000_000
-        for arm, held in arms.items():
-            hold = (
-                None if held is None else Hold(run.task.space, start.theta, rows=held, first=start.step + 1)
-            )
-            module = copy.deepcopy(run.task.module)
-            curves.append(
-                blocking.run_arm(
-                    module,
-                    run.task.space,
-                    partial(_shifted, run.task.batch_loss, offset),
-                    settings,
-                    start,
-                    stop,
-                    measure,
-                    arm=arm,
-                    branch=branch,
-                    hold=hold,
-                    every=max(1, (stop - start.step) // 15),
-                )
-            )
-    by_arm = {arm: [c for c in curves if c.arm == arm] for arm in arms}
-    shams = [[by_arm[a][b] for a in arms if a.startswith("sham")] for b in range(branches)]
-    result = blocking.compare_arms(
-        by_arm["none"],
-        by_arm["block"],
-        shams,
-        "target",
-        [name for name in groups if name != "target"],
-        margin=max(0.01, 0.02 * float(session.evaluate.headroom.mean())),
-        generator=np.random.default_rng(test.settings.seed),
-    )
-    return result, curves
 
 
 # -- where the effect sits, and what a label says ---------------------------------------------------------

@@ -43,6 +43,8 @@ def _causal_section(basis: str, record: Mapping[str, Any]) -> Section:
         "along the vector for these tokens, and for them only. T is the share of headroom lost on the "
         "cluster minus the share lost elsewhere.</p>",
         _table(heads, [_verdict_cells(row) for row in rows]),
+        _positive_control(record.get("planted", [])),
+        _control_table(rows),
     ]
     return Section(f"Causal test, {basis} basis", "".join(body), _causal_figures(basis, rows, details))
 
@@ -59,6 +61,73 @@ def _verdict_cells(row: Mapping[str, Any]) -> list[str]:
         str(row["inputs"]["seeds"]),
         row["reason"],
     ]
+
+
+def _positive_control(planted: Sequence[Mapping[str, Any]]) -> str:
+    """Power at every share of a planted skill, one line per run."""
+    known = [(number, run) for number, run in enumerate(planted) if run.get("by_share")]
+    if not known:
+        return "<p>Positive control: not run, so a negative result says nothing.</p>"
+    shares = [row["share"] for row in known[0][1]["by_share"]]
+    body = []
+    for number, run in known:
+        smallest = run["detectable_share"]
+        found = f"{smallest:.0%}" if isinstance(smallest, float) and smallest <= 1 else "none"
+        powers = [f"{row['power']:.0%}" for row in run["by_share"]]
+        body.append([f"run {number + 1}", *powers, found, str(run["outcome"])])
+    text = (
+        "<p>Positive control: skills planted in each run carry a known share of their tokens' headroom. "
+        "The table says how many are found at each share by this run's own nulls, and from which share on "
+        "at least 80 % are. A pair below that share is not excluded by a negative verdict; several runs "
+        "together find smaller skills than each alone.</p>"
+    )
+    heads = ("planted share", *(f"{share:.0%}" for share in shares), "found from", "control")
+    return text + _table(heads, body)
+
+
+CONTROLS = ("c1", "c2", "c3", "c4", "c5", "c6", "c7", "c8", "c9", "c10")
+
+
+def _control_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """P of every control per pair, or that it did not run."""
+    body = [
+        [row["name"], *(_control_cell(row["controls"].get(c, "not_run")) for c in CONTROLS)]
+        for row in rows
+        if "controls" in row
+    ]
+    if not body:
+        return ""
+    text = (
+        "<p>Controls, p-values unless said otherwise: c1 random directions, c2 same placement, c3 rotations "
+        "inside the span, c4 the same total damage, c5 other vectors, c6 gradients of token sets, c7 the "
+        "whole pipeline on reference bases (largest over families), c8 shuffled labels, c9 sham clusters "
+        "(their mean T) and c10 planted skills (smallest share found by all runs together).</p>"
+    )
+    return text + _table(("pair", *CONTROLS), body)
+
+
+def _control_cell(found: Any) -> str:
+    if not isinstance(found, Mapping):
+        return str(found).replace("_", " ")
+    if "p_value" in found:
+        return _number(found["p_value"])
+    if "outcome" in found:
+        smallest = found["detectable_share"]
+        return f"{smallest:.0%}" if isinstance(smallest, float) else str(found["outcome"]).replace("_", " ")
+    if "sham_cluster_effects" in found:
+        return _mean_cell(found["sham_cluster_effects"])
+    if "p_values" in found:
+        known = [p for p in found["p_values"] if p is not None]
+        return _number(max(known)) if known else "not run"
+    families = [v["p_value"] for v in found.values() if isinstance(v, Mapping)]
+    missing = [k.replace("_", " ") for k, v in found.items() if not isinstance(v, Mapping)]
+    text = _number(max(families)) if families else "not run"
+    return f"{text} (not run: {', '.join(missing)})" if missing and families else text
+
+
+def _mean_cell(values: Any) -> str:
+    known = [v for v in values if isinstance(v, float)] if isinstance(values, list) else []
+    return f"T {sum(known) / len(known):.2f}" if known else "not run"
 
 
 def _number(value: Any) -> str:

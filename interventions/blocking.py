@@ -7,13 +7,14 @@ parameters are put back after every optimiser step and the first moment is proje
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from interventions.edits import Edit
 from interventions.statistics import Array, Interval
 from interventions.verdict import BlockingResult
 from polca_edit.allocation import coordinates
@@ -140,6 +141,11 @@ def open_branch_point(folder: SeriesFolder, space: ParameterSpace, step: int | N
     return BranchPoint(
         chosen, space.flatten(read_weights(folder.weights(chosen))), read_weights(folder.state(chosen))
     )
+
+
+def edited(point: BranchPoint, edit: Edit) -> BranchPoint:
+    """The branch point with edited weights and its optimiser state as recorded (O3c, O5'')."""
+    return replace(point, theta=edit.apply(point.theta))
 
 
 @dataclass(frozen=True)

@@ -180,6 +180,13 @@ def rollback_rewind(
     return reverse(theta, start, rows, 1.0, operator="rollback_rewind", **provenance)
 
 
+def branch_skip(
+    theta: Float[Tensor, " N"], start: Float[Tensor, " N"], rows: Float[Tensor, "k N"], **provenance: object
+) -> Edit:
+    """O3c: theta_t2 - P_J (theta_t2 - theta_t1), made at t2; training goes on from the edited weights."""
+    return reverse(theta, start, rows, 1.0, operator="branch_skip", **provenance)
+
+
 def transplant(
     source: Float[Tensor, " N"], theta: Float[Tensor, " N"], rows: Float[Tensor, "k N"], **provenance: object
 ) -> Edit:

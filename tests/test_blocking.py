@@ -116,3 +116,33 @@ def test_delay_and_gap_beyond_shams() -> None:
     assert found.others_equivalent
     assert not found.within_margin
     assert blocking.delay(curve("block", np.ones(11)), free[0], "target") == (50.0, True)
+
+
+def test_branch_skip_puts_a_window_back_and_trains_on(recorded) -> None:
+    """O3c: at t2 the coordinate is that of t1, all else is that of t2, and the optimiser goes on."""
+    from interventions import edits
+
+    folder, space = recorded
+    start = blocking.open_branch_point(folder, space, 8)
+    earlier = space.flatten(read_weights(folder.weights(4)))
+    row = orthonormalise(torch.randn(1, space.size, generator=torch.Generator().manual_seed(2)))
+    edit = edits.branch_skip(start.theta, earlier, row)
+    assert edit.operator == "branch_skip"
+    skipped = blocking.edited(start, edit)
+    assert skipped.step == start.step == 8
+    assert skipped.optimiser_state is start.optimiser_state
+    torch.testing.assert_close(row @ skipped.theta, row @ earlier)
+    change = skipped.theta - start.theta
+    torch.testing.assert_close(change - row.T @ (row @ change), torch.zeros_like(change), atol=1e-6, rtol=0)
+    assert float(change.norm()) == pytest.approx(float((row @ (start.theta - earlier)).abs()), rel=1e-4)
+
+    def ended(point) -> torch.Tensor:
+        module = make_module()
+        blocking.run_arm(
+            module, space, batch_loss, SETTINGS, point, 12, lambda m: {"all": 0.0}, arm="x", every=4
+        )
+        return space.read(module)
+
+    last = space.flatten(read_weights(folder.weights(12)))
+    assert torch.equal(ended(blocking.edited(start, edit.scaled(0.0))), last)
+    assert not torch.equal(ended(skipped), last)

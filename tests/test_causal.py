@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from experiments import causal_branches, causal_runs
 from experiments.causal import plan_settings, verdict_table
 from experiments.cli import app
 from experiments.config import load_config
-from experiments.pipeline import open_run, run_stages
+from experiments.pipeline import load_run, open_run, run_stages
 from experiments.report_sections import causal_sections, extra_sections
 from experiments.summary import write_summary
-from interventions.protocol import plan_digest
+from interventions import edits
+from interventions.protocol import Subject, open_session, plan_digest
+from polca_edit.allocation import coordinates
 from polca_edit.artifacts import RunDirectory
 
 FEW = (
@@ -92,6 +96,95 @@ def test_new_clusters_drop_old_verdicts(tested: tuple[Path, Path], tmp_path: Pat
     run_stages(run)
     assert write_summary(run)["analyses"]["trajectory"]["verdicts"] == []
     assert extra_sections(RunDirectory(copied)) == []
+
+
+def test_every_operator_and_control_is_listed(tested: tuple[Path, Path]) -> None:
+    """None is left out in silence, and a family of reference bases that did not run forbids causal."""
+    run, study = tested
+    for row in json.loads((study / "study.json").read_text())["verdicts"]:
+        numbers = [name.split()[0] for name in row["operators"]]
+        assert sorted(numbers) == ["O1", "O2", "O3a", "O3b", "O3c", "O4", "O4'", "O5", "O5''", "O6"]
+        assert set(row["controls"]) == {f"c{n}" for n in range(1, 11)}
+        assert row["controls"]["c7"]["random"] == row["controls"]["c7"]["shuffled_hessian"] == "not_run"
+        assert row["controls"]["c7"]["rotation"]["draws"] == 19
+        assert row["clauses"]["gate:c7 random bases"] == "not_run"
+        assert row["single_run_verdict"] != "causal"
+        for control in ("c1", "c2", "c3", "c4", "c5"):
+            assert 0 < row["controls"][control]["p_value"] <= 1
+    page = (run / "report.html").read_text()
+    assert "Positive control" in page
+    assert "planted share" in page
+
+
+def test_planted_skills_are_reported_at_every_share(tested: tuple[Path, Path]) -> None:
+    record = json.loads((tested[1] / "study.json").read_text())
+    (planted,) = record["planted"]
+    assert [row["share"] for row in planted["by_share"]] == [0.5, 0.65, 0.8, 0.9, 1.0]
+    powers = [row["power"] for row in planted["by_share"]]
+    assert planted["power"] == powers[-1]
+    assert planted["outcome"] == ("passed" if powers[-1] >= 0.8 else "failed")
+    for row in record["verdicts"]:
+        assert ("low_power" in row["flags"]) == (row["inputs"]["detectable_share"] in ("inf", 0.9, 1.0))
+
+
+def test_several_bases_share_one_plan(tested: tuple[Path, Path], tmp_path: Path) -> None:
+    """One hash, one opening of the evaluate split, a folder per basis; a rotated basis is one of them."""
+    copied = tmp_path / "run"
+    shutil.copytree(tested[0], copied)
+    (copied / "run.json").unlink()
+    bases = [{"kind": "trajectory", "vectors": 6}, {"kind": "trajectory", "rotation": "varimax"}]
+    config = load_config(copied / "config.yaml", {"bases": bases})
+    run = open_run(config, copied, say=lambda _: None)
+    run_stages(run)
+    few = [part for text in (*FEW, "resamples=50", "shuffle_draws=9") for part in ("--set", text)]
+    names = ("trajectory", "trajectory_varimax")
+    chosen = [part for name in names for part in ("--basis", name)]
+    out = tmp_path / "study"
+    result = CliRunner().invoke(app, ["test", str(copied), "--out", str(out), *chosen, *few])
+    assert result.exit_code == 0, result.output
+    plan = json.loads((out / "plan.json").read_text())
+    assert list(plan["bases"]) == list(names)
+    for name in names:
+        record = json.loads((out / name / "study.json").read_text())
+        assert (record["basis"], record["plan"], record["exploratory"]) == (name, plan["sha256"], [False])
+        assert (copied / f"verdicts-{name}.json").exists()
+    openings = json.loads((copied / "run.json").read_text())["evaluate_openings"]
+    assert [o["plan"] for o in openings if o.get("by") == "study"] == [plan["sha256"]]
+    titles = [s.title for s in causal_sections(RunDirectory(copied))]
+    assert titles == [f"Causal test, {name} basis" for name in names]
+
+
+def test_a_window_is_skipped_and_made_early(tested: tuple[Path, Path]) -> None:
+    """O3c and O5'' on the smoke run: the free arm repeats the run, the edits start where they should."""
+    run = load_run(tested[0], lambda _: None)
+    settings = plan_settings([*FEW, "resamples=20"])
+    test = causal_runs.choose_pairs(run, "trajectory", settings)
+    splits = run.task.splits
+    subject = Subject(run.objective, run.checkpoints(), test.basis.rows, splits.select, splits.evaluate)
+    session = open_session(subject, test.settings)
+    pair = replace(test.pairs[0], window=(1, 4))
+    found = causal_branches.branch_pair(test, session, pair, steps=12)
+    series = session.subject.checkpoints
+    steps = {name: (part["step"], part["until"]) for name, part in found.items()}
+    # States every 30 of 60 steps: the window (steps 6 to 24) ends before the first one.
+    assert steps == {"branch_skip": (30, 42), "amplify": (30, 42)}
+    theta = series[series.steps.index(30)]
+    for name, edit in {
+        "branch_skip": edits.rollback_rewind(theta, series[1], session.rows(pair.vectors)),
+        "amplify": edits.displace(
+            theta,
+            session.rows(pair.vectors),
+            coordinates(session.rows(pair.vectors), series[4] - series[1]),
+            "by hand",
+        ),
+    }.items():
+        members = pair.evaluate.members
+        after = run.objective.losses(edit.apply(theta), splits.evaluate).double().numpy()[members].mean()
+        before = run.objective.losses(theta, splits.evaluate).double().numpy()[members].mean()
+        assert found[name]["edit"]["damage"]["target"] == pytest.approx(after - before, abs=1e-5)
+        assert found[name]["edit"]["left"]["target"] != found[name]["edit"]["damage"]["target"]
+    with pytest.raises(ValueError, match="no breakthrough window"):
+        causal_branches.branch_pair(test, session, replace(pair, window=None))
 
 
 def test_unknown_settings_are_refused() -> None:
