@@ -44,7 +44,7 @@ class Effort:
     """
 
     trial_steps: int = 8
-    steps: int = 400
+    steps: int = 320
     search_sums: int = 200
 
 

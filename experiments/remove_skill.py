@@ -470,12 +470,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--skills", help="comma-separated; default all")
     parser.add_argument("--methods", help="comma-separated; default all")
+    parser.add_argument("--steps", type=int, help="optimiser steps of every iterative method (demo: 320)")
     parser.add_argument("--workers", type=int, default=2, help="processes; one skill each")
     parser.add_argument("--keep", type=Path, help="folder for trained models, reused by later calls")
     parser.add_argument("--json", type=Path, required=True, help="result file")
     parser.add_argument("--figures", type=Path, help="folder for the Pareto and relearning figures")
     given = parser.parse_args(arguments)
     study = PRESETS[given.preset]()
+    if given.steps is not None:
+        if given.steps < 1:
+            raise ValueError(f"--steps must be at least 1, got {given.steps}; leave it out for the preset's")
+        study = replace(study, effort=replace(study.effort, steps=given.steps))
     chosen = restricted_to(study, given.skills, given.methods)
     seeds = range(given.first_seed, given.first_seed + given.seeds)
 
