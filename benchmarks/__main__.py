@@ -14,8 +14,8 @@ import torch
 from benchmarks.comparisons import allocation_rows, arithmetic_shape, basis_rows, pipeline_row
 from benchmarks.growth import float64_errors, growth_rows
 from benchmarks.problems import trained_arithmetic
-from benchmarks.timing import Clock, Row, Skipped
-from polca_edit.artifacts import hardware, peak_rss_bytes, versions
+from benchmarks.timing import Clock, PeakMemory, Row, Skipped
+from polca_edit.artifacts import hardware, versions
 from polca_edit.checkpoints import write_json
 
 QUICK = {"checkpoints": 3, "sums": 32, "d_model": 64, "allocation_d_model": 128, "vectors": 32, "pairs": 5}
@@ -61,7 +61,7 @@ def run(sizes: dict[str, int], clock: Clock, say: Any) -> dict[str, Any]:
         "config": {**sizes, "clock": clock, "threads": torch.get_num_threads(), "seed": 0},
         "versions": {**versions(), **installed},
         "hardware": hardware(),
-        "peak_rss_bytes": peak_rss_bytes(),
+        "peak_rss_bytes": PeakMemory.so_far(),
         "seconds": time.perf_counter() - started,
     }
 
@@ -70,9 +70,9 @@ def line(found: Row | Skipped) -> str:
     """One row as text."""
     if isinstance(found, Skipped):
         return f"{found.name:<40} SKIPPED: {found.reason}"
-    passes = ""
+    passes = f"  {megabytes(found.notes)} MB" if found.notes.get("ours_peak_bytes") is not None else ""
     if "ours_in_forward_passes" in found.notes:
-        passes = (
+        passes += (
             f"  [{found.notes['ours_in_forward_passes']:.0f} against "
             f"{found.notes['rival_in_forward_passes']:.0f} forward passes]"
         )
@@ -81,6 +81,12 @@ def line(found: Row | Skipped) -> str:
         f"ratio {found.ratio_median:6.2f} ({found.ratio_min:.2f} to {found.ratio_max:.2f}, "
         f"{found.pairs} pairs){passes}"
     )
+
+
+def megabytes(notes: dict[str, Any]) -> str:
+    """Peak memory of both sides beyond what was held before, where it was measured."""
+    sides = (notes.get("ours_peak_bytes"), notes.get("rival_peak_bytes"))
+    return ", ".join("-" if side is None else f"{side / 1e6:.0f}" for side in sides)
 
 
 def table(result: dict[str, Any]) -> str:
@@ -95,8 +101,9 @@ def table(result: dict[str, Any]) -> str:
         f"Versions: {', '.join(f'{k} {v}' for k, v in sorted(result['versions'].items()))}. "
         f"Peak resident memory {result['peak_rss_bytes'] / 1e9:.2f} GB, {result['seconds']:.0f} s in all.",
         "",
-        "| row | ours | other | ratio: median (min to max) | ours, other in forward passes |",
-        "|---|---|---|---|---|",
+        "| row | ours | other | ratio: median (min to max) | ours, other in forward passes | "
+        "peak memory of ours, other (MB) |",
+        "|---|---|---|---|---|---|",
     ]
     for r in result["rows"]:
         n = r["notes"]
@@ -107,9 +114,10 @@ def table(result: dict[str, Any]) -> str:
         )
         text.append(
             f"| {r['name']} | {r['ours']:.3f} {r['unit']} | {r['rival']:.3f} | "
-            f"{r['ratio_median']:.2f} ({r['ratio_min']:.2f} to {r['ratio_max']:.2f}) | {passes} |"
+            f"{r['ratio_median']:.2f} ({r['ratio_min']:.2f} to {r['ratio_max']:.2f}) | {passes} | "
+            f"{megabytes(n)} |"
         )
-    text += [f"| {s['name']} | - | - | skipped: {s['reason']} | - |" for s in result["skipped"]]
+    text += [f"| {s['name']} | - | - | skipped: {s['reason']} | - | - |" for s in result["skipped"]]
     text += ["", "## What belongs to each row", ""]
     for r in result["rows"]:
         shown = {k: (round(v, 6) if isinstance(v, float) else v) for k, v in r["notes"].items()}
@@ -127,7 +135,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
-        "--quick", action="store_true", help="3 checkpoints and a small model: under ten minutes"
+        "--quick", action="store_true", help="3 checkpoints and a small model: under five minutes"
     )
     parser.add_argument("--json", type=Path, help="write everything here")
     parser.add_argument("--markdown", type=Path, help="write the table here")

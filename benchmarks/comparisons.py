@@ -48,6 +48,41 @@ def true_residual(problem: Problem, objective: Objective, index: int, rows: Tens
     return float((image - value * vector.double()).norm()) / abs(value)
 
 
+EACH_SIDE_GETS = {
+    "basis_vs_curvlinops": "both start at the last checkpoint's next Ritz vector; each stops by its own "
+    "test of the same tolerance (the true residuals are given); our trace is made once, see setup_seconds",
+    "basis_vs_hessian_eigenthings": "the rival takes no start vector and no stopping rule, so it is run with "
+    "10, 20, 40 ... iterations until it reports the tolerance; our trace is made once, see setup_seconds",
+}
+
+
+def product_floor(row: Row, checkpoints: int) -> str:
+    """What a Hessian-vector product must cost, and what this row paid for one."""
+    ours = row.notes["ours_in_forward_passes"] / row.notes["our_products"]
+    rival = row.notes["rival_in_forward_passes"] / row.notes["rival_products"]
+    return (
+        "an exact product needs six matrix products per weight where a forward pass needs one; a product "
+        f"with everything around it took {ours:.1f} forward passes here and {rival:.1f} there, "
+        f"{row.notes['our_products'] / checkpoints:.1f} products per checkpoint here and "
+        f"{row.notes['rival_products'] / checkpoints:.1f} there; warm starts from a subsample, from more "
+        "Ritz vectors or from the movement of the weights were tried and save no products"
+    )
+
+
+def contraction_floor(case: Problem, vectors: int, scored: int, row: Row) -> str:
+    """Least multiply-adds per weight and sequence of the exact routes, in units of a forward pass."""
+    length = case.tokens.inputs.shape[1] - 1
+    formed = scored * (length + vectors) / length
+    return (
+        f"multiply-adds per weight and sequence, forward pass = 1: per-token gradients and their products "
+        f"with the vectors (scored tokens x (positions + vectors)) {formed:.1f}, plus {scored} backward "
+        f"passes; forward mode (two products per weight and vector) {2 * vectors}; one product per weight "
+        f"and vector, from given cotangents, {vectors}, plus {scored} backward passes. A forward pass also "
+        f"holds attention and activations, so measured passes can lie below these; the other side took "
+        f"{row.notes['rival_in_forward_passes']:.0f}"
+    )
+
+
 def basis_rows(
     checkpoints: int, sums: int, d_model: int, pairs: int, clock: Clock
 ) -> Iterator[Row | Skipped]:
@@ -114,6 +149,11 @@ def basis_rows(
         )
         scale = 20 / checkpoints
         row.notes["ratio_with_setup_20_checkpoints"] = row.rival * scale / (row.ours * scale + setup)
+        row.notes["each_side_gets"] = EACH_SIDE_GETS[name]
+        if names[name] == "hessian_eigenthings":
+            # It ran 10, 20, 40 ... iterations per checkpoint; only the last run counts had it been known.
+            row.notes["rival_products_had_the_number_been_known"] = (used + 10 * checkpoints) // 2
+        row.notes["floor"] = product_floor(row, checkpoints)
         yield row
 
 
@@ -179,7 +219,7 @@ def token_gradient_row(name: str, case: Problem, vectors: int, at_once: int, pai
     theirs = rivals.token_gradients(case, point, directions, at_once)
     error = float((found - theirs).abs().max() / theirs.abs().max())
     assert error < 1e-4, error
-    return interleaved(
+    row = interleaved(
         f"allocation_vs_per_token_gradients_{name}",
         lambda: mine.directional(point, directions, case.tokens, expected=1000),
         lambda: rivals.token_gradients(case, point, directions, at_once),
@@ -193,6 +233,8 @@ def token_gradient_row(name: str, case: Problem, vectors: int, at_once: int, pai
         vectors=vectors,
         scored_per_sequence=int(name),
     )
+    row.notes["floor"] = contraction_floor(case, vectors, int(name), row)
+    return row
 
 
 def our_pipeline(problem: Problem, objective: Objective) -> Tensor:
@@ -224,6 +266,7 @@ def pipeline_row(checkpoints: int, sums: int, d_model: int, pairs: int, clock: C
         lambda: pseudocode_pipeline(problem, TOLERANCE),
         pairs=pairs,
         clock=clock,
+        floor=lambda: objective.losses(problem.checkpoints[0], problem.tokens),
         median_relative_difference=difference,
         first_run_seconds_with_setup=setup,
         checkpoints=checkpoints,

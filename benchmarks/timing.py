@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
+
+from polca_edit.artifacts import peak_rss_bytes
 
 Clock = Literal["wall", "cpu"]
 
@@ -58,6 +64,35 @@ def time_once(work: Callable[[], object], clock: Clock) -> float:
     return seconds(clock) - started
 
 
+class PeakMemory:
+    """Peak resident memory of single pieces of work, and of the process (Linux; None elsewhere).
+
+    The kernel keeps one high-water mark per process; it is reset before each piece.
+    """
+
+    highest = 0
+
+    @classmethod
+    def of(cls, work: Callable[[], object]) -> int | None:
+        """Bytes by which one call raised the resident memory above what was held before it."""
+        reset = Path("/proc/self/clear_refs")
+        if sys.platform != "linux" or not reset.exists():
+            work()
+            return None
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # memory that was freed must not hide what this call needs
+        cls.highest = cls.so_far()
+        reset.write_text("5")
+        before = peak_rss_bytes()
+        work()
+        return peak_rss_bytes() - before
+
+    @classmethod
+    def so_far(cls) -> int:
+        """Largest resident memory of the process, the times before a reset included."""
+        return max(cls.highest, peak_rss_bytes())
+
+
 def interleaved(
     name: str,
     ours: Callable[[], object],
@@ -72,6 +107,8 @@ def interleaved(
     **notes: Any,
 ) -> Row:
     """Time ``pairs`` pairs, the order swapped from pair to pair; with ``floor``, in multiples of it too.
+
+    One more call of each side, not timed, gives its peak memory.
 
     Args:
         name: of the row.
@@ -97,6 +134,7 @@ def interleaved(
     if floor is not None:
         notes["ours_in_forward_passes"] = statistics.median(a / b for a, b in zip(mine, base, strict=True))
         notes["rival_in_forward_passes"] = statistics.median(a / b for a, b in zip(other, base, strict=True))
+    notes["ours_peak_bytes"], notes["rival_peak_bytes"] = PeakMemory.of(ours), PeakMemory.of(rival)
     ratios = [b / a for a, b in zip(mine, other, strict=True)]
     return Row(
         name,

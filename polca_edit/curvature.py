@@ -58,7 +58,7 @@ def inner_products(left: Float[Tensor, "a N"], right: Float[Tensor, "b N"]) -> F
 Rows = Float[Tensor, "K N"] | Sequence[Tensor]
 
 
-def remove_rows(vectors: Float[Tensor, "k N"], rows: Rows | None) -> Float[Tensor, "k N"]:
+def remove_rows(vectors: Float[Tensor, "k N"], rows: Rows | None, times: int = 2) -> Float[Tensor, "k N"]:
     """Vectors minus their component along orthonormal rows, done twice for accuracy.
 
     Rows given in blocks are visited one block at a time, so only one needs to be in memory.
@@ -66,12 +66,31 @@ def remove_rows(vectors: Float[Tensor, "k N"], rows: Rows | None) -> Float[Tenso
     if rows is None:
         return vectors
     blocks = [rows] if isinstance(rows, Tensor) else rows
-    for _ in range(2):
+    for _ in range(times):
         for block in blocks:
             if len(block):
                 near = block.to(vectors)
-                vectors = vectors - inner_products(vectors, near).to(vectors) @ near
+                vectors = torch.addmm(vectors, inner_products(vectors, near).to(vectors), near, alpha=-1)
     return vectors
+
+
+class _Stack:
+    """Rows appended to one tensor, with room ahead so that few appends copy."""
+
+    def __init__(self, rows: Float[Tensor, "k N"], room: int = 8) -> None:
+        self._room, self._kept, self._count = room, rows, len(rows)
+
+    def append(self, rows: Float[Tensor, "k N"]) -> None:
+        if self._count + len(rows) > len(self._kept):
+            longer = rows.new_empty(self._count + len(rows) + self._room, rows.shape[1])
+            longer[: self._count] = self.rows
+            self._kept = longer
+        self._kept[self._count : self._count + len(rows)] = rows
+        self._count += len(rows)
+
+    @property
+    def rows(self) -> Float[Tensor, "n N"]:
+        return self._kept[: self._count]
 
 
 def orthonormalise(vectors: Float[Tensor, "k N"]) -> Float[Tensor, "r N"]:
@@ -137,38 +156,44 @@ def projected_lanczos(
         started = warm / norms.clamp_min(1e-30) + noise * drawn
         block[: len(warm)] = torch.where(useful[:, None], started, drawn)
     block = orthonormalise(remove_rows(block, rows))
-    basis, images, used = block, block[:0], 0
+    basis, images, used = _Stack(block), _Stack(block[:0]), 0
     projected = torch.zeros(0, 0, dtype=torch.float64, device=block.device)
     while True:
-        new = []
-        for vector in block:
-            image = remove_rows(product(vector).to(block)[None], rows)[0]
-            if not torch.isfinite(image).all():
-                raise ValueError(
-                    "operator products must be finite, got NaN or infinity; are the weights damaged?"
-                )
-            new.append(image)
-            used += 1
-        images = torch.cat([images, torch.stack(new)])
+        new = torch.cat([remove_rows(product(vector).to(block)[None], rows, 1) for vector in block])
+        if not torch.isfinite(new).all():
+            raise ValueError(
+                "operator products must be finite, got NaN or infinity; are the weights damaged?"
+            )
+        used += len(new)
+        images.append(new)
         # Only the columns of the new images are new; <b_i, A b_j> = <b_j, A b_i> fills the rest.
-        columns = inner_products(basis, images[-len(new) :])
-        grown = torch.zeros(len(basis), len(basis), dtype=torch.float64, device=block.device)
+        columns = inner_products(basis.rows, new)
+        grown = torch.zeros(len(columns), len(columns), dtype=torch.float64, device=block.device)
         grown[: len(projected), : len(projected)] = projected
         grown[:, -len(new) :], grown[-len(new) :] = columns, columns.T
         projected = grown
         ritz, coefficients = torch.linalg.eigh((projected + projected.T) / 2)
         ranked = torch.argsort(ritz, descending=True)
-        order, next_ones = ranked[:k], coefficients[:, ranked[k : k + following]].to(basis)
-        values, coefficients = ritz[order], coefficients[:, order].to(basis)
-        vectors = coefficients.T @ basis
-        remainder = coefficients.T @ images - values[:, None].to(basis) * vectors
+        values, chosen = ritz[ranked[:k]], coefficients[:, ranked[:k]].to(block)
+        # What the new images add to the Krylov space; the older ones lie in it, so the residual of a
+        # Ritz vector is this times its share of the new rows. The rows come off in the same two turns.
+        outside = remove_rows(remove_rows(new, basis.rows, 1), rows, 1)
+        outside = remove_rows(outside, basis.rows, 1)
+        foreseen = (chosen[-len(new) :].T @ outside).norm(dim=1).double()
+        block = orthonormalise(remove_rows(outside, rows, 1))
+        full = len(columns) >= size - held or len(block) == 0
+        last = full or used + len(block) > max_products
+        if not last and (len(values) < k or bool((foreseen > tolerance * values.abs()).any())):
+            basis.append(block)
+            continue
+        vectors = chosen.T @ basis.rows
+        remainder = chosen.T @ images.rows - values[:, None].to(block) * vectors
         residuals = remainder.norm(dim=1).double() / values.abs().clamp_min(1e-30)
         done = len(values) == k and bool((residuals <= tolerance).all())
-        block = orthonormalise(remove_rows(remove_rows(torch.stack(new), basis), rows))
-        full = len(basis) >= size - held or len(block) == 0
-        if done or full or used + len(block) > max_products:
+        if done or last:
             break
-        basis = torch.cat([basis, block])
+        basis.append(block)
+    next_ones = coefficients[:, ranked[k : k + following]].to(block)
     vectors = orthonormalise(remove_rows(vectors, rows))
     # `basis` has not grown since the last Rayleigh-Ritz step, so the coefficients still fit it.
-    return Eigenpairs(values.cpu(), vectors, residuals.cpu(), used, done or full, next_ones.T @ basis)
+    return Eigenpairs(values.cpu(), vectors, residuals.cpu(), used, done or full, next_ones.T @ basis.rows)

@@ -104,3 +104,59 @@ def test_single_precision_stays_orthogonal(generator):
     assert torch.allclose(
         pairs.values, torch.tensor([10.0 * 0.9**i for i in range(5)], dtype=torch.float64), rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_stops_at_the_first_product_that_reaches_the_tolerance(k, generator):
+    """No product is wasted, and none is missing: one step less leaves a residual above the tolerance."""
+    matrix, _ = with_spectrum([10.0 * 0.93**i for i in range(120)], generator)
+    start = torch.randn(k, 120, generator=generator, dtype=torch.float64)
+
+    def pairs(limit):
+        return projected_lanczos(
+            lambda v: matrix @ v,
+            120,
+            k,
+            generator=torch.Generator().manual_seed(0),
+            start=start,
+            tolerance=1e-4,
+            max_products=limit,
+            dtype=torch.float64,
+        )
+
+    found = pairs(100)
+    assert found.converged
+    assert k < found.products < 100
+    assert float(found.residuals.max()) <= 1e-4
+    true = found.vectors @ matrix - found.values[:, None] * found.vectors
+    assert torch.allclose(true.norm(dim=1) / found.values, found.residuals, rtol=1e-6)
+    short = pairs(found.products - k)
+    assert not short.converged
+    assert short.products == found.products - k
+    assert float(short.residuals.max()) > 1e-4
+
+
+def test_blocks_of_rows_are_read_three_times_a_product(generator):
+    """What is streamed from disk is read once for the product and twice for the next Krylov vector."""
+    matrix, _ = with_spectrum(SPECTRUM, generator)
+    rows = orthogonal(40, generator)[:6]
+    reads = [0]
+
+    class Counted(list):
+        def __iter__(self):
+            reads[0] += 1
+            return super().__iter__()
+
+    pairs = projected_lanczos(
+        lambda v: matrix @ v,
+        40,
+        1,
+        generator=generator,
+        rows=Counted([rows[:4], rows[4:]]),
+        tolerance=1e-9,
+        dtype=torch.float64,
+    )
+    assert pairs.converged
+    # Once to count them, two reads for the start, two for the result.
+    assert reads[0] <= 3 * pairs.products + 5
+    assert float((pairs.vectors @ rows.T).abs().max()) < 1e-12
