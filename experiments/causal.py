@@ -245,7 +245,8 @@ def trained_again(
     missing: dict[str, str] = {}
     own = {n: next(p for p in tests[n].pairs if p.name == name) for n, _ in items}
     try:
-        blocked, curves = [], []
+        blocked: list[PairEvidence] = []
+        curves: list[dict[str, Any]] = []
         for number, item in items:
             result, found = causal_branches.block_pair(tests[number], measured[number].session, own[number])
             blocked.append(replace(item, blocking=result))

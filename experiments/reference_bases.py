@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 #: Random and shuffled reference bases are measured on at most this many intervals (A7).
 INTERVALS = 40
-#: Directions of one pass over the checkpoints.
-TOGETHER = 120
+#: Bytes of random directions held for one pass over the checkpoints: many share a pass's fixed part.
+HELD_BYTES = 1 << 30
 
 
 def reference_maxima(test: RunTest, session: Session) -> dict[str, Array]:
@@ -101,7 +101,7 @@ def random_family(test: RunTest, session: Session) -> Array:
     size = test.run.task.space.size
     found: list[float] = []
     while len(found) < wanted:
-        together = min(max(1, TOGETHER // count), wanted - len(found))
+        together = min(max(1, HELD_BYTES // (4 * size * count)), wanted - len(found))
         draws = [orthonormalise(torch.randn(count, size, generator=generator)) for _ in range(together)]
         joint = measured_rows(test, session, torch.cat(draws))
         for number, own in enumerate(draws):

@@ -29,7 +29,7 @@ def fit_rotation(spec: BasisConfig, projections: Projections, select: TokenSet, 
     if spec.rotation == "fastica":
         return rotations.independent_components(table, seed=seed)
     if spec.rotation == "contrastive":
-        if spec.skill not in select.skills:
+        if spec.skill is None or spec.skill not in select.skills:
             raise ValueError(
                 f"basis '{spec.label}': skill must be one of {sorted(select.skills)}, got '{spec.skill}'"
             )
