@@ -29,8 +29,6 @@ from polca_edit.curvature import orthonormalise, projected_lanczos
 if TYPE_CHECKING:
     from experiments.causal_runs import RunTest
 
-#: Random and shuffled reference bases are measured on at most this many intervals (A7).
-INTERVALS = 40
 #: Bytes of random directions held for one pass over the checkpoints: many share a pass's fixed part.
 HELD_BYTES = 1 << 30
 
@@ -75,7 +73,7 @@ def _kept(test: RunTest, family: str, draws: int, measure: Callable[[], Array]) 
         len(test.basis),
         run.key("train"),
         asdict(run.settings()),
-        [settings.seed, settings.pairs, settings.reference, settings.thresholds.rule_auc, INTERVALS],
+        [settings.seed, settings.pairs, settings.reference, settings.thresholds.rule_auc, settings.reference_intervals],
         [split.fingerprint() for split in (splits.curvature, splits.select, splits.evaluate)],
     )
     path = run.directory.path / "references" / f"{family}-{key[:16]}.json"
@@ -88,9 +86,9 @@ def _kept(test: RunTest, family: str, draws: int, measure: Callable[[], Array]) 
     return maxima
 
 
-def spaced_out(series: Checkpoints) -> Checkpoints:
-    """At most ``INTERVALS`` intervals of a series, both ends included."""
-    every = max(1, -(-(len(series) - 1) // INTERVALS))
+def spaced_out(series: Checkpoints, intervals: int) -> Checkpoints:
+    """At most ``intervals`` intervals of a series, both ends included."""
+    every = max(1, -(-(len(series) - 1) // intervals))
     return series.subset(sorted({*range(0, len(series), every), len(series) - 1}))
 
 
@@ -197,11 +195,11 @@ def algorithm_one(hessians: Sequence[Float[Tensor, "Q Q"]], per: int) -> Float[T
 
 
 def measured_rows(test: RunTest, session: Session, rows: Float[Tensor, "R N"]) -> Projections:
-    """Projections of many rows on the select split, on at most ``INTERVALS`` intervals.
+    """Projections of many rows on the select split, on at most ``reference_intervals`` intervals.
 
     Residual parts are left zero: the choice of pairs does not read them.
     """
-    part = spaced_out(session.subject.checkpoints)
+    part = spaced_out(session.subject.checkpoints, test.settings.reference_intervals)
     losses, slopes = [], []
     for index in range(len(part)):
         value, slope = test.run.objective.directional(

@@ -46,6 +46,7 @@ class PlanSettings:
         rotations: reference bases rotated inside the span (c7).
         random_bases: reference bases of random directions (c7).
         shuffled_bases: Hessian bases from a shuffled order of the checkpoints (c7).
+        reference_intervals: random and shuffled reference bases are measured on at most this many intervals.
         gradient_draws: draws of c6.
         transplant_draws: draws per family for the sufficiency share.
         shuffle_draws: label shuffles (c8).
@@ -65,6 +66,7 @@ class PlanSettings:
     rotations: int = 199
     random_bases: int = 39
     shuffled_bases: int = 39
+    reference_intervals: int = 40
     gradient_draws: int = 199
     transplant_draws: int = 99
     shuffle_draws: int = 199

@@ -61,7 +61,7 @@ def test_mixed_projections_are_those_of_the_mixed_rows(opened) -> None:
     rows = orthonormalise(torch.randn(8, session.theta.shape[0], generator=generator))
     lines = orthonormalise(torch.randn(3, 8, generator=generator, dtype=torch.float64))
     mixed = reference_bases.mixed(reference_bases.measured_rows(test, session, rows), lines)
-    series = reference_bases.spaced_out(session.subject.checkpoints)
+    series = reference_bases.spaced_out(session.subject.checkpoints, 40)
     basis = unlabelled("mixed", lines.to(rows) @ rows)
     (direct,) = project(session.subject.objective, series, [basis], session.subject.select)
     for name in ("losses", "gradients", "displacements"):
