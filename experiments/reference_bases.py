@@ -73,7 +73,13 @@ def _kept(test: RunTest, family: str, draws: int, measure: Callable[[], Array]) 
         len(test.basis),
         run.key("train"),
         asdict(run.settings()),
-        [settings.seed, settings.pairs, settings.reference, settings.thresholds.rule_auc, settings.reference_intervals],
+        [
+            settings.seed,
+            settings.pairs,
+            settings.reference,
+            settings.thresholds.rule_auc,
+            settings.reference_intervals,
+        ],
         [split.fingerprint() for split in (splits.curvature, splits.select, splits.evaluate)],
     )
     path = run.directory.path / "references" / f"{family}-{key[:16]}.json"
