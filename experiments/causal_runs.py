@@ -151,7 +151,7 @@ def measure_run(test: RunTest) -> RunMeasurement:
     session = open_session(subject, settings)
     maxima = reference_maxima(test, session)
     draws = planted_draws(session)
-    planted = planted_power(draws, maxima["rotation"], settings.thresholds.level)
+    planted = planted_power(draws, maxima, settings.thresholds.level)
     span, gate = span_gate(session)
     everything = (*test.pairs, *test.nulls)
     vectors = sorted({v for pair in everything for v in pair.vectors})

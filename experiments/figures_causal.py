@@ -32,10 +32,10 @@ LADDER = {
 def dissociation(matrix: Sequence[Sequence[float]], names: Sequence[str]) -> Figure:
     """Share of headroom every cluster loses (columns) when each pair's vector is undone (rows)."""
     table = np.array(matrix, dtype=float)
-    figure = Figure(figsize=(2.5 + 0.8 * len(names), 1.8 + 0.6 * len(names)), layout="constrained")
+    figure = Figure(figsize=(2.5 + 0.8 * len(names), 2.4 + 0.6 * len(names)), layout="constrained")
     axes = figure.subplots()
     shown = axes.imshow(table, vmin=-1, vmax=1, cmap="RdBu_r")
-    short = [name[:24] for name in names]
+    short = [name if len(name) <= 24 else f"{name[:23].rstrip()}…" for name in names]
     axes.set_xticks(range(len(names)), short, rotation=40, ha="right")
     axes.set_yticks(range(len(names)), short)
     for (row, column), value in np.ndenumerate(table):
@@ -43,7 +43,7 @@ def dissociation(matrix: Sequence[Sequence[float]], names: Sequence[str]) -> Fig
             ink = "white" if abs(value) > 0.6 else "black"
             axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=ink)
     axes.set_xlabel("cluster measured")
-    axes.set_ylabel("vector undone, chosen for")
+    axes.set_ylabel("vector undone,\nchosen for")
     figure.colorbar(shown, ax=axes, label="share of headroom lost")
     return figure
 
@@ -61,7 +61,9 @@ def ladder(row: Mapping[str, Any]) -> Figure:
     axes.axvline(row["inputs"]["effect"]["estimate"], color=TARGET, lw=1.5)
     axes.set_yticks(range(len(rungs)), [words for _, words in rungs])
     axes.invert_yaxis()
-    axes.set_xlabel("T = share of headroom lost on the cluster minus elsewhere (line: this pair)")
+    axes.set_xlabel(
+        "T = share of headroom lost on the cluster minus elsewhere\n(line: this pair; -1: no pair)"
+    )
     return figure
 
 
@@ -112,12 +114,15 @@ def localisation(found: Mapping[str, Any]) -> Figure:
         table[layers.index(part["layer"]), names.index(part["name"])] = part["damage"]
     figure = Figure(figsize=(2.0 + 0.9 * len(names), 1.5 + 0.5 * len(layers)), layout="constrained")
     axes = figure.subplots()
-    shown = axes.imshow(table, cmap="Reds", vmin=0, aspect="auto")
+    # A part may improve the cluster, so colours are signed.
+    most = max(float(np.nanmax(np.abs(table))), 1e-12)
+    shown = axes.imshow(table, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
     axes.set_xticks(range(len(names)), names, rotation=40, ha="right")
     axes.set_yticks(range(len(layers)), ["outside" if layer < 0 else f"layer {layer}" for layer in layers])
     for (row, column), value in np.ndenumerate(table):
         if np.isfinite(value):
-            axes.text(column, row, f"{value:.2g}", ha="center", va="center", fontsize=8)
+            ink = "white" if abs(value) > 0.6 * most else "black"
+            axes.text(column, row, f"{value:.2g}", ha="center", va="center", fontsize=8, color=ink)
     figure.colorbar(shown, ax=axes, label="damage of this part, nats")
     return figure
 

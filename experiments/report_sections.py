@@ -144,7 +144,8 @@ def _causal_figures(
             Drawing(
                 f"{basis}-dissociation",
                 "Double dissociation: share of its headroom that each cluster loses (columns) when the "
-                "vector chosen for a cluster (rows) is undone. Selective vectors stand out on the diagonal.",
+                "vector chosen for a cluster (rows) is undone. Selective vectors stand out on the diagonal. "
+                "Tokens of both clusters are left out; a cell is blank where none remain.",
                 figures_causal.dissociation(first["matrix"], first["matrix_names"]),
             )
         )

@@ -29,24 +29,25 @@ class PlantedDraws:
     rotations: NDArray[np.float64]
 
 
-def planted_p(runs: Sequence[PlantedDraws], maxima: Sequence[Array]) -> NDArray[np.float64]:
-    """(S, P) the larger p of each planted skill: against the pipeline null, and against rotations.
+def planted_p(runs: Sequence[PlantedDraws], maxima: Sequence[Mapping[str, Array]]) -> NDArray[np.float64]:
+    """(S, P) the largest p of each planted skill: against every pipeline family, and against rotations.
 
-    Over runs T is averaged, and draw r of one run with draw r of the next, as for pairs.
+    Only families that every run has count. Over runs T is averaged, and draw r of one run with draw r of
+    the next, as for pairs.
 
     >>> one = PlantedDraws((1.0,), np.array([[0.9]]), np.array([[[0.1, 0.2, 0.95]]]))
-    >>> planted_p([one], [np.array([0.5, 0.6, 0.7])]).tolist()
+    >>> planted_p([one], [{"rotation": np.array([0.5, 0.6, 0.7])}]).tolist()
     [[0.5]]
     """
     skills = min(run.effects.shape[1] for run in runs)
-    draws = min(len(m) for m in maxima)
-    reference = np.mean([m[:draws] for m in maxima], axis=0)
+    families = sorted(set.intersection(*(set(one) for one in maxima)))
+    reference = [_averaged([one[family] for one in maxima]) for family in families]
     effects = np.mean([run.effects[:, :skills] for run in runs], axis=0)
     rotations = np.mean([run.rotations[:, :skills] for run in runs], axis=0)
     return np.array(
         [
             [
-                max(rank_p(float(value), reference), rank_p(float(value), null))
+                max(rank_p(float(value), other) for other in (*reference, null))
                 for value, null in zip(values, nulls, strict=True)
             ]
             for values, nulls in zip(effects, rotations, strict=True)
@@ -54,8 +55,14 @@ def planted_p(runs: Sequence[PlantedDraws], maxima: Sequence[Array]) -> NDArray[
     )
 
 
+def _averaged(nulls: Sequence[Array]) -> Array:
+    """Draw r of one run averaged with draw r of the next."""
+    shortest = min(len(null) for null in nulls)
+    return np.asarray(np.mean([null[:shortest] for null in nulls], axis=0))
+
+
 def powers(
-    runs: Sequence[PlantedDraws], maxima: Sequence[Array], level: float
+    runs: Sequence[PlantedDraws], maxima: Sequence[Mapping[str, Array]], level: float
 ) -> dict[float, tuple[float, tuple[float, ...]]]:
     """Share -> (power, p of every planted skill)."""
     table = planted_p(runs, maxima)

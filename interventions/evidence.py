@@ -352,7 +352,7 @@ def combine(
 def _detectable(runs: Sequence[PairEvidence], level: float) -> float | None:
     """Smallest share of a planted skill that these runs find together, None where none was planted."""
     planted = [run.planted for run in runs if run.planted is not None]
-    maxima = [run.reference["rotation"] for run in runs if "rotation" in run.reference]
+    maxima = [run.reference for run in runs if run.reference]
     if len(planted) < len(runs) or len(maxima) < len(runs):
         return None
     return detectable_share({share: power for share, (power, _) in powers(planted, maxima, level).items()})

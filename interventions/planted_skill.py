@@ -15,6 +15,7 @@ testbed T8), without which the assay finds nothing at all; the smallest share fo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,7 +41,7 @@ class PlantedShare:
         share: part of the planted tokens' headroom that the planted coordinate carries.
         power: share of planted skills found.
         effect: mean T of undoing them.
-        p_values: per planted skill the larger of its p against the pipeline null and against rotations.
+        p_values: per planted skill the largest of its p against each pipeline family and against rotations.
     """
 
     share: float
@@ -119,12 +120,14 @@ def _planted(
     return value, null
 
 
-def planted_power(draws: PlantedDraws | None, maxima: Array, level: float = 0.05) -> PlantedPower:
+def planted_power(
+    draws: PlantedDraws | None, maxima: Mapping[str, Array], level: float = 0.05
+) -> PlantedPower:
     """Power at every share against one run's own nulls.
 
     Args:
         draws: planted skills, None where none could be planted.
-        maxima: largest T per reference basis (pipeline null).
+        maxima: family -> largest T per reference basis (pipeline null), all that pairs are judged by.
         level: of each test.
     """
     if draws is None:

@@ -195,7 +195,7 @@ def decide(inputs: VerdictInputs, thresholds: Thresholds | None = None) -> Verdi
     if clauses.get(why) == "not_run":
         why = f"not_run:{why}"
     reason = reason_for(inputs, single if clauses["seeds"] == "failed" else full, why, grade)
-    if "low_power" in flags and "causal" not in (full, single):
+    if "low_power" in flags and why in ("pipeline_null", "c3", "positive_control"):
         reason += " " + sensitivity_words(inputs)
     if clauses["seeds"] == "failed":
         reason += f" Single-run verdict: {inputs.seeds} of {t.seeds} seeds."
@@ -394,7 +394,7 @@ _WORDS = {
 
 
 def sensitivity_words(i: VerdictInputs) -> str:
-    """What a negative result cannot exclude, from the planted skills."""
+    """What a comparison with reference bases or rotations cannot exclude, from the planted skills."""
     if i.detectable_share is None or i.detectable_share == float("inf"):
         return "No planted skill was found, however large."
     return (

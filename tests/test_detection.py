@@ -84,22 +84,22 @@ def test_max_t_null_hides_a_large_skill_and_not_a_routed_one() -> None:
     maxima = np.linspace(0.2, 0.89, 199)
     effects = np.array(SHARES)[:, None].repeat(20, 1)
     draws = PlantedDraws(SHARES, effects, np.zeros((len(SHARES), 20, 59)))
-    power = planted_power(draws, maxima)
+    power = planted_power(draws, {"rotation": maxima})
     by_share = {row.share: row for row in power.by_share}
     # 26 of 199 maxima reach .8.
     assert by_share[0.8].p_values[0] == pytest.approx((1 + np.sum(maxima >= 0.8)) / 200)
     assert by_share[0.8].power == 0.0
     assert (by_share[0.9].power, by_share[1.0].power) == (1.0, 1.0)
     assert (power.outcome, power.power, power.detectable_share) == ("passed", 1.0, 0.9)
-    assert planted_power(draws, np.full(199, 1.0)).outcome == "failed"
-    assert planted_power(draws, np.full(199, 1.0)).detectable_share == float("inf")
-    assert planted_power(None, maxima).outcome == "not_run"
+    assert planted_power(draws, {"rotation": np.full(199, 1.0)}).outcome == "failed"
+    assert planted_power(draws, {"rotation": np.full(199, 1.0)}).detectable_share == float("inf")
+    assert planted_power(None, {"rotation": maxima}).outcome == "not_run"
 
 
 def test_rotations_that_move_the_planted_block_hide_it_too() -> None:
     effects = np.array(SHARES)[:, None].repeat(20, 1)
     strong = PlantedDraws(SHARES, effects, np.full((len(SHARES), 20, 59), 0.85))
-    assert planted_power(strong, np.zeros(199)).detectable_share == 0.9
+    assert planted_power(strong, {"rotation": np.zeros(199)}).detectable_share == 0.9
 
 
 def test_runs_together_find_smaller_skills() -> None:
@@ -111,7 +111,7 @@ def test_runs_together_find_smaller_skills() -> None:
     maxima = [rng.uniform(0.2, 0.89, size=199) for _ in range(5)]
 
     def smallest(chosen: list[int]) -> float:
-        found = powers([runs[i] for i in chosen], [maxima[i] for i in chosen], 0.05)
+        found = powers([runs[i] for i in chosen], [{"rotation": maxima[i]} for i in chosen], 0.05)
         return detectable_share({share: power for share, (power, _) in found.items()})
 
     assert all(smallest([i]) == 0.9 for i in range(5))
@@ -123,8 +123,13 @@ def test_runs_together_find_smaller_skills() -> None:
 
 def test_p_is_the_larger_of_the_two_nulls() -> None:
     draws = PlantedDraws((1.0,), np.array([[0.7]]), np.array([[[0.9, 0.1, 0.2]]]))
-    assert planted_p([draws], [np.zeros(99)])[0, 0] == pytest.approx(2 / 4)
-    assert planted_p([draws], [np.full(99, 0.8)])[0, 0] == 1.0
+    assert planted_p([draws], [{"rotation": np.zeros(99)}])[0, 0] == pytest.approx(2 / 4)
+    assert planted_p([draws], [{"rotation": np.full(99, 0.8)}])[0, 0] == 1.0
+    # A skill must beat every family that pairs are judged by, over all runs that have it.
+    two = {"rotation": np.zeros(99), "shuffled_hessian": np.array([0.95, *np.zeros(38)])}
+    low = PlantedDraws((1.0,), np.array([[0.9]]), np.zeros((1, 1, 59)))
+    assert planted_p([low], [two])[0, 0] == pytest.approx(2 / 40)
+    assert planted_p([low, low], [two, {"rotation": np.zeros(99)}])[0, 0] == pytest.approx(1 / 60)
 
 
 def test_no_token_with_headroom_means_not_run() -> None:

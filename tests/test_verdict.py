@@ -133,6 +133,11 @@ def test_a_blunt_assay_is_flagged_and_said(share: float, words: str) -> None:
     sharp = decide(replace(CAUSAL, pipeline_p=0.2, detectable_share=0.8))
     assert "low_power" not in sharp.flags
     assert "lanted" not in sharp.reason
+    # Planted skills say nothing about a damage that is shown to be nil.
+    nil = decide(replace(NO_DAMAGE, detectable_share=share))
+    assert nil.verdict == "observational_only"
+    assert "low_power" in nil.flags
+    assert "lanted" not in nil.reason
     # A verdict that was reached needs no excuse.
     reached = decide(replace(CAUSAL, detectable_share=share))
     assert reached.verdict == "causal"
