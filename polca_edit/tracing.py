@@ -254,10 +254,11 @@ def _fusible(node: fx.Node, total: fx.Node, part: Any, products: dict[Any, Any])
     """Whether a product can be merged into the sum that alone uses it: equal shape and precision."""
     if not isinstance(part, fx.Node) or part.target not in products or len(part.users) != 1:
         return False
-    if not all(isinstance(source, fx.Node) for source in part.args):
+    factors: Any = part.args
+    if not all(isinstance(source, fx.Node) for source in factors):
         return False
-    metas = [each.meta.get("tensor_meta") for each in (node, part, total, *part.args)]
-    if any(meta is None for meta in metas) or len({meta.dtype for meta in metas}) != 1:
+    metas: list[Any] = [each.meta.get("tensor_meta") for each in (node, part, total, *factors)]
+    if None in metas or len({meta.dtype for meta in metas}) != 1:
         return False
     return bool(metas[0].shape == metas[1].shape and metas[0].dtype.is_floating_point)
 
