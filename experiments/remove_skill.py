@@ -347,7 +347,9 @@ def matched_damage(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Per skill and seed: our best edit beside the best tuned rival at the same target damage.
 
     Only edits that reach the required target share are compared; the positive part decides, as a
-    signed mean can be bought with gains elsewhere.
+    signed mean can be bought with gains elsewhere. ``rival_removing`` is the best rival whose damage
+    also lasts: accuracy near chance, and 90 % of what relabelling leaves of an untrained model's
+    damage. Confidently wrong answers reach any target share at little cost to others.
     """
     table = []
     rivals = ("gradient ascent", "GradDiff", "NPO", "task vector", "random span")
@@ -362,6 +364,7 @@ def matched_damage(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "goal": goal,
             "ours": None,
             "rival": None,
+            "rival_removing": None,
             "ratio": None,
         }
         if mine:
@@ -370,12 +373,21 @@ def matched_damage(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         if theirs:
             other = min(theirs, key=lambda r: float(r["worst_positive_share"]))
             entry["rival"] = _brief(other)
+            lasting = [r for r in theirs if _lasts(r)]
+            if lasting:
+                entry["rival_removing"] = _brief(min(lasting, key=lambda r: float(r["worst_positive_share"])))
         if mine and theirs:
             entry["ratio"] = best["worst_positive_share"] / max(other["worst_positive_share"], 1e-9)
             entry["ratio_signed"] = max(best["worst_off_share"], 0) / max(other["worst_off_share"], 1e-9)
             entry["one_fifth"] = entry["ratio"] <= 0.2
         table.append(entry)
     return table
+
+
+def _lasts(row: dict[str, Any]) -> bool:
+    """Whether a row's skill is gone rather than turned into wrong answers."""
+    left = 0.9 * min(1.0, float(row["refit_kept_of_untrained"]))
+    return bool(row["checks"]["accuracy"]) and float(row["refit_kept"]) >= left
 
 
 def _brief(row: dict[str, Any]) -> dict[str, Any]:

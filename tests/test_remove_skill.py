@@ -164,7 +164,13 @@ def row(method: str, ours: bool, target: float, positive: float, off: float) -> 
     return {"skill": "10s", "seed": 0, "method": method, "ours": ours, **shares, **OTHER_COLUMNS}
 
 
-OTHER_COLUMNS = {"kl": 0.0, "accuracy": 0.1, "refit_kept": 1.0}
+OTHER_COLUMNS = {
+    "kl": 0.0,
+    "accuracy": 0.1,
+    "refit_kept": 1.0,
+    "refit_kept_of_untrained": 0.99,
+    "checks": {"accuracy": True},
+}
 
 
 def test_matched_damage_compares_only_edits_that_reach_the_goal() -> None:
@@ -180,6 +186,15 @@ def test_matched_damage_compares_only_edits_that_reach_the_goal() -> None:
     assert entry["rival"]["method"] == "GradDiff"
     assert entry["ratio"] == pytest.approx(0.125)
     assert entry["one_fifth"]
+    assert entry["rival_removing"]["method"] == "GradDiff"
+    # A rival that is confidently wrong is the better rival, but not one whose skill is gone.
+    wrong = {**row("random span", False, 1.0, 0.002, 0.0), "refit_kept": 0.3}
+    (entry,) = matched_damage([*rows, wrong])
+    assert entry["rival"]["method"] == "random span"
+    assert entry["rival_removing"]["method"] == "GradDiff"
+    # Relabelling helps an untrained model as well: 0.27 is all that can be asked for where it keeps 0.3.
+    (entry,) = matched_damage([*rows, {**wrong, "refit_kept": 0.28, "refit_kept_of_untrained": 0.3}])
+    assert entry["rival_removing"]["method"] == "random span"
     (lonely,) = matched_damage([rows[1], rows[2]])
     assert lonely["ours"] is None
     assert lonely["ratio"] is None
