@@ -224,8 +224,6 @@ def _fuse_sums(graph: fx.Graph) -> None:
                 continue
             fresh = len(total.users) == 1 and total.target in FRESH and _same_layout(node, total)
             target = products[part.target][fresh]
-            if part.target is aten.bmm.default and not (fresh or _same_layout(node, total)):
-                continue
             with graph.inserting_before(node):
                 fused = graph.call_function(target, (total, *part.args))
             fused.meta = dict(node.meta)

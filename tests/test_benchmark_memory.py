@@ -17,10 +17,15 @@ def touch(megabytes):
     block = bytearray(megabytes << 20)
     block[::4096] = b"1" * len(block[::4096])
 
+def resident():
+    lines = open("/proc/self/status").read().splitlines()
+    return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) * 1024
+
+held = resident()
 large = PeakMemory.of(lambda: touch(192))
 small = PeakMemory.of(lambda: touch(48))
 row = interleaved("x", lambda: touch(16), lambda: touch(96), pairs=1, clock="cpu", floor=lambda: touch(8))
-print(json.dumps({"large": large, "small": small, "total": PeakMemory.so_far(), **row.notes}))
+print(json.dumps({"large": large, "small": small, "total": PeakMemory.so_far() - held, **row.notes}))
 """
 
 
@@ -38,4 +43,4 @@ def test_peaks_are_those_of_each_piece_and_the_total_is_kept():
     for name, wanted in {"large": 192, "small": 48, "ours_peak_bytes": 16, "rival_peak_bytes": 96}.items():
         assert wanted * 0.95 <= megabytes[name] <= wanted + 12, (name, megabytes)
     # The total has not forgotten the largest piece, though its mark was reset.
-    assert megabytes["total"] >= 192
+    assert megabytes["total"] >= 192 * 0.95

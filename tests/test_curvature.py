@@ -112,14 +112,14 @@ def test_stops_at_the_first_product_that_reaches_the_tolerance(k, generator):
     matrix, _ = with_spectrum([10.0 * 0.93**i for i in range(120)], generator)
     start = torch.randn(k, 120, generator=generator, dtype=torch.float64)
 
-    def pairs(limit):
+    def pairs(limit, tolerance=1e-4):
         return projected_lanczos(
             lambda v: matrix @ v,
             120,
             k,
             generator=torch.Generator().manual_seed(0),
             start=start,
-            tolerance=1e-4,
+            tolerance=tolerance,
             max_products=limit,
             dtype=torch.float64,
         )
@@ -134,6 +134,10 @@ def test_stops_at_the_first_product_that_reaches_the_tolerance(k, generator):
     assert not short.converged
     assert short.products == found.products - k
     assert float(short.residuals.max()) > 1e-4
+    # A tolerance just above the residual of that step stops there, one just below does not.
+    worst = float(short.residuals.max())
+    assert pairs(100, worst * 1.001).products == short.products
+    assert pairs(100, worst * 0.999).products > short.products
 
 
 def test_blocks_of_rows_are_read_three_times_a_product(generator):

@@ -156,6 +156,10 @@ def broadcast(a: Tensor, b: Tensor) -> Tensor:
     return a[0] + a @ b
 
 
+def broadcast_batch(a: Tensor, b: Tensor) -> Tensor:
+    return a[0] + torch.bmm(a[None], b[None])
+
+
 def scaled(a: Tensor, b: Tensor) -> Tensor:
     return torch.add(a, a @ b, alpha=2)
 
@@ -164,7 +168,9 @@ def three(a: Tensor, b: Tensor) -> Tensor:
     return a @ b + a * b + b @ a + (a[None] @ b[None])[0]
 
 
-@pytest.mark.parametrize("function", [used_twice, views_of_the_total, broadcast, scaled, three])
+@pytest.mark.parametrize(
+    "function", [used_twice, views_of_the_total, broadcast, broadcast_batch, scaled, three]
+)
 def test_merged_sums_keep_the_value_and_the_inputs(function) -> None:
     a, b = drawn(4, 4, seed=0), drawn(4, 4, seed=1)
     kept = a.clone(), b.clone()
