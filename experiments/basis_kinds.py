@@ -123,11 +123,17 @@ def _sliding(inputs: BasisInputs, count: int) -> Basis:
     )
 
 
-def _adaptive(inputs: BasisInputs, count: int) -> Basis:
-    """Hessian vectors where loss groups (k-means on exact losses of the curvature sample) accelerate."""
+def _loss_groups(inputs: BasisInputs) -> tuple[Tensor, dict[str, Tensor]]:
+    """Exact losses of the curvature sample at the basis checkpoints, and its tokens grouped by k-means."""
     series = inputs.checkpoints
     losses = torch.stack([inputs.objective.losses(series[i], inputs.tokens) for i in range(len(series))])
-    groups = path_bases.loss_groups(losses, 6, seed=inputs.seed)
+    return losses, path_bases.loss_groups(losses, 6, seed=inputs.seed)
+
+
+def _adaptive(inputs: BasisInputs, count: int) -> Basis:
+    """Hessian vectors where loss groups of the curvature sample accelerate."""
+    series = inputs.checkpoints
+    losses, groups = _loss_groups(inputs)
     chosen = path_bases.accelerating_checkpoints(losses, torch.tensor(series.steps), groups, count)
     return hessian_basis(
         inputs.objective,
@@ -201,6 +207,12 @@ def _secant(inputs: BasisInputs, count: int) -> Basis:
     return path_bases.trajectory_secant_basis(inputs.checkpoints, gradients, count, mask=inputs.mask)
 
 
+def _loss_weighted(inputs: BasisInputs, count: int) -> Basis:
+    gradients = path_bases.mean_gradients(inputs.objective, inputs.checkpoints, inputs.tokens)
+    density = path_bases.loss_fall_density(*_loss_groups(inputs))
+    return path_bases.loss_weighted_basis(inputs.checkpoints, gradients, density, count, mask=inputs.mask)
+
+
 def _loss_path(inputs: BasisInputs, count: int) -> Basis:
     gradients = path_bases.mean_gradients(inputs.objective, inputs.checkpoints, inputs.tokens)
     return path_bases.loss_path_basis(inputs.checkpoints, gradients, count, mask=inputs.mask)
@@ -241,6 +253,7 @@ KINDS: dict[str, Callable[[BasisInputs, int], Basis]] = {
     "trajectory": _trajectory,
     "trajectory_hessian": _trajectory_hessian,
     "trajectory_secant": _secant,
+    "loss_weighted": _loss_weighted,
     "parameter_axes": _axes,
     "random": _random,
 }

@@ -73,7 +73,7 @@ PRESETS: dict[str, tuple[dict[str, Any], Settings]] = {
     ),
     "mini": (
         {"arithmetic.select_sums": 250},
-        Settings(12, None, ("hessian", "shuffled_hessian", "trajectory_secant", "random")),
+        Settings(12, None, ("hessian", "shuffled_hessian", "trajectory_secant", "loss_weighted", "random")),
     ),
     "paper": ({}, Settings(50)),
 }

@@ -31,9 +31,9 @@ from polca_edit.training import train
 
 #: Forward passes one unit of each kind costs (measured on a small model; a backward pass counts two).
 PASS_COST = {"forward": 1.0, "backward": 2.0, "tangent": 1.7, "hvp": 5.0}
-ROTATED = ("trajectory_secant", "hessian")
+ROTATED = ("trajectory_secant", "loss_weighted", "hessian")
 #: Bases that get the full number of vectors; the others get ``Settings.others``.
-MAIN = ("hessian", "shuffled_hessian", "trajectory", "trajectory_secant", "random")
+MAIN = ("hessian", "shuffled_hessian", "trajectory", "trajectory_secant", "loss_weighted", "random")
 Say = Callable[[str], None]
 
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from polca_edit.basis import Basis, trajectory_basis, unlabelled
+from polca_edit.basis import Basis, displacements_from_start, trajectory_basis, unlabelled
 from polca_edit.checkpoints import Checkpoints
 from polca_edit.curvature import inner_products, orthonormalise, remove_rows
 from polca_edit.derivatives import Objective
@@ -77,6 +77,67 @@ def trajectory_secant_basis(
     return replace(
         unlabelled("trajectory_secant", rows), eigenvalues=torch.cat([first.eigenvalues, values.double()])
     )
+
+
+def loss_fall_density(
+    losses: Float[Tensor, "T M"], groups: Mapping[str, Bool[Tensor, " M"]], *, uniform: float = 0.25
+) -> Float[Tensor, " I"]:
+    """Share of every interval in how far the groups' mean losses moved; sums to one over I = T - 1.
+
+    Args:
+        losses: exact losses at the basis checkpoints, nats.
+        groups: token groups, from labels (then the basis is supervised) or from :func:`loss_groups`.
+        uniform: weight of the uniform density mixed in, so that quiet stretches keep a say.
+
+    Raises:
+        ValueError: if no group's loss moves.
+    """
+    moved = torch.stack([losses[:, mask].double().mean(1).diff().abs() for mask in groups.values()])
+    totals = moved.sum(1, keepdim=True)
+    if not bool((totals > 0).all()):
+        raise ValueError("every token group's loss must move along the path; leave still groups out")
+    density = (moved / totals).mean(0)
+    return (1 - uniform) * density + uniform / len(density)
+
+
+def loss_weighted_basis(
+    checkpoints: Checkpoints,
+    gradients: Float[Tensor, "T N"],
+    density: Float[Tensor, " I"],
+    count: int,
+    *,
+    secants: int | None = None,
+    mask: Bool[Tensor, " N"] | None = None,
+) -> Basis:
+    """Where the weights went and where the gradient changed, weighted by where the losses moved.
+
+    The trajectory basis spends its vectors on long displacements, which are late; a skill learned
+    early by a short one is left out. So displacements theta_t - theta_1 are weighted by the square
+    root of the loss moved around t, and the gradient's changes, each of unit length, by the square
+    root of the loss moved on their interval. Weights enter a Gram matrix, hence the roots.
+
+    Args:
+        checkpoints: basis checkpoints.
+        gradients: (T, N) mean gradients there, on the curvature sample.
+        density: share of every interval, see :func:`loss_fall_density`.
+        count: K.
+        secants: how many of the K come from gradient changes; default a fifth, at least one.
+        mask: restrict vectors to these parameters.
+
+    Raises:
+        ValueError: if the movement has fewer independent directions than asked for.
+    """
+    secants = max(1, round(count / 5)) if secants is None else secants
+    keep = torch.ones(gradients.shape[1]) if mask is None else mask.float()
+    moved = torch.stack([row for _, row in displacements_from_start(checkpoints)]) * keep
+    around = torch.cat([(density[:-1] + density[1:]) / 2, density[-1:] / 2])  # of checkpoints 2 .. T
+    first, sizes = principal_rows(moved * around.sqrt().to(moved)[:, None], count - secants)
+    changes = remove_rows(gradients.diff(dim=0).to(first) * keep, first)
+    changes = changes / changes.norm(dim=1, keepdim=True).clamp_min(torch.finfo(changes.dtype).tiny)
+    added, values = principal_rows(changes * density.sqrt().to(changes)[:, None], secants)
+    rows = torch.cat([first, remove_rows(added, first)])
+    sizes = torch.cat([sizes.double(), values.double()])
+    return replace(unlabelled("loss_weighted", rows), eigenvalues=sizes)
 
 
 def loss_path_basis(

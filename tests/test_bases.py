@@ -200,6 +200,43 @@ def test_trajectory_secant_and_loss_path(problem):
     torch.testing.assert_close(given, path.eigenvalues, atol=1e-10, rtol=1e-8)
 
 
+def test_loss_weighted_basis(problem):
+    objective, checkpoints, tokens = problem
+    gradients = path_bases.mean_gradients(objective, checkpoints, tokens)
+    losses = torch.stack([objective.losses(checkpoints[i], tokens) for i in range(9)])
+    early = torch.arange(tokens.count) < 5
+    density = path_bases.loss_fall_density(losses, {"a": early, "b": ~early}, uniform=0.0)
+    falls = [losses[:, m].mean(1).diff().abs() for m in (early, ~early)]
+    expected = (falls[0] / falls[0].sum() + falls[1] / falls[1].sum()) / 2
+    torch.testing.assert_close(density, expected.double())
+    mixed = path_bases.loss_fall_density(losses, {"a": early, "b": ~early}, uniform=0.4)
+    torch.testing.assert_close(mixed, 0.6 * density + 0.4 / 8)
+    found = path_bases.loss_weighted_basis(checkpoints, gradients, density, 5, secants=2)
+    stack = torch.stack([checkpoints[i] for i in range(9)])
+    weights = torch.tensor([density[t : t + 2].sum() / 2 for t in range(8)]).sqrt()
+    first = torch.linalg.svd((stack[1:] - stack[0]) * weights[:, None], full_matrices=False)[2][:3]
+    left = gradients.diff(dim=0)
+    left = left - left @ first.T @ first
+    left = left / left.norm(dim=1, keepdim=True) * density.sqrt()[:, None]
+    second = torch.linalg.svd(left, full_matrices=False)
+    assert_same(found.rows, torch.cat([first, second[2][:2]]))
+    torch.testing.assert_close(found.eigenvalues[3:], second[1][:2] ** 2)
+    assert not found.supervised
+    with pytest.raises(ValueError, match="still"):
+        path_bases.loss_fall_density(losses[:1].repeat(9, 1), {"a": early})
+
+
+def test_a_short_early_move_that_costs_nats_gets_a_vector():
+    space = ParameterSpace.from_module(nn.Linear(3, 1, bias=False))
+    path = torch.tensor([[0.0, 0, 0], [0.5, 0, 0], [0.5, 1, 0], [0.5, 2, 0], [0.5, 3, 0]])
+    series = Checkpoints.in_memory(space, range(5), list(path))
+    density = torch.tensor([0.97, 0.01, 0.01, 0.01]).double()
+    weighted = path_bases.loss_weighted_basis(series, torch.eye(3).repeat(2, 1)[:5], density, 2, secants=1)
+    # Weighted Gram matrix by hand: [[.12875, .0225], [.0225, .095]], so tan(2 angle) = 4/3, cos^2 = .8.
+    assert math.isclose(float(weighted.rows[0, 0].square()), 0.8, rel_tol=1e-5)
+    assert float(trajectory_basis(series, 1).rows[0, 0].square()) < 0.1
+
+
 def test_parameter_axes_and_odd_checkpoints(problem):
     _, checkpoints, _ = problem
     found = path_bases.parameter_axes_basis(checkpoints[8], 4)
@@ -227,6 +264,7 @@ def test_masks_confine_every_basis(problem):
         bases.adam_hessian_basis(objective, chosen, tokens, lambda _: moments, **given),
         bases.trajectory_and_hessian_basis(first, objective, chosen, tokens, **given),
         path_bases.trajectory_secant_basis(checkpoints, gradients, 3, mask=mask),
+        path_bases.loss_weighted_basis(checkpoints, gradients, torch.full((8,), 1 / 8), 3, mask=mask),
         path_bases.loss_path_basis(checkpoints, gradients, 2, mask=mask),
         path_bases.parameter_axes_basis(checkpoints[8], 3, mask=mask),
     ]

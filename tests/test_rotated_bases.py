@@ -184,7 +184,7 @@ def test_an_unknown_skill_is_refused(plain: pipeline.Run, tmp_path: Path) -> Non
         finished_run(copied, [*PLAIN, {"kind": "hessian", "rotation": "contrastive", "skill": "juggling"}])
 
 
-@pytest.mark.parametrize("kind", ["trajectory_secant", "loss_path", "adaptive_hessian"])
+@pytest.mark.parametrize("kind", ["trajectory_secant", "loss_weighted", "loss_path", "adaptive_hessian"])
 def test_further_kinds_run_and_turn(plain: pipeline.Run, tmp_path: Path, kind: str) -> None:
     copied = tmp_path / "copy"
     shutil.copytree(plain.directory.path, copied)
