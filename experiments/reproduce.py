@@ -21,6 +21,7 @@ from experiments.application import run_application
 from experiments.config import RunConfig, load_config
 from experiments.execution import settings_from
 from experiments.pipeline import open_run
+from experiments.reproduce_claims import judge_claims
 from experiments.reproduce_measure import Measured, Say, Settings, measure_bases, rotations_of, trained
 from experiments.reproduce_rivals import (
     quadrature_table,
@@ -167,6 +168,14 @@ def reproduce_seed(config: RunConfig, settings: Settings, out: Path, say: Say) -
     return result
 
 
+def _finished(file: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """A seed's numbers if they were measured with this config and these settings."""
+    if not file.exists():
+        return None
+    part: dict[str, Any] = json.loads(file.read_text())
+    return part if part.get("asked") == json.loads(json.dumps(asked)) else None
+
+
 def run_reproduction(
     preset: str,
     seeds: Sequence[int],
@@ -176,14 +185,16 @@ def run_reproduction(
     say: Say,
     **changes: Any,
 ) -> dict[str, Any]:
-    """Every seed in turn; the file is written after each, and finished seeds are kept."""
+    """Every seed in turn; the file is written after each; a seed finished with these settings is kept."""
     overrides = {**PRESETS[preset][0], **changes}
     parts = []
     for seed in seeds:
         config = load_config(preset, {**overrides, "seed": seed, "bases": [{"kind": "trajectory"}]})
         folder = out / f"seed{seed}"
-        say(f"seed {seed}")
-        part = reproduce_seed(config, settings, folder, say)
+        asked = {"config": config.model_dump(mode="json"), "settings": dataclasses.asdict(settings)}
+        kept = _finished(folder / "reproduce.json", asked)
+        say(f"seed {seed}" + (", kept" if kept else ""))
+        part = kept or {**reproduce_seed(config, settings, folder, say), "asked": asked}
         write_json(folder / "reproduce.json", part)
         parts.append(part)
         result = {
@@ -199,6 +210,7 @@ def run_reproduction(
             "features": [row for p in parts for row in p["features"]],
             "quadrature": [{"seed": p["seed"], **row} for p in parts for row in p["quadrature"]],
             "second_order": [{"seed": p["seed"], **(p["second_order"] or {})} for p in parts],
+            "claims": judge_claims(parts),
             "seconds": [p["seconds"] for p in parts],
         }
         if file is not None:

@@ -28,6 +28,7 @@ def print_tables(result: dict[str, Any], console: Console) -> None:
     console.print(_rivals(result))
     console.print(_top_three(result))
     console.print(_quadrature(result))
+    console.print(_claims(result))
     for row in result["second_order"]:
         if "rmse" in row:
             console.print(
@@ -117,4 +118,16 @@ def _quadrature(result: dict[str, Any]) -> Table:
             f"{row['median_token_error']:.4f} of {row['median_token_exact']:.2f}",
             "" if row["met"] is None else str(row["met"]),
         )
+    return table
+
+
+def _claims(result: dict[str, Any]) -> Table:
+    table = Table(title="What the paper says, and what we find", title_justify="left")
+    for name in ("claim", "paper", "ours, by seed", "verdict"):
+        table.add_column(name)
+    for row in result["claims"]:
+        paper = " : ".join(_number(v) for v in row["published"])
+        ours = ", ".join(" : ".join(_number(v, 2) for v in pair) for pair in row["ours"])
+        count = f" ({row['held']} of {row['seeds']} seeds)" if row["seeds"] else ""
+        table.add_row(row["claim"], paper, ours or "-", row["status"] + count)
     return table

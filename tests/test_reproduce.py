@@ -9,6 +9,7 @@ import torch
 from experiments.arithmetic import make_data, token_loss
 from experiments.multiverse import Branch, branches, group_damage, outcome, survival, thinned
 from experiments.reproduce import NUMBERS, PRESETS, run_reproduction
+from experiments.reproduce_claims import CLAIMS, Claim, judge_claim, judge_claims
 from experiments.reproduce_measure import Settings
 from experiments.reproduce_rows import (
     TokenSplits,
@@ -163,6 +164,28 @@ def test_over_seeds_gives_mean_and_range():
     assert line["f1"] == {"mean": pytest.approx(0.3), "low": 0.2, "high": 0.4, "count": 2}
 
 
+def test_claims_are_read_off_the_rows():
+    claim = Claim("a beats b", "carry_homogeneity", "polca", "random")
+    assert claim.published == (0.973, 0.902)
+
+    def part(polca, random):
+        basis = {"basis": "random", "rotation": "none", "carry_homogeneity": random}
+        turned = {"basis": "random", "rotation": "varimax", "carry_homogeneity": 1.0}
+        return {"rows": [basis, turned], "features": [{"feature": "polca", "carry_homogeneity": polca}]}
+
+    def status(*pairs):
+        return judge_claim(claim, [part(*pair) for pair in pairs])["status"]
+
+    assert status((0.9, 0.8), (0.7, 0.6)) == "reproduced"
+    assert status((0.9, 0.8), (0.7, 0.75)) == "mixed"
+    assert status((0.5, 0.5), (0.1, 0.75)) == "not reproduced"
+    assert status((None, 0.5)) == "not testable"
+    assert status((None, 0.5), (0.9, 0.5)) == "reproduced"
+    assert all(row["status"] == "not testable" for row in judge_claims([]))
+    # By its own tables every comparison holds in the paper.
+    assert all(c.published[0] > c.published[1] for c in CLAIMS)
+
+
 def test_smoke_reproduction_writes_every_column(tmp_path):
     settings = Settings(
         3, None, ("trajectory_secant", "random"), ("trajectory_secant",), rivals=False, draws=1
@@ -180,4 +203,9 @@ def test_smoke_reproduction_writes_every_column(tmp_path):
     assert {row["rotation"] for row in result["rows"] if row["supervised"]} == {"contrastive"}
     rules = {row["rule"]: row for row in result["quadrature"]}
     assert abs(rules["gauss3"]["mean_error"]) < abs(rules["trapezoid"]["mean_error"])
-    assert {"versions", "hardware", "config", "seeds"} <= set(result)
+    assert {"versions", "hardware", "config", "seeds", "claims"} <= set(result)
+    said: list[str] = []
+    run_reproduction("smoke", [0], file, tmp_path / "runs", settings, said.append, **changes)
+    again = json.loads(file.read_text())
+    assert said == ["seed 0, kept"]
+    assert again["rows"] == result["rows"]
