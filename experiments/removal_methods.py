@@ -22,15 +22,9 @@ from experiments.removal_bed import Bed, arithmetic_logits, retrain_without
 from interventions import rivals
 from interventions.removal import Fit, FitSettings, constrained
 from interventions.removal_problem import RemovalProblem, Shares, score, select_shares, shares_of
-from interventions.removal_searches import best_single, closed_form, greedy_set, match_dose
-from interventions.spans import Span, random_like, rotated_within, span_of_rows
+from interventions.removal_searches import DOSE_MARGIN, best_single, closed_form, greedy_set, match_dose
+from interventions.spans import BLOCK, LEADING, Span, random_like, rotated_within, span_of_rows
 from polca_edit.models import cached_activations, replaced_activations
-
-#: weights in each group of rows of the optimised span, and leading recorded rows kept in each group. More
-#: rows (up to the 112 recorded ones) cost more and were no better on select.
-BLOCK, LEADING = 1024, 36
-#: the dose is chosen this far above the goal, for the sampling error between select and evaluate.
-DOSE_MARGIN = 0.03
 
 
 @dataclass(frozen=True)

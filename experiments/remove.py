@@ -32,17 +32,13 @@ from interventions.removal_problem import (
     shares_of,
     token_nll,
 )
-from interventions.removal_searches import match_dose, remove_in_sequence
-from interventions.spans import Span, span_by_tensor, span_of_rows, stacked_displacements
+from interventions.removal_searches import DOSE_MARGIN, match_dose, remove_in_sequence
+from interventions.spans import BLOCK, LEADING, Span, span_by_tensor, span_of_rows, stacked_displacements
 from polca_edit.artifacts import hardware, load_record, versions
 from polca_edit.basis import Basis
 from polca_edit.checkpoints import write_json
 from polca_edit.membership import fit_rule
 from polca_edit.tokens import TokenSet
-
-DOSE_MARGIN = 0.03
-#: Recorded rows kept in each group of weights; more cost more and were no better on select (demo model).
-LEADING = 36
 
 
 @dataclass(frozen=True)
@@ -184,7 +180,7 @@ def edit_span(run: Run, basis: str | None) -> Span:
     stored = [run.directory.basis(b.label) for b in run.config.bases if b.kind == "hessian"]
     rows = torch.cat([rows, *(load_record(Basis, path).rows for path in stored if path.exists())])
     return span_by_tensor(
-        rows, run.task.space, "recorded movement by groups of neurons", block=1024, per_block=LEADING
+        rows, run.task.space, "recorded movement by groups of neurons", block=BLOCK, per_block=LEADING
     )
 
 

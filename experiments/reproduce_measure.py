@@ -18,9 +18,10 @@ from experiments.basis_kinds import (
     output_logits,
     recorded_second_moments,
 )
+from experiments.config import Rotation
 from experiments.pipeline import Run, recorder_of, training_settings
 from experiments.reproduce_rows import TokenSplits
-from polca_edit import rotations
+from experiments.rotated_bases import fit_rotation
 from polca_edit.allocation import Projections, project
 from polca_edit.basis import Basis, capture
 from polca_edit.checkpoints import Checkpoints
@@ -34,6 +35,16 @@ PASS_COST = {"forward": 1.0, "backward": 2.0, "tangent": 1.7, "hvp": 5.0}
 ROTATED = ("trajectory_secant", "loss_weighted", "hessian")
 #: Bases that get the full number of vectors; the others get ``Settings.others``.
 MAIN = ("hessian", "shuffled_hessian", "trajectory", "trajectory_secant", "loss_weighted", "random")
+#: Row label -> rotation.
+ROTATIONS: dict[str, Rotation] = {
+    "varimax": "varimax",
+    "quartimax": "quartimax",
+    "joint_diagonal": "joint",
+    "joint_diagonal_centred": "joint_centred",
+    "joint_diagonal_normalised": "joint_normalised",
+    "fastica": "fastica",
+    "contrastive": "contrastive",
+}
 Say = Callable[[str], None]
 
 
@@ -141,17 +152,7 @@ def measure_bases(
 
 def rotations_of(measured: Measured, splits: TokenSplits, seed: int) -> dict[str, Tensor]:
     """Every rotation of a span, fitted on select."""
-    matrices = rotations.allocation_matrices(measured.select)
-    table = matrices.diagonal(dim1=1, dim2=2)
-    limits: dict[str, Any] = {"sweeps": 30, "tolerance": 1e-6}
     return {
-        "varimax": rotations.orthomax(table, "varimax"),
-        "quartimax": rotations.orthomax(table, "quartimax"),
-        "joint_diagonal": rotations.joint_diagonalisation(matrices, **limits),
-        "joint_diagonal_centred": rotations.joint_diagonalisation(matrices, centred=True, **limits),
-        "joint_diagonal_normalised": rotations.joint_diagonalisation(
-            matrices, centred=True, normalised=True, **limits
-        ),
-        "fastica": rotations.independent_components(table, seed=seed),
-        "contrastive": rotations.contrastive(matrices, splits.select.skills[splits.skill]),
+        label: fit_rotation(rotation, measured.select, splits.select, seed, splits.skill)
+        for label, rotation in ROTATIONS.items()
     }

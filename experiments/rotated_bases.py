@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from experiments.config import BasisConfig
+from experiments.config import BasisConfig, Rotation
 from polca_edit import rotations
 from polca_edit.allocation import Projections
 from polca_edit.basis import Basis
@@ -16,26 +16,28 @@ from polca_edit.tokens import TokenSet
 JACOBI: dict[str, Any] = {"sweeps": 30, "tolerance": 1e-6}
 
 
-def fit_rotation(spec: BasisConfig, projections: Projections, select: TokenSet, seed: int) -> Tensor:
-    """(K, K) rotation of a config section, from the select split's allocation matrices.
+def fit_rotation(
+    rotation: Rotation, projections: Projections, select: TokenSet, seed: int, skill: str | None = None
+) -> Tensor:
+    """(K, K) rotation by name, from the select split's allocation matrices.
 
     Raises:
         ValueError: for a contrastive rotation of a skill the tokens do not know.
     """
     matrices = rotations.allocation_matrices(projections)
     table = matrices.diagonal(dim1=1, dim2=2)
-    if spec.rotation in ("varimax", "quartimax"):
-        return rotations.orthomax(table, "varimax" if spec.rotation == "varimax" else "quartimax")
-    if spec.rotation == "fastica":
+    if rotation in ("varimax", "quartimax"):
+        return rotations.orthomax(table, "varimax" if rotation == "varimax" else "quartimax")
+    if rotation == "fastica":
         return rotations.independent_components(table, seed=seed)
-    if spec.rotation == "contrastive":
-        if spec.skill is None or spec.skill not in select.skills:
+    if rotation == "contrastive":
+        if skill is None or skill not in select.skills:
             raise ValueError(
-                f"basis '{spec.label}': skill must be one of {sorted(select.skills)}, got '{spec.skill}'"
+                f"skill of a contrastive rotation must be one of {sorted(select.skills)}, got '{skill}'"
             )
-        return rotations.contrastive(matrices, select.skills[spec.skill])
-    centred = spec.rotation in ("joint_centred", "joint_normalised")
-    normalised = spec.rotation == "joint_normalised"
+        return rotations.contrastive(matrices, select.skills[skill])
+    centred = rotation in ("joint_centred", "joint_normalised")
+    normalised = rotation == "joint_normalised"
     return rotations.joint_diagonalisation(matrices, centred=centred, normalised=normalised, **JACOBI)
 
 
@@ -43,7 +45,7 @@ def turned(
     spec: BasisConfig, basis: Basis, projections: Projections, select: TokenSet, seed: int
 ) -> tuple[Basis, Projections]:
     """The rotated basis and its projections; residual parts are those of the span and stay."""
-    rotation = fit_rotation(spec, projections, select, seed)
+    rotation = fit_rotation(spec.rotation, projections, select, seed, spec.skill)
     supervised = spec.rotation == "contrastive"
     return (
         basis.rotated(rotation, f"{spec.kind}_{spec.rotation}", supervised=supervised),

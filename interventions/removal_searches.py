@@ -56,6 +56,8 @@ def match_dose(
 # -- searches without a gradient in the loop -------------------------------------------------------
 
 
+#: A dose is chosen this far above the goal, for the sampling error between select and evaluate.
+DOSE_MARGIN = 0.03
 DOSES = (-2.0, -1.0, -0.5, -0.25, 0.25, 0.5, 1.0, 2.0)
 
 

@@ -180,7 +180,7 @@ def test_rotations_that_cannot_be_made_are_refused(values: dict[str, object], wo
 def test_an_unknown_skill_is_refused(plain: pipeline.Run, tmp_path: Path) -> None:
     copied = tmp_path / "copy"
     shutil.copytree(plain.directory.path, copied)
-    with pytest.raises(ValueError, match="skill must be one of"):
+    with pytest.raises(ValueError, match="rotation must be one of"):
         finished_run(copied, [*PLAIN, {"kind": "hessian", "rotation": "contrastive", "skill": "juggling"}])
 
 
