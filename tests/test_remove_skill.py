@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import remove_skill
+from experiments import removal_table, remove_skill
 from experiments.arithmetic import SKILLS, first_and_second, token_set
 from experiments.removal_bed import (
     GROUPS,
@@ -217,3 +218,56 @@ def test_rivals_with_a_retain_term_also_run_to_the_end() -> None:
     assert stopping.retain == 0.0
     assert going_on == replace(next(s for s in settings if s.retain == 3.0), stop=False)
     assert finalists("span optimised", log) == [settings_of("span optimised")[0]]
+
+
+def _row(seed, method, share, off, kept=1.0):
+    checks = {"target_share": share >= 0.99, "worst_off_share": off <= 0.005, "accuracy": True}
+    return {
+        "skill": "10s",
+        "seed": seed,
+        "method": method,
+        "ours": method == "span optimised",
+        "target_share": share,
+        "worst_off_share": off,
+        "worst_positive_share": max(off, 0.0),
+        "kl": 0.0,
+        "accuracy": 0.1,
+        "refit_kept": kept,
+        "refit_kept_of_untrained": 1.0,
+        "checks": checks,
+        "met": all(checks.values()),
+    }
+
+
+def _result(*rows, steps=400):
+    filled = dict.fromkeys(("schema", "required", "versions", "hardware"))
+    lists = {"pareto": [], "relearning": [], "log": []}
+    study = {"effort": {"steps": steps}}
+    head = {"preset": "demo", "study": study, "wall_seconds": 1.0, "cpu_seconds": 2.0}
+    return {**filled, **lists, **head, "rows": list(rows)}
+
+
+def test_table_over_seeds_by_hand():
+    first = _result(_row(0, "span optimised", 1.0, 0.001), _row(0, "NPO", 1.0, 0.04, kept=0.2))
+    second = _result(_row(1, "span optimised", 0.995, 0.02), _row(1, "NPO", 0.5, -0.3, kept=0.9))
+    result = removal_table.merged([first, second])
+    assert result["seeds"] == [0, 1]
+    assert result["cpu_seconds"] == 4.0
+    assert [m["seed"] for m in result["matched_damage"]] == [0, 1]
+    ours, npo = removal_table.over_seeds(result["rows"])
+    assert (ours["reached"], ours["selective"], ours["met"], ours["seeds"]) == (2, 1, 1, 2)
+    assert math.isclose(ours["worst_off_median"], 0.0105)
+    assert ours["worst_off_max"] == 0.02
+    # The seed on which NPO stays below the goal counts neither as cheap nor as lasting.
+    assert (npo["reached"], npo["worst_off_max"], npo["refit_kept_median"]) == (1, 0.04, 0.2)
+    assert "| 10s | NPO | 1 of 2 | 0 of 2 | 4.0 % | 4.0 % | 20.0 % |" in removal_table.markdown(
+        result["rows"]
+    )
+
+
+def test_results_that_do_not_belong_together_are_refused():
+    one = _result(_row(0, "NPO", 1.0, 0.0))
+    with pytest.raises(ValueError, match="one result only"):
+        removal_table.merged([one, one])
+    with pytest.raises(ValueError, match="share preset and steps"):
+        removal_table.merged([one, _result(_row(1, "NPO", 1.0, 0.0), steps=320)])
