@@ -95,6 +95,7 @@ def _judge(
         begun = time.perf_counter()
         measured.append(causal_runs.measure_run(item))
         typer.echo(f"  {item.run.directory.path}: measured in {time.perf_counter() - begun:.0f} s")
+    measured = causal_runs.with_other_seeds(tests, measured)
     rows, details = study_rows(tests, measured, settings, blocking=blocking)
     planted = [asdict(m.planted) for m in measured]
     seeds = [t.run.config.seed for t in tests]

@@ -66,7 +66,16 @@ def control_rows(evidence: Sequence[PairEvidence], inputs: VerdictInputs) -> dic
     found["c9"] = {
         "sham_cluster_effects": shams if any(s is not None for s in shams) else NOT_RUN,
         "sham_windows": min(len(e.sham_windows) for e in evidence) or NOT_RUN,
-        "other_seed": NOT_RUN,
+        "other_seed": _other_seeds(evidence),
     }
     found["c10"] = {"outcome": inputs.positive_control, "detectable_share": inputs.detectable_share}
     return found
+
+
+def _other_seeds(evidence: Sequence[PairEvidence]) -> Any:
+    """Effects of the same coordinates along other seeds' vectors."""
+    effects = [value for e in evidence for value in e.extras.get("other_seed_effects", [])]  # type: ignore[attr-defined]
+    aligned = sum(int(e.extras.get("other_seeds_aligned", 0)) for e in evidence)  # type: ignore[call-overload]
+    if not effects and not aligned:
+        return f"{NOT_RUN}: one run only"
+    return {"effects": effects, "aligned": aligned}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,8 @@ from experiments.causal_pairs import ChoiceSettings, as_pairs, cluster_chooser, 
 from experiments.pipeline import Run
 from experiments.reference_bases import family_gates, reference_maxima
 from interventions import edits, localise
-from interventions.evidence import PairEvidence
+from interventions.controls import other_seed_move
+from interventions.evidence import PairEvidence, effect_draws
 from interventions.label_tests import LabelTest, label_test
 from interventions.nulls import Chooser
 from interventions.planted_skill import PlantedPower, planted_draws, planted_power
@@ -174,6 +175,36 @@ def measure_run(test: RunTest) -> RunMeasurement:
         found.append(replace(evidence, gates=gates, positive_control=planted.outcome, planted=draws))
     crossed = mark_crossovers(session, test.pairs, found[: len(test.pairs)])
     return RunMeasurement(session, tuple(crossed), tuple(found[len(test.pairs) :]), planted, maxima, span)
+
+
+def with_other_seeds(tests: Sequence[RunTest], measured: Sequence[RunMeasurement]) -> list[RunMeasurement]:
+    """c9 across seeds: T of every pair's edit made along the vectors of the other runs of the study.
+
+    From a run that has the same pair its vectors are taken, from another those of the same number.
+    Effects go to ``extras['other_seed_effects']``; aligned vectors are left out and counted.
+    """
+    result = []
+    for number, (test, one) in enumerate(zip(tests, measured, strict=True)):
+        pairs = []
+        for pair, evidence in zip(test.pairs, one.pairs, strict=True):
+            effects, aligned = [], 0
+            for other, foreign in enumerate(tests):
+                if other == number:
+                    continue
+                own = next((p.vectors for p in foreign.pairs if p.name == pair.name), pair.vectors)
+                if len(own) != len(pair.vectors) or max(own) >= len(foreign.basis):
+                    continue
+                edit = one.session.undo(pair.vectors)
+                move = other_seed_move(one.session.theta, edit, foreign.basis.rows[list(own)])
+                if move is None:
+                    aligned += 1
+                    continue
+                bench = one.session.evaluate
+                effects.append(float(effect_draws(bench, bench.change(move), pair.evaluate).estimate))
+            extras = {**evidence.extras, "other_seed_effects": effects, "other_seeds_aligned": aligned}
+            pairs.append(replace(evidence, extras=extras))
+        result.append(replace(one, pairs=tuple(pairs)))
+    return result
 
 
 def span_gate(session: Session) -> tuple[dict[str, float], Outcome]:

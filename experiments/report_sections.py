@@ -101,7 +101,8 @@ def _control_table(rows: Sequence[Mapping[str, Any]]) -> str:
         "<p>Controls, p-values unless said otherwise: c1 random directions, c2 same placement, c3 rotations "
         "inside the span, c4 the same total damage, c5 other vectors, c6 gradients of token sets, c7 the "
         "whole pipeline on reference bases (largest over families), c8 shuffled labels, c9 sham clusters "
-        "(their mean T) and c10 planted skills (smallest share found by all runs together).</p>"
+        "(their mean T; other seeds' vectors are in study.json) and c10 planted skills (smallest share found "
+        "by all runs together).</p>"
     )
     return text + _table(("pair", *CONTROLS), body)
 

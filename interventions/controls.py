@@ -195,6 +195,28 @@ def sham_cluster(members: Bits, confounders: NDArray[np.float64]) -> Bits:
     return sham
 
 
+def other_seed_move(
+    theta: Float[Tensor, " N"], edit: Edit, foreign: Float[Tensor, "k N"], largest_cosine: float = 0.1
+) -> Edit | None:
+    """c9: the edit's coordinates along the vectors that another seed's run has in its place.
+
+    Undoing this run's own movement along them would move hardly anything, so the coordinates are
+    kept. Vectors that point the same way are no control.
+
+    Args:
+        theta: final weights.
+        edit: made of this run's vectors.
+        foreign: orthonormal rows from another run, one per coordinate.
+        largest_cosine: between the two sets of rows.
+
+    Returns:
+        The control, or None where the two seeds' vectors are aligned.
+    """
+    if float((edit.rows.double() @ foreign.to(edit.rows).double().T).abs().max()) > largest_cosine:
+        return None
+    return displace(theta, foreign.to(edit.rows), edit.coordinates, "other_seed")
+
+
 def sham_windows(
     moved: Array, window: tuple[int, int], acceleration: Array | None = None, tolerance: float = 0.1
 ) -> tuple[list[tuple[int, int]], bool]:

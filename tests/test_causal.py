@@ -8,20 +8,26 @@ from dataclasses import replace
 from html import escape
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from experiments import causal_branches, causal_runs
 from experiments.causal import plan_settings, verdict_table
+from experiments.causal_listing import control_rows
 from experiments.cli import app
 from experiments.config import load_config
 from experiments.pipeline import load_run, open_run, run_stages
 from experiments.report_sections import causal_sections, extra_sections
 from experiments.summary import write_summary
 from interventions import edits
+from interventions.evidence import PairEvidence, combine
 from interventions.protocol import Subject, open_session, plan_digest
+from interventions.statistics import Draws
 from polca_edit.allocation import coordinates
 from polca_edit.artifacts import RunDirectory
+from polca_edit.curvature import orthonormalise
 
 FEW = (
     "draws=19",
@@ -185,6 +191,47 @@ def test_a_window_is_skipped_and_made_early(tested: tuple[Path, Path]) -> None:
         assert found[name]["edit"]["left"]["target"] != found[name]["edit"]["damage"]["target"]
     with pytest.raises(ValueError, match="no breakthrough window"):
         causal_branches.branch_pair(test, session, replace(pair, window=None))
+
+
+def test_other_seeds_vectors_are_a_control(tested: tuple[Path, Path]) -> None:
+    """T of the same coordinates along another run's rows, by hand from losses; aligned rows are counted."""
+    test = causal_runs.choose_pairs(load_run(tested[0], lambda _: None), "trajectory", plan_settings(None))
+    run, splits = test.run, test.run.task.splits
+    rows = test.basis.rows
+    subject = Subject(run.objective, run.checkpoints(), rows, splits.select, splits.evaluate)
+    session = open_session(subject, replace(test.settings, resamples=20))
+    pair = test.pairs[0]
+    one = Draws(0.0, np.zeros(20))
+    evidence = PairEvidence(pair.name, pair.vectors, one, one, one, 0.0, one, one)
+    own = causal_runs.RunMeasurement(session, (evidence,), (), None, {}, {})  # type: ignore[arg-type]
+    drawn = torch.randn(rows.shape, generator=torch.Generator().manual_seed(8))
+    foreign = orthonormalise(drawn - drawn @ rows.T @ rows)
+    here = replace(test, pairs=(pair,))
+    other = replace(test, pairs=(), basis=replace(test.basis, rows=foreign))
+    same = replace(test, pairs=(), basis=test.basis)
+    empty = replace(own, pairs=())
+    found = causal_runs.with_other_seeds([here, other, same], [own, empty, empty])[0].pairs[0].extras
+    assert found["other_seeds_aligned"] == 1
+    vectors = list(pair.vectors)
+    moved = rows[vectors] @ (session.reference - session.theta)
+    weights = session.theta + moved @ foreign[vectors]
+    damage = run.objective.losses(weights, splits.evaluate) - run.objective.losses(
+        session.theta, splits.evaluate
+    )
+    room = run.objective.losses(session.reference, splits.evaluate) - run.objective.losses(
+        session.theta, splits.evaluate
+    )
+
+    def share(mask: np.ndarray) -> float:
+        inside = torch.from_numpy(mask)
+        return float(damage[inside].mean().clamp_max(room[inside].mean()) / room[inside].mean())
+
+    expected = share(pair.evaluate.members) - share(pair.evaluate.rest)
+    assert found["other_seed_effects"] == [pytest.approx(expected, abs=1e-4)]
+    assert control_rows([replace(evidence, extras=found)], combine([evidence]))["c9"]["other_seed"] == {
+        "effects": found["other_seed_effects"],
+        "aligned": 1,
+    }
 
 
 def test_unknown_settings_are_refused() -> None:

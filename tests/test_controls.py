@@ -109,3 +109,16 @@ def test_selectivity_caps_and_leaves_overlap_out() -> None:
     assert measures.selectivity(removed, room, target) == 1.0
     assert measures.selectivity(blown, room, target) == measures.selectivity(removed, room, target)
     assert target.apart()["other"].tolist() == [False, False, True, False]
+
+
+def test_another_seeds_vectors_keep_the_coordinates_and_must_not_be_aligned():
+    generator = torch.Generator().manual_seed(3)
+    rows = orthonormalise(torch.randn(4, 30, generator=generator))
+    theta = torch.randn(30, generator=generator)
+    edit = edits.displace(theta, rows[:2], [0.5, -2.0], "own")
+    move = controls.other_seed_move(theta, edit, rows[2:])
+    assert move is not None
+    torch.testing.assert_close(move.delta(), 0.5 * rows[2] - 2.0 * rows[3])
+    turned = orthonormalise(torch.stack([rows[2], rows[3] + 0.2 * rows[0]]))
+    assert controls.other_seed_move(theta, edit, turned) is None
+    assert controls.other_seed_move(theta, edit, turned, largest_cosine=0.25) is not None
