@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -196,6 +197,7 @@ def run_reproduction(
         say(f"seed {seed}" + (", kept" if kept else ""))
         part = kept or {**reproduce_seed(config, settings, folder, say), "asked": asked}
         write_json(folder / "reproduce.json", part)
+        shutil.rmtree(folder / "parts", ignore_errors=True)
         parts.append(part)
         result = {
             "schema": SCHEMA,

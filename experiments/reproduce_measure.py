@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
+import hashlib
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -22,12 +26,15 @@ from experiments.config import Rotation
 from experiments.pipeline import Run, recorder_of, training_settings
 from experiments.reproduce_rows import TokenSplits
 from experiments.rotated_bases import fit_rotation
-from polca_edit.allocation import Projections, project
+from interventions.edits import weights_fingerprint
+from polca_edit.allocation import CheckpointSlopes, Projections, project
+from polca_edit.artifacts import Ledger, kept_parts, load_record, save_record, spent_on
 from polca_edit.basis import Basis, capture
-from polca_edit.checkpoints import Checkpoints
+from polca_edit.checkpoints import Checkpoints, write_json
 from polca_edit.derivatives import PassCount
 from polca_edit.path_bases import odd_checkpoints
-from polca_edit.quadrature import adaptive_plan, measure_nodes
+from polca_edit.quadrature import NodeSlopes, adaptive_plan, measure_nodes
+from polca_edit.tokens import TokenSet
 from polca_edit.training import train
 
 #: Forward passes one unit of each kind costs (measured on a small model; a backward pass counts two).
@@ -82,10 +89,9 @@ class Measured:
     passes: float
 
 
-def cost(before: PassCount, after: PassCount, sequences: int) -> float:
-    """Work between two counts in forward passes over ``sequences`` sequences."""
-    old, new = before.as_dict(), after.as_dict()
-    return sum(PASS_COST[kind] * (new[kind] - old[kind]) for kind in PASS_COST) / sequences
+def cost(spent: Mapping[str, float], sequences: int) -> float:
+    """Work in forward passes over ``sequences`` sequences."""
+    return sum(PASS_COST[kind] * spent[kind] for kind in PASS_COST) / sequences
 
 
 def trained(run: Run, say: Say) -> Checkpoints:
@@ -117,31 +123,82 @@ def basis_inputs(run: Run, checkpoints: Checkpoints) -> BasisInputs:
     )
 
 
+@dataclass(frozen=True)
+class Parts:
+    """Finished parts of a measurement, so that an interrupted one goes on where it stopped.
+
+    Attributes:
+        folder: of this run; removed when the seed is finished.
+        passes: running count of the objective.
+    """
+
+    folder: Path
+    passes: PassCount
+
+    def basis(self, kind: str, count: int, build: Callable[[], Basis]) -> tuple[Basis, dict[str, float]]:
+        """A basis, built or read back, with the passes it cost."""
+        path = self.folder / f"basis-{kind}-{count}.safetensors"
+        bill = path.with_suffix(".json")
+        if not bill.exists():
+            before = self.passes.as_dict()
+            basis = build()
+            save_record(path, basis)
+            write_json(bill, {k: v - before[k] for k, v in self.passes.as_dict().items()})
+            return basis, json.loads(bill.read_text())
+        return load_record(Basis, path), json.loads(bill.read_text())
+
+    def at(self, *what: object) -> Path:
+        """Folder of the parts of one stage; another input gets another folder."""
+        digest = hashlib.sha256(repr(what[1:]).encode()).hexdigest()[:16]
+        folder = self.folder / f"{what[0]}-{digest}"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+
 def measure_bases(
     run: Run, checkpoints: Checkpoints, settings: Settings, say: Say
 ) -> tuple[dict[str, Measured], dict[str, Any]]:
     """Build every basis and project it on both splits; the evaluate split gets adaptive nodes too."""
     objective, splits = run.objective, run.task.splits
     inputs = basis_inputs(run, checkpoints)
+    parts = Parts(run.directory.path / "parts", objective.passes)
     count = settings.vectors or min(50, (len(checkpoints) - 1) // 4)
     built: dict[str, tuple[Basis, float]] = {}
     for kind in settings.kinds:
-        started, before = time.perf_counter(), copy.copy(objective.passes)
+        started = time.perf_counter()
         wanted = count if kind in MAIN or settings.others is None else min(count, settings.others)
-        basis = build_kind(kind, inputs, wanted)
-        built[kind] = (basis, cost(before, objective.passes, splits.select.sequences))
+        basis, spent = parts.basis(kind, wanted, functools.partial(build_kind, kind, inputs, wanted))
+        built[kind] = (basis, cost(spent, splits.select.sequences))
         say(f"  basis {kind:<20} {time.perf_counter() - started:6.1f} s")
     bases = [basis for basis, _ in built.values()]
-    started, before = time.perf_counter(), copy.copy(objective.passes)
-    select = project(objective, checkpoints, bases, splits.select)
-    share = cost(before, objective.passes, splits.select.sequences) / sum(len(b) for b in bases)
+    rows = [weights_fingerprint(basis.rows.flatten()) for basis in bases]
+
+    def slopes(split: str, tokens: TokenSet) -> tuple[list[Projections], dict[str, float]]:
+        place = parts.at(split, rows, tokens.fingerprint(), checkpoints.steps)
+        kept = kept_parts(place, CheckpointSlopes, Ledger(place, objective.passes))
+        found = project(objective, checkpoints, bases, tokens, mapped=kept)
+        return found, spent_on(place)
+
+    started = time.perf_counter()
+    select, spent = slopes("select", splits.select)
+    share = cost(spent, splits.select.sequences) / sum(len(b) for b in bases)
     say(f"  projected on select in {time.perf_counter() - started:.0f} s")
     started = time.perf_counter()
-    evaluate = project(objective, checkpoints, bases, splits.evaluate)
+    evaluate, _ = slopes("evaluate", splits.evaluate)
     plan, report = adaptive_plan(
         objective, checkpoints, splits.evaluate, splits.evaluate.skills, tolerance=settings.tolerance
     )
-    evaluate = measure_nodes(objective, checkpoints, bases, splits.evaluate, plan, evaluate)
+    places = (plan.interval.tolist(), plan.position.tolist())
+    place = parts.at("nodes", rows, splits.evaluate.fingerprint(), checkpoints.steps, places)
+    evaluate = measure_nodes(
+        objective,
+        checkpoints,
+        bases,
+        splits.evaluate,
+        plan,
+        evaluate,
+        mapped=kept_parts(place, NodeSlopes, Ledger(place, objective.passes)),
+    )
     say(f"  projected on evaluate in {time.perf_counter() - started:.0f} s, {plan.nodes} places")
     measured = {}
     for (kind, (basis, price)), own, other in zip(built.items(), select, evaluate, strict=True):

@@ -297,6 +297,15 @@ class Ledger:
         write_json(self._parts / "spent.json", {"passes": spent, "seconds": seconds})
 
 
+def spent_on(parts: Path) -> dict[str, float]:
+    """Passes of all tries of a stage together; empty if nothing was noted."""
+    for name in ("spent.json", "cost.json"):
+        if (parts / name).exists():
+            passes: dict[str, float] = json.loads((parts / name).read_text())["passes"]
+            return passes
+    return {}
+
+
 def part_path(parts: Path, index: int) -> Path:
     """File of a finished part."""
     return parts / f"part-{index:05d}.safetensors"

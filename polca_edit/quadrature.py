@@ -10,7 +10,7 @@ see errors of single vectors that cancel.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -274,6 +274,19 @@ def _plan(panels: Sequence[_Panel], intervals: int) -> NodePlan:
 # -- measuring ------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class NodeSlopes:
+    """Derivatives at one interior node, for several bases at once.
+
+    Attributes:
+        gradients: per basis (K, M).
+        residuals: per basis (M,) derivative along what the basis leaves of the interval.
+    """
+
+    gradients: tuple[Float[Tensor, "_ M"], ...]
+    residuals: tuple[Float[Tensor, " M"], ...]
+
+
 def measure_nodes(
     objective: Objective,
     checkpoints: Checkpoints,
@@ -281,6 +294,8 @@ def measure_nodes(
     tokens: TokenSet,
     plan: NodePlan,
     projections: Sequence[Projections],
+    *,
+    mapped: Callable[[Callable[[int], NodeSlopes], Sequence[int]], Iterable[NodeSlopes]] = map,
 ) -> list[Projections]:
     """Projections of each basis with the plan's interior nodes filled in (rule ``quadrature``).
 
@@ -291,20 +306,23 @@ def measure_nodes(
         tokens: the token set of the projections.
         plan: nodes and weights.
         projections: derivatives at the checkpoints themselves.
+        mapped: runs the nodes; pass a caching map to resume.
     """
-    gradients: list[list[Tensor]] = [[] for _ in bases]
-    residuals: list[list[Tensor]] = [[] for _ in bases]
     planned = sum(len(basis) + 1 for basis in bases) * (len(plan.interval) + len(checkpoints))
-    for interval, place in zip(plan.interval.tolist(), plan.position.tolist(), strict=True):
+
+    def at(node: int) -> NodeSlopes:
+        interval, place = int(plan.interval[node]), float(plan.position[node])
         start = checkpoints[interval]
         moved = checkpoints[interval + 1] - start
         rows = [torch.cat([basis.rows, residual_direction(basis, moved)[None]]) for basis in bases]
         _, slopes = objective.directional(start + place * moved, torch.cat(rows), tokens, expected=planned)
-        for number, block in enumerate(slopes.split([len(r) for r in rows])):
-            gradients[number].append(block[:-1])
-            residuals[number].append(block[-1])
+        blocks = slopes.split([len(r) for r in rows])
+        return NodeSlopes(tuple(block[:-1] for block in blocks), tuple(block[-1] for block in blocks))
+
+    found = list(mapped(at, range(len(plan.interval))))
     return [
-        with_nodes(own, plan, gradients[number], residuals[number]) for number, own in enumerate(projections)
+        with_nodes(own, plan, [n.gradients[number] for n in found], [n.residuals[number] for n in found])
+        for number, own in enumerate(projections)
     ]
 
 

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from experiments.arithmetic import make_data, token_loss
+from experiments.config import load_config
 from experiments.multiverse import Branch, branches, group_damage, outcome, survival, thinned
+from experiments.pipeline import open_run
 from experiments.reproduce import NUMBERS, PRESETS, run_reproduction
 from experiments.reproduce_claims import CLAIMS, Claim, judge_claim, judge_claims
-from experiments.reproduce_measure import Settings
+from experiments.reproduce_measure import Settings, measure_bases, trained
 from experiments.reproduce_rows import (
     TokenSplits,
     Variant,
@@ -209,3 +211,42 @@ def test_smoke_reproduction_writes_every_column(tmp_path):
     again = json.loads(file.read_text())
     assert said == ["seed 0, kept"]
     assert again["rows"] == result["rows"]
+
+
+def test_an_interrupted_measurement_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    overrides = {**PRESETS["smoke"][0], "training.steps": 36, "bases": [{"kind": "trajectory"}]}
+    settings = Settings(3, None, ("trajectory_secant", "random"), (), rivals=False, draws=1)
+
+    def opened(name):
+        run = open_run(load_config("smoke", overrides), tmp_path / name, lambda _: None)
+        return run, trained(run, lambda _: None)
+
+    whole, _ = measure_bases(*opened("whole"), settings, lambda _: None)
+    run, checkpoints = opened("broken")
+    real, calls, limit = Objective.directional, [], [0]
+
+    def failing(self, *args, **kwargs):
+        calls.append(len(args[1]))
+        if len(calls) == limit[0]:
+            raise RuntimeError("switched off")
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Objective, "directional", failing)
+    # Once among the select checkpoints, once among the interior nodes of evaluate.
+    for limit[0] in (5, 13 + 13 + 13 + 1):
+        calls.clear()
+        with pytest.raises(RuntimeError, match="switched off"):
+            measure_bases(run, checkpoints, settings, lambda _: None)
+    run, checkpoints = opened("broken")
+    limit[0] = -1
+    calls.clear()
+    resumed, _ = measure_bases(run, checkpoints, settings, lambda _: None)
+    calls.clear()
+    measure_bases(run, checkpoints, settings, lambda _: None)
+    assert calls  # a finished measurement only plans its nodes again, along the path itself
+    assert set(calls) == {1}
+    for kind, own in whole.items():
+        other = resumed[kind]
+        torch.testing.assert_close(own.select.gradients, other.select.gradients)
+        torch.testing.assert_close(own.evaluate.interior_gradients, other.evaluate.interior_gradients)
+        assert own.passes == pytest.approx(other.passes)
