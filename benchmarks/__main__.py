@@ -137,6 +137,7 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="3 checkpoints and a small model: under five minutes"
     )
+    parser.add_argument("--checkpoints", type=int, help="basis checkpoints (default: 3 or 20)")
     parser.add_argument("--json", type=Path, help="write everything here")
     parser.add_argument("--markdown", type=Path, help="write the table here")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
@@ -149,7 +150,14 @@ def main() -> None:
     given = parser.parse_args()
     if given.threads:
         torch.set_num_threads(given.threads)
-    result = run(QUICK if given.quick else FULL, given.clock, lambda text: print(text, flush=True))
+    sizes = dict(QUICK if given.quick else FULL)
+    if given.checkpoints is not None:
+        if given.checkpoints < 2:
+            parser.error(
+                f"--checkpoints must be at least 2, got {given.checkpoints}; leave it out for the preset"
+            )
+        sizes["checkpoints"] = given.checkpoints
+    result = run(sizes, given.clock, lambda text: print(text, flush=True))
     if given.json:
         write_json(given.json, result)
     if given.markdown:
