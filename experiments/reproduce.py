@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast, get_args
 
 import typer
 from rich.console import Console
@@ -43,6 +43,7 @@ from polca_edit.allocation import allocate
 from polca_edit.artifacts import hardware, versions
 from polca_edit.checkpoints import write_json
 from polca_edit.clusters import ClusterSettings
+from polca_edit.quadrature import FixedRule
 
 NUMBERS = (
     "explained_share",
@@ -129,7 +130,7 @@ def basis_rows(
     for name, own in measured.items():
         started = time.perf_counter()
         rows.append(basis_row(name, "none", own, splits, clusters, **options))  # type: ignore[arg-type]
-        if name in settings.rotated:
+        if settings.tables and name in settings.rotated:
             for label, rotation in rotations_of(own, splits, config.seed).items():
                 turned = replace(
                     own,
@@ -156,7 +157,8 @@ def reproduce_seed(config: RunConfig, settings: Settings, out: Path, say: Say) -
         "second_order": None,
         "adaptive": report,
     }
-    if settings.rivals and "hessian" in measured:
+    result["quadrature"] = []
+    if settings.tables and settings.rivals and "hessian" in measured:
         hessian = measured["hessian"]
         curved = with_second_order(run.objective, checkpoints, hessian, run.task.splits.curvature)
         result["features"] = rival_rows(run, checkpoints, measured, curved, splits, settings)
@@ -164,7 +166,10 @@ def reproduce_seed(config: RunConfig, settings: Settings, out: Path, say: Say) -
             run.objective, checkpoints, hessian.basis, curved[0], splits.select
         )
         say(f"  rival features done at {time.perf_counter() - started:.0f} s")
-    result["quadrature"] = quadrature_table(run.objective, checkpoints, splits.evaluate, settings.tolerance)
+    if settings.tables:
+        result["quadrature"] = quadrature_table(
+            run.objective, checkpoints, splits.evaluate, settings.tolerance
+        )
     result["seconds"] = time.perf_counter() - started
     return result
 
@@ -232,11 +237,20 @@ def reproduce(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Override a config key, e.g. training.record_every=6.")
     ] = None,
+    rule: Annotated[
+        str, typer.Option(help="Quadrature on evaluate: adaptive, simpson, gauss2, gauss3 ...")
+    ] = "adaptive",
+    tables: Annotated[
+        bool, typer.Option(help="Also rotations, rival features and the table of quadrature rules.")
+    ] = True,
 ) -> None:
     """The paper's Tables 1 and 8-12 beside ours, and every basis and rotation."""
     if preset not in PRESETS:
         raise ValueError(f"a reproduction preset must be one of {sorted(PRESETS)}, got '{preset}'")
-    settings = PRESETS[preset][1]
+    known = ("adaptive", *get_args(FixedRule))
+    if rule not in known:
+        raise ValueError(f"--rule must be one of {', '.join(known)}, got '{rule}'; correct the name")
+    settings = replace(PRESETS[preset][1], rule=cast(Any, rule), tables=tables)
     if bases is not None:
         settings = replace(settings, kinds=tuple(name.strip() for name in bases.split(",")))
     console = Console(highlight=False, width=160)

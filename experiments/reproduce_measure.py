@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -33,7 +33,14 @@ from polca_edit.basis import Basis, capture
 from polca_edit.checkpoints import Checkpoints, write_json
 from polca_edit.derivatives import PassCount
 from polca_edit.path_bases import odd_checkpoints
-from polca_edit.quadrature import NodeSlopes, adaptive_plan, measure_nodes
+from polca_edit.quadrature import (
+    FixedRule,
+    NodeSlopes,
+    QuadratureReport,
+    adaptive_plan,
+    fixed_plan,
+    measure_nodes,
+)
 from polca_edit.tokens import TokenSet
 from polca_edit.training import train
 
@@ -67,6 +74,8 @@ class Settings:
         rivals: whether rival features are measured.
         tolerance: of the adaptive quadrature.
         draws: bootstrap samples of each stability.
+        rule: quadrature on evaluate, ``adaptive`` or a fixed rule, which takes fewer places.
+        tables: rotations, rival features and the table of quadrature rules, besides the bases.
     """
 
     vectors: int | None = None
@@ -76,6 +85,8 @@ class Settings:
     rivals: bool = True
     tolerance: float = 0.01
     draws: int = 4
+    rule: FixedRule | Literal["adaptive"] = "adaptive"
+    tables: bool = True
 
 
 @dataclass(frozen=True)
@@ -185,9 +196,13 @@ def measure_bases(
     say(f"  projected on select in {time.perf_counter() - started:.0f} s")
     started = time.perf_counter()
     evaluate, _ = slopes("evaluate", splits.evaluate)
-    plan, report = adaptive_plan(
-        objective, checkpoints, splits.evaluate, splits.evaluate.skills, tolerance=settings.tolerance
-    )
+    report: QuadratureReport | None = None
+    if settings.rule == "adaptive":
+        plan, report = adaptive_plan(
+            objective, checkpoints, splits.evaluate, splits.evaluate.skills, tolerance=settings.tolerance
+        )
+    else:
+        plan = fixed_plan(settings.rule, len(checkpoints) - 1)
     places = (plan.interval.tolist(), plan.position.tolist())
     place = parts.at("nodes", rows, splits.evaluate.fingerprint(), checkpoints.steps, places)
     evaluate = measure_nodes(
@@ -204,7 +219,7 @@ def measure_bases(
     for (kind, (basis, price)), own, other in zip(built.items(), select, evaluate, strict=True):
         captured = capture(basis.rows, checkpoints)
         measured[kind] = Measured(basis, own, other, captured, price + share * len(basis))
-    return measured, dataclasses.asdict(report)
+    return measured, {} if report is None else dataclasses.asdict(report)
 
 
 def rotations_of(measured: Measured, splits: TokenSplits, seed: int) -> dict[str, Tensor]:

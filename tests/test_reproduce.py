@@ -250,3 +250,22 @@ def test_an_interrupted_measurement_goes_on_where_it_stopped(tmp_path, monkeypat
         torch.testing.assert_close(own.select.gradients, other.select.gradients)
         torch.testing.assert_close(own.evaluate.interior_gradients, other.evaluate.interior_gradients)
         assert own.passes == pytest.approx(other.passes)
+
+
+def test_bases_alone_with_a_fixed_rule(tmp_path):
+    """A fixed rule gives nearly the adaptive shares; no table is made besides the bases."""
+    changes = {**PRESETS["smoke"][0], "training.steps": 36}
+    settings = Settings(3, None, ("loss_weighted", "random"), ("loss_weighted",), draws=1)
+    results = []
+    for name, chosen in (("a", settings), ("b", replace(settings, rule="gauss3", tables=False))):
+        results.append(
+            run_reproduction("smoke", [0], None, tmp_path / name, chosen, lambda _: None, **changes)
+        )
+    whole, alone = results
+    assert [(r["basis"], r["rotation"]) for r in alone["rows"]] == [
+        ("loss_weighted", "none"),
+        ("random", "none"),
+    ]
+    assert alone["quadrature"] == alone["features"] == []
+    adaptive = next(r for r in whole["rows"] if (r["basis"], r["rotation"]) == ("loss_weighted", "none"))
+    assert alone["rows"][0]["explained_share"] == pytest.approx(adaptive["explained_share"], abs=0.01)
