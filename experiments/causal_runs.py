@@ -188,18 +188,17 @@ def with_other_seeds(tests: Sequence[RunTest], measured: Sequence[RunMeasurement
         pairs = []
         for pair, evidence in zip(test.pairs, one.pairs, strict=True):
             effects, aligned = [], 0
+            edit, bench = one.session.undo(pair.vectors), one.session.evaluate
             for other, foreign in enumerate(tests):
                 if other == number:
                     continue
                 own = next((p.vectors for p in foreign.pairs if p.name == pair.name), pair.vectors)
                 if len(own) != len(pair.vectors) or max(own) >= len(foreign.basis):
                     continue
-                edit = one.session.undo(pair.vectors)
                 move = other_seed_move(one.session.theta, edit, foreign.basis.rows[list(own)])
                 if move is None:
                     aligned += 1
                     continue
-                bench = one.session.evaluate
                 effects.append(float(effect_draws(bench, bench.change(move), pair.evaluate).estimate))
             extras = {**evidence.extras, "other_seed_effects": effects, "other_seeds_aligned": aligned}
             pairs.append(replace(evidence, extras=extras))

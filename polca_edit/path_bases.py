@@ -72,11 +72,18 @@ def trajectory_secant_basis(
     changes = gradients.diff(dim=0).to(first.rows)
     if mask is not None:
         changes = changes * mask.to(changes)
-    added, values = principal_rows(remove_rows(changes, first.rows), secants)
-    rows = torch.cat([first.rows, remove_rows(added, first.rows)])
-    return replace(
-        unlabelled("trajectory_secant", rows), eigenvalues=torch.cat([first.eigenvalues, values.double()])
+    return _with_principal(
+        "trajectory_secant", first.rows, first.eigenvalues, remove_rows(changes, first.rows), secants
     )
+
+
+def _with_principal(
+    kind: str, first: Float[Tensor, "k N"], sizes: Float[Tensor, " k"], left: Float[Tensor, "n N"], count: int
+) -> Basis:
+    """First rows and, off them, the principal directions of what they leave."""
+    added, values = principal_rows(left, count)
+    rows = torch.cat([first, remove_rows(added, first)])
+    return replace(unlabelled(kind, rows), eigenvalues=torch.cat([sizes.double(), values.double()]))
 
 
 def loss_fall_density(
@@ -134,10 +141,8 @@ def loss_weighted_basis(
     first, sizes = principal_rows(moved * around.sqrt().to(moved)[:, None], count - secants)
     changes = remove_rows(gradients.diff(dim=0).to(first) * keep, first)
     changes = changes / changes.norm(dim=1, keepdim=True).clamp_min(torch.finfo(changes.dtype).tiny)
-    added, values = principal_rows(changes * density.sqrt().to(changes)[:, None], secants)
-    rows = torch.cat([first, remove_rows(added, first)])
-    sizes = torch.cat([sizes.double(), values.double()])
-    return replace(unlabelled("loss_weighted", rows), eigenvalues=sizes)
+    weighted = changes * density.sqrt().to(changes)[:, None]
+    return _with_principal("loss_weighted", first, sizes, weighted, secants)
 
 
 def loss_path_basis(
