@@ -41,6 +41,7 @@ from polca_edit.quadrature import (
     fixed_plan,
     measure_nodes,
 )
+from polca_edit.rotations import allocation_matrices
 from polca_edit.tokens import TokenSet
 from polca_edit.training import train
 
@@ -150,18 +151,19 @@ class Parts:
         """A basis, built or read back, with the passes it cost."""
         path = self.folder / f"basis-{kind}-{count}.safetensors"
         bill = path.with_suffix(".json")
-        if not bill.exists():
-            before = self.passes.as_dict()
-            basis = build()
-            save_record(path, basis)
-            write_json(bill, {k: v - before[k] for k, v in self.passes.as_dict().items()})
-            return basis, json.loads(bill.read_text())
-        return load_record(Basis, path), json.loads(bill.read_text())
+        if bill.exists():
+            return load_record(Basis, path), json.loads(bill.read_text())
+        before = self.passes.as_dict()
+        basis = build()
+        spent = {kind: done - before[kind] for kind, done in self.passes.as_dict().items()}
+        save_record(path, basis)
+        write_json(bill, spent)
+        return basis, spent
 
-    def at(self, *what: object) -> Path:
+    def at(self, stage: str, *inputs: object) -> Path:
         """Folder of the parts of one stage; another input gets another folder."""
-        digest = hashlib.sha256(repr(what[1:]).encode()).hexdigest()[:16]
-        folder = self.folder / f"{what[0]}-{digest}"
+        digest = hashlib.sha256(repr(inputs).encode()).hexdigest()[:16]
+        folder = self.folder / f"{stage}-{digest}"
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
@@ -224,7 +226,8 @@ def measure_bases(
 
 def rotations_of(measured: Measured, splits: TokenSplits, seed: int) -> dict[str, Tensor]:
     """Every rotation of a span, fitted on select."""
+    matrices = allocation_matrices(measured.select)
     return {
-        label: fit_rotation(rotation, measured.select, splits.select, seed, splits.skill)
+        label: fit_rotation(rotation, matrices, splits.select, seed, splits.skill)
         for label, rotation in ROTATIONS.items()
     }

@@ -17,14 +17,13 @@ JACOBI: dict[str, Any] = {"sweeps": 30, "tolerance": 1e-6}
 
 
 def fit_rotation(
-    rotation: Rotation, projections: Projections, select: TokenSet, seed: int, skill: str | None = None
+    rotation: Rotation, matrices: Tensor, select: TokenSet, seed: int, skill: str | None = None
 ) -> Tensor:
-    """(K, K) rotation by name, from the select split's allocation matrices.
+    """(K, K) rotation by name, from the (M, K, K) allocation matrices of the select split.
 
     Raises:
         ValueError: for a contrastive rotation of a skill the tokens do not know.
     """
-    matrices = rotations.allocation_matrices(projections)
     table = matrices.diagonal(dim1=1, dim2=2)
     if rotation in ("varimax", "quartimax"):
         return rotations.orthomax(table, "varimax" if rotation == "varimax" else "quartimax")
@@ -45,7 +44,8 @@ def turned(
     spec: BasisConfig, basis: Basis, projections: Projections, select: TokenSet, seed: int
 ) -> tuple[Basis, Projections]:
     """The rotated basis and its projections; residual parts are those of the span and stay."""
-    rotation = fit_rotation(spec.rotation, projections, select, seed, spec.skill)
+    matrices = rotations.allocation_matrices(projections)
+    rotation = fit_rotation(spec.rotation, matrices, select, seed, spec.skill)
     supervised = spec.rotation == "contrastive"
     return (
         basis.rotated(rotation, f"{spec.kind}_{spec.rotation}", supervised=supervised),
