@@ -243,6 +243,7 @@ def reproduce(
     tables: Annotated[
         bool, typer.Option(help="Also rotations, rival features and the table of quadrature rules.")
     ] = True,
+    rivals: Annotated[bool, typer.Option(help="Also rival features (with tables).")] = True,
 ) -> None:
     """The paper's Tables 1 and 8-12 beside ours, and every basis and rotation."""
     if preset not in PRESETS:
@@ -250,7 +251,7 @@ def reproduce(
     known = ("adaptive", *get_args(FixedRule))
     if rule not in known:
         raise ValueError(f"--rule must be one of {', '.join(known)}, got '{rule}'; correct the name")
-    settings = replace(PRESETS[preset][1], rule=cast(Any, rule), tables=tables)
+    settings = replace(PRESETS[preset][1], rule=cast(Any, rule), tables=tables, rivals=rivals)
     if bases is not None:
         settings = replace(settings, kinds=tuple(name.strip() for name in bases.split(",")))
     console = Console(highlight=False, width=160)

@@ -23,8 +23,8 @@ class ClusterSettings:
         min_cluster_share: ``min_cluster_size`` over tokens.
         min_samples_share: ``min_samples`` over tokens.
         scaled: divide every trajectory by its own largest absolute value.
-        drop_rising_tokens: leave out tokens whose projected loss rises over the run.
-        drop_rising_vectors: leave out vectors whose mean projected loss rises.
+        drop_rising_tokens: leave out tokens that end above where they began (projected or exact loss).
+        drop_rising_vectors: leave out vectors whose mean over tokens ends above where it began.
         by_output: cluster tokens of each output id apart.
         selection: HDBSCAN's cluster selection.
         algorithm: how HDBSCAN finds its spanning tree; ``generic`` holds all pairwise distances and is
@@ -89,8 +89,9 @@ def cluster_trajectories(
     count = projected_loss.shape[2]
     for vector in range(projected_loss.shape[1]):
         paths = projected_loss[:, vector].T
-        kept = not settings.drop_rising_vectors or float(paths[:, -1].double().mean()) <= 0
-        dropped = paths[:, -1] > 0 if settings.drop_rising_tokens else torch.zeros(count, dtype=torch.bool)
+        rise = rise_of(paths)
+        kept = not settings.drop_rising_vectors or float(rise.double().mean()) <= 0
+        dropped = rise > 0 if settings.drop_rising_tokens else torch.zeros(count, dtype=torch.bool)
         labels = torch.full((count,), OUTLIER)
         if kept:
             chosen = (~dropped).nonzero()[:, 0]
@@ -102,6 +103,11 @@ def cluster_trajectories(
                 labels[group] = torch.where(found >= 0, found + int(labels.max()) + 1, found)
         result.append(VectorClusters(vector, kept, labels, dropped))
     return result
+
+
+def rise_of(paths: Float[Tensor, "m T"]) -> Float[Tensor, " m"]:
+    """Last value less first one: a projected loss begins at zero, an exact loss does not."""
+    return paths[:, -1] - paths[:, 0]
 
 
 def shaped(paths: Float[Tensor, "m T"], scaled: bool) -> Float[Tensor, "m T"]:

@@ -16,6 +16,7 @@ from polca_edit.clusters import (
     shaped,
     skill_scores,
 )
+from polca_edit.comparators import cluster_both
 
 TIME = torch.linspace(0, 1, 30, dtype=torch.float64)
 SETTINGS = ClusterSettings(min_cluster_share=0.05, min_samples_share=0.02)
@@ -54,6 +55,7 @@ def test_planted_groups_are_recovered(generator):
 def test_scattered_tokens_are_outliers_and_counted(generator):
     scattered = -20 * torch.rand(20, 1, generator=generator, dtype=torch.float64) - 5
     paths = scattered * torch.rand(20, len(TIME), generator=generator, dtype=torch.float64)
+    paths[:, 0] = 0  # as every projected loss begins
     found = cluster_trajectories(stack(early(80, generator), late(60, generator), paths), SETTINGS)[0]
     assert bool((found.labels[140:] == OUTLIER).all())
     left_out = int((found.labels == OUTLIER).sum())
@@ -102,6 +104,18 @@ def test_rising_tokens_are_dropped_before_clustering(generator):
     kept = cluster_trajectories(paths, everything)[0]
     assert not bool(kept.dropped.any())
     assert kept.count == 3
+
+
+def test_an_exact_loss_falls_though_it_stays_above_zero(generator):
+    change = stack(early(80, generator), late(60, generator), early(40, generator, depth=+1.0))
+    loss = change + 5.0
+    mine, expected = (cluster_trajectories(p, SETTINGS)[0] for p in (loss, change))
+    assert expected.count == 2 and mine.kept
+    assert mine.dropped.tolist() == expected.dropped.tolist()
+    assert mine.labels.tolist() == expected.labels.tolist()
+    again = cluster_both(loss, loss[:, :, :90], SETTINGS)[0]
+    assert again.select.labels.tolist() == expected.labels.tolist()
+    assert not bool(again.evaluate.dropped.any())
 
 
 def test_rising_vectors_are_dropped_whole(generator):
