@@ -158,13 +158,14 @@ def reproduce_seed(config: RunConfig, settings: Settings, out: Path, say: Say) -
         "adaptive": report,
     }
     result["quadrature"] = []
-    if settings.tables and settings.rivals and "hessian" in measured:
-        hessian = measured["hessian"]
-        curved = with_second_order(run.objective, checkpoints, hessian, run.task.splits.curvature)
+    if settings.tables and "hessian" in measured:
+        hessian, curved = measured["hessian"], None
+        if settings.rivals:
+            curved = with_second_order(run.objective, checkpoints, hessian, run.task.splits.curvature)
+            result["second_order"] = second_order_error(
+                run.objective, checkpoints, hessian.basis, curved[0], splits.select
+            )
         result["features"] = rival_rows(run, checkpoints, measured, curved, splits, settings)
-        result["second_order"] = second_order_error(
-            run.objective, checkpoints, hessian.basis, curved[0], splits.select
-        )
         say(f"  rival features done at {time.perf_counter() - started:.0f} s")
     if settings.tables:
         result["quadrature"] = quadrature_table(
@@ -243,7 +244,7 @@ def reproduce(
     tables: Annotated[
         bool, typer.Option(help="Also rotations, rival features and the table of quadrature rules.")
     ] = True,
-    rivals: Annotated[bool, typer.Option(help="Also rival features (with tables).")] = True,
+    rivals: Annotated[bool, typer.Option(help="Also the dear rival features (Eq. 6, saliency ...).")] = True,
 ) -> None:
     """The paper's Tables 1 and 8-12 beside ours, and every basis and rotation."""
     if preset not in PRESETS:

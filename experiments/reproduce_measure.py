@@ -72,7 +72,7 @@ class Settings:
         others: K of the bases not in ``MAIN``; None for the same.
         kinds: bases.
         rotated: bases whose span is rotated.
-        rivals: whether rival features are measured.
+        rivals: whether rival features that need derivatives of their own are measured.
         tolerance: of the adaptive quadrature.
         draws: bootstrap samples of each stability.
         rule: quadrature on evaluate, ``adaptive`` or a fixed rule, which takes fewer places.

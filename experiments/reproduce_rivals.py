@@ -31,24 +31,29 @@ def rival_rows(
     run: Run,
     checkpoints: Checkpoints,
     measured: dict[str, Measured],
-    with_curvature: tuple[Projections, Projections],
+    with_curvature: tuple[Projections, Projections] | None,
     splits: TokenSplits,
     settings: Settings,
 ) -> list[dict[str, Any]]:
-    """Tables 1 and 8-11: rival trajectories and orders of POLCA on the Hessian basis, same clustering."""
+    """Tables 1 and 8-11: rival trajectories and orders of POLCA on the Hessian basis, same clustering.
+
+    Without ``settings.rivals`` only those that stored projections give.
+    """
     objective, config = run.objective, run.config
     hessian = measured["hessian"]
     families: list[tuple[str, features.Trajectories, features.Trajectories]] = []
 
     def add(name: str, make: Callable[[Projections, TokenSet], features.Trajectories]) -> None:
-        pair = [make(p, t) for p, t in zip(with_curvature, (splits.select, splits.evaluate), strict=True)]
+        stored = with_curvature or (hessian.select, hessian.evaluate)
+        pair = [make(p, t) for p, t in zip(stored, (splits.select, splits.evaluate), strict=True)]
         families.append((name, pair[0], pair[1]))
 
     add("exact_loss", lambda p, t: features.exact_loss(p))
     add("loss_change", lambda p, t: features.loss_change(p))
     add("fisher", lambda p, t: features.fisher(p))
     add("first_order", lambda p, t: features.first_order(p))
-    add("polca", lambda p, t: features.Trajectories("polca", projected(p, "second_order"), True))
+    if with_curvature is not None:
+        add("polca", lambda p, t: features.Trajectories("polca", projected(p, "second_order"), True))
     add("polca_trapezoid", lambda p, t: features.Trajectories("trapezoid", projected(p), True))
     if "parameter_axes" in measured:
         axes = measured["parameter_axes"]

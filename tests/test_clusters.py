@@ -110,7 +110,8 @@ def test_an_exact_loss_falls_though_it_stays_above_zero(generator):
     change = stack(early(80, generator), late(60, generator), early(40, generator, depth=+1.0))
     loss = change + 5.0
     mine, expected = (cluster_trajectories(p, SETTINGS)[0] for p in (loss, change))
-    assert expected.count == 2 and mine.kept
+    assert expected.count == 2
+    assert mine.kept
     assert mine.dropped.tolist() == expected.dropped.tolist()
     assert mine.labels.tolist() == expected.labels.tolist()
     again = cluster_both(loss, loss[:, :, :90], SETTINGS)[0]

@@ -190,7 +190,7 @@ def test_claims_are_read_off_the_rows():
 
 def test_smoke_reproduction_writes_every_column(tmp_path):
     settings = Settings(
-        3, None, ("trajectory_secant", "random"), ("trajectory_secant",), rivals=False, draws=1
+        3, None, ("trajectory_secant", "hessian", "random"), ("trajectory_secant",), rivals=False, draws=1
     )
     file = tmp_path / "rows.json"
     changes = {**PRESETS["smoke"][0], "training.steps": 36}
@@ -199,10 +199,13 @@ def test_smoke_reproduction_writes_every_column(tmp_path):
     columns = {"basis", "rotation", "supervised", "seed", "vectors", *NUMBERS}
     assert all(columns <= set(row) for row in result["rows"])
     names = {(row["basis"], row["rotation"]) for row in result["rows"]}
-    assert len(names) == len(result["rows"]) == 2 + 7
+    assert len(names) == len(result["rows"]) == 3 + 7
     shares = {row["explained_share"] for row in result["rows"] if row["basis"] == "trajectory_secant"}
     assert max(shares) - min(shares) < 1e-4  # rotations change no total
     assert {row["rotation"] for row in result["rows"] if row["supervised"]} == {"contrastive"}
+    rivals = {row["feature"]: row for row in result["features"]}
+    assert set(rivals) == {"exact_loss", "loss_change", "fisher", "first_order", "polca_trapezoid"}
+    assert rivals["exact_loss"]["outlier_share"] < 1  # its tokens end above zero and still fall
     rules = {row["rule"]: row for row in result["quadrature"]}
     assert abs(rules["gauss3"]["mean_error"]) < abs(rules["trapezoid"]["mean_error"])
     assert {"versions", "hardware", "config", "seeds", "claims"} <= set(result)
