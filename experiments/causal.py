@@ -31,6 +31,9 @@ from polca_edit.checkpoints import write_atomically, write_json
 
 SCHEMA = "polca-edit/study/1"
 
+#: A single vector can only be rotated in a span of four dimensions more (control c3).
+LEAST_VECTORS = 5
+
 
 def causal_test(
     runs: Annotated[list[Path], typer.Argument(help="finished run directories; several seeds of one config")],
@@ -56,11 +59,42 @@ def causal_test(
     split is opened. Several bases go into one plan, and each gets a folder of its own in the study.
     With fewer than five runs every row carries a single-run verdict.
     """
-    settings = plan_settings(set_)
+    run_study(runs, basis or ["trajectory"], out, plan_settings(set_), labels=label or [], blocking=blocking)
+
+
+def run_study(
+    runs: Sequence[Path],
+    bases: Sequence[str],
+    out: Path,
+    settings: PlanSettings,
+    *,
+    labels: Sequence[str] = (),
+    blocking: bool = True,
+) -> None:
+    """Choose pairs, write the plan, test every basis, write the study and the runs' reports.
+
+    Args:
+        runs: finished run directories, several seeds of one config.
+        bases: as named in the runs; a name given twice counts once.
+        out: study directory.
+        settings: of the plan.
+        labels: known skills, or NAME=FILE.
+        blocking: train again with causal vectors held still.
+
+    Raises:
+        ValueError: for runs that do not belong together, or a plan that changed meanwhile.
+    """
     opened = [load_run(path, lambda _: None) for path in runs]
     same_config(opened)
-    labels = list(dict.fromkeys(basis or ["trajectory"]))
-    tests = {name: [causal_runs.choose_pairs(run, name, settings) for run in opened] for name in labels}
+    names = list(dict.fromkeys(bases))
+    tests = {name: [causal_runs.choose_pairs(run, name, settings) for run in opened] for name in names}
+    for name, items in tests.items():
+        small = min(len(item.basis) for item in items)
+        if small < LEAST_VECTORS:
+            raise ValueError(
+                f"rotations in a span need at least {LEAST_VECTORS} basis vectors, '{name}' has {small}; "
+                "run with more checkpoints or vectors"
+            )
     plan: dict[str, object] = {
         "settings": settings_as_plan(settings),
         "bases": {name: [causal_runs.pair_plan(t) for t in items] for name, items in tests.items()},
@@ -72,8 +106,8 @@ def causal_test(
         typer.echo(
             f"plan {digest[:12]}: {sum(len(t.pairs) for t in items)} pairs in {len(items)} runs, basis {name}"
         )
-        place = out if len(labels) == 1 else out / name
-        study, record = _judge(name, items, settings, label or [], blocking=blocking)
+        place = out if len(names) == 1 else out / name
+        study, record = _judge(name, items, settings, labels, blocking=blocking)
         _check_plan(out / "plan.json", digest)
         study = {**study, "plan": digest, "exploratory": exploratory}
         _write_study(place, name, items, study, {**record, "plan": digest})

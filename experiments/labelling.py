@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +13,42 @@ from markupsafe import escape
 from experiments.pipeline import ClusterRecord, Run, load_observation
 from experiments.report import Section
 from experiments.report_tokens import nearest_to_medoid
-from polca_edit.allocation import allocate, project
+from polca_edit.allocation import Projections, allocate, project
 from polca_edit.artifacts import RunDirectory, load_record
 from polca_edit.basis import Basis
 from polca_edit.checkpoints import write_json
-from polca_edit.clusters import ClusterSettings
+from polca_edit.clusters import ClusterSettings, VectorClusters, cluster_trajectories
 from polca_edit.comparators import cluster_both
+from polca_edit.features import exact_loss
 from polca_edit.labels import LABEL_AUC, distinct, overlap, rule_label, tag_label, transferred_auc
 from polca_edit.tokens import TokenSet
 
 CONTEXTS = 10
 
+#: Name under which the labels of the rival without a basis are kept.
+EXACT_LOSS = "exact_loss"
+
 
 def label_clusters(run: Run, basis: str) -> dict[str, Any]:
     """Labels of every cluster of one basis, and how much clusters overlap."""
-    tokens, tags = run.task.splits.select, run.task.tags
     record = load_record(ClusterRecord, run.directory.clusters(basis))
-    paths = load_observation(run, basis).allocation.projected_loss()
+    return _labelled(run, record.vectors(), load_observation(run, basis).allocation.projected_loss())
+
+
+def label_exact_losses(run: Run) -> dict[str, Any]:
+    """The rival without a basis: clusters of the exact losses, by the same settings, labelled alike."""
+    projections = load_record(Projections, run.directory.projections(run.config.bases[0].label))
+    paths = exact_loss(projections).paths
+    return _labelled(
+        run, cluster_trajectories(paths, ClusterSettings(**run.config.clusters.model_dump())), paths
+    )
+
+
+def _labelled(run: Run, found_clusters: Sequence[VectorClusters], paths: torch.Tensor) -> dict[str, Any]:
+    """Labels of clusters found on the select split; ``paths`` are the (T, K, M) trajectories clustered."""
+    tokens, tags = run.task.splits.select, run.task.tags
     clusters, members = [], {}
-    for found in record.vectors():
+    for found in found_clusters:
         for number in range(found.count):
             member = found.members(number)
             rule = rule_label(tokens, member, seed=run.config.seed)
@@ -62,7 +79,7 @@ def label_clusters(run: Run, basis: str) -> dict[str, Any]:
                 }
             clusters.append(entry)
             members[f"{found.vector}:{number}"] = member
-    kept = [found.vector for found in record.vectors() if found.kept]
+    kept = [found.vector for found in found_clusters if found.kept]
     return {
         "threshold": LABEL_AUC,
         "clusters": clusters,
@@ -71,6 +88,7 @@ def label_clusters(run: Run, basis: str) -> dict[str, Any]:
         "vectors_kept": len(kept),
         "vectors_with_rule": len({c["vector"] for c in clusters if c["counts"]}),
         "vectors_with_tags": len({c["vector"] for c in clusters if c.get("tags", {}).get("found")}),
+        "clusters_with_rule": sum(bool(c["counts"]) for c in clusters),
     }
 
 
@@ -119,16 +137,16 @@ def _contexts(tokens: TokenSet, member: torch.Tensor, paths: torch.Tensor) -> li
 
 
 def write_labels(run: Run) -> dict[str, dict[str, Any]]:
-    """Label the clusters of every basis and keep the result beside them."""
-    result = {}
-    for spec in run.config.bases:
-        result[spec.label] = label_clusters(run, spec.label)
-        write_json(run.directory.path / "labels" / f"{spec.label}.json", result[spec.label])
+    """Label the clusters of every basis, and those of the exact losses as a rival; keep all beside them."""
+    result = {spec.label: label_clusters(run, spec.label) for spec in run.config.bases}
+    result[EXACT_LOSS] = label_exact_losses(run)
+    for name, labels in result.items():
+        write_json(run.directory.path / "labels" / f"{name}.json", labels)
     return result
 
 
 def read_labels(directory: Path) -> dict[str, dict[str, Any]]:
-    """Basis -> labels of a run, empty where none were made."""
+    """Basis (or ``exact_loss``) -> labels of a run, empty where none were made."""
     return {
         path.stem: json.loads(path.read_text())
         for path in sorted((directory / "labels").glob("*.json"))
@@ -151,14 +169,24 @@ def label_sections(directory: RunDirectory) -> list[Section]:
     for basis, found in read_labels(directory.path).items():
         gold = any("tags" in entry for entry in found["clusters"])
         parts.append(
-            f"<h3>{escape(basis)} basis</h3><p>{found['vectors_with_rule']} of {found['vectors_kept']} kept "
-            f"vectors have a cluster whose feature rule reaches AUC {found['threshold']} on held-out "
-            f"documents{_tag_count(found) if gold else ''}; {len(found['distinct_groups'])} groups of "
-            "clusters are left when those that share more than half of their tokens are taken together.</p>"
+            f"<h3>{_title(basis)}</h3><p>{_count(basis, found)} a feature rule of AUC {found['threshold']} "
+            f"or more on held-out documents{_tag_count(found) if gold else ''}; "
+            f"{len(found['distinct_groups'])} groups of clusters are left when those that share more than "
+            "half of their tokens are taken together.</p>"
         )
         parts.append(_table(found["clusters"], gold))
         parts += [_context_block(entry) for entry in found["clusters"][:12]]
     return [Section("What the tokens of a cluster share", "".join(parts))] if parts else []
+
+
+def _title(basis: str) -> str:
+    return "Clusters of the exact losses (no basis)" if basis == EXACT_LOSS else f"{escape(basis)} basis"
+
+
+def _count(basis: str, found: Mapping[str, Any]) -> str:
+    if basis == EXACT_LOSS:
+        return f"{found['clusters_with_rule']} of {len(found['clusters'])} clusters have"
+    return f"{found['vectors_with_rule']} of {found['vectors_kept']} kept vectors have a cluster with"
 
 
 def _tag_count(found: Mapping[str, Any]) -> str:
@@ -200,8 +228,8 @@ def describe_labels(labels: Mapping[str, Mapping[str, Any]]) -> str:
     lines = []
     for basis, found in labels.items():
         lines.append(
-            f"{basis}: {found['vectors_with_rule']} of {found['vectors_kept']} kept vectors have a feature "
-            f"rule of AUC {found['threshold']} or more on held-out documents"
+            f"{basis}: {_count(basis, found)} a feature rule of AUC {found['threshold']} or more on held-out "
+            "documents"
         )
         for e in sorted(found["clusters"], key=lambda entry: -entry["auc"])[:8]:
             tags = f"; tags {e['tags']['text']}" if "tags" in e else ""

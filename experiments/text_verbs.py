@@ -15,6 +15,18 @@ from experiments.config import load_config
 #: Preset of the English experiment by its short name.
 ENGLISH_PRESETS = {"demo": "english-demo", "mini": "english-mini", "paper": "english-paper"}
 
+#: A causal test that takes about as long as the demo run it follows.
+SMALL_STUDY: dict[str, Any] = {
+    "pairs": 4,
+    "nulls": 1,
+    "draws": 99,
+    "rotations": 99,
+    "random_bases": 9,
+    "shuffled_bases": 9,
+    "gradient_draws": 99,
+    "shuffle_draws": 99,
+}
+
 
 def open_overrides(
     folder: Path,
@@ -114,8 +126,12 @@ def english(
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a config key.")] = None,
     redo: Annotated[list[str] | None, typer.Option("--redo", help="Run this stage again.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the stages, then stop.")] = False,
+    verdicts: Annotated[bool, typer.Option(help="Also the causal test of every basis, one run.")] = True,
 ) -> None:
-    """The English experiment on a text: tokenizer, training, POLCA, clusters, labels, damage, report.
+    """The English experiment on a text: from the tokenizer to labels and causal verdicts.
+
+    The causal test is the small one, 4 pairs a basis and 99 draws a control, into OUT/study;
+    `polca-edit test` has all settings.
 
     Example: `polca-edit english --preset demo --text wiki.jsonl.gz --out runs/english`
     """
@@ -126,6 +142,12 @@ def english(
     overrides = settings_from(set_, seed=seed, text__file=text, text__probe=probe, device=device)
     target = out or Path("runs") / f"english-{preset}"
     execute(ENGLISH_PRESETS[preset], target, overrides, redo, dry_run)
+    if verdicts and not dry_run:
+        from experiments.causal import run_study
+        from interventions.protocol import PlanSettings
+
+        bases = [spec.label for spec in load_config(ENGLISH_PRESETS[preset], overrides).bases]
+        run_study([target], bases, target / "study", PlanSettings(**SMALL_STUDY))
 
 
 def label(

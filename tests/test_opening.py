@@ -12,8 +12,11 @@ from hub_models import revisions, train_and_save, write_text
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
 from typer.testing import CliRunner
 
+from experiments import text_verbs
+from experiments.causal import run_study
 from experiments.cli import app
 from experiments.summary import summary_schema
+from interventions.protocol import PlanSettings
 from polca_edit.huggingface import step_of_revision
 
 SIZES = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 0}
@@ -45,7 +48,8 @@ def neox():
 
 def invoke(*arguments: str) -> str:
     settings = [part for setting in SMALL for part in ("--set", setting)]
-    result = CliRunner().invoke(app, [*arguments, *settings], catch_exceptions=False)
+    verb, *others = arguments
+    result = CliRunner().invoke(app, [verb, *settings, *others], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.output
 
@@ -87,6 +91,9 @@ def test_a_pythia_shaped_revision_set_and_a_fine_tuning_reference(tmp_path):
     invoke("open", str(tmp_path / "pythia"), "--names", "step*", "--text", str(text), "--out", str(out))
     summary = checked_summary(out, sum(p.numel() for p in model.parameters()), 5)
     assert [v["origin"] for v in summary["analyses"]["hessian"]["vectors"]] == [2, 8]
+    with pytest.raises(ValueError, match="at least 5 basis vectors, 'hessian' has 2"):
+        run_study([out], ["hessian"], tmp_path / "study", PlanSettings())
+    assert not (tmp_path / "study").exists()
 
 
 def test_a_damaged_folder_ends_with_one_sentence(tmp_path):
@@ -99,13 +106,16 @@ def test_a_damaged_folder_ends_with_one_sentence(tmp_path):
     assert "checkpoint-2" in str(result.exception)
 
 
-def test_english_from_a_text_file(tmp_path):
+def test_english_from_a_text_file(tmp_path, monkeypatch):
+    few = {"pairs": 1, "draws": 19, "rotations": 19, "random_bases": 2, "shuffled_bases": 2, "planted": 2}
+    monkeypatch.setattr(text_verbs, "SMALL_STUDY", {**text_verbs.SMALL_STUDY, **few})
     text = write_text(tmp_path / "text.jsonl")
     out = tmp_path / "run"
     tiny = [
         "model={layers: 1, d_model: 16, heads: 2, d_mlp: 32}",
         "text.vocabulary=300",
-        "training={steps: 30, batch_size: 4, learning_rate: 0.01, warmup: 5, record_every: 6}",
+        "training={steps: 30, batch_size: 4, learning_rate: 0.01, warmup: 5, record_every: 2}",
+        "bases=[{kind: hessian, vectors: 5, max_products: 8}, {kind: trajectory, vectors: 5}]",
     ]
     settings = [part for setting in tiny for part in ("--set", setting)]
     invoke("english", "--preset", "demo", "--text", str(text), "--out", str(out), *settings)
@@ -121,5 +131,12 @@ def test_english_from_a_text_file(tmp_path):
     assert all(r["auc_transferred"] is None or 0 <= r["auc_transferred"] <= 1 for r in rows)
     if labels["clusters"]:
         assert "tokens nearest the medoid" in (out / "report.html").read_text()
-    summary = checked_summary(out, 16 * 300 + 16 * 16 + (4 * 272 + 544 + 528 + 64) + 32 + 17 * 300, 6)
+    summary = checked_summary(out, 16 * 300 + 16 * 16 + (4 * 272 + 544 + 528 + 64) + 32 + 17 * 300, 16)
     assert summary["analyses"]["trajectory"]["loss_change"]["exact"] < -0.5
+    assert (out / "labels" / "exact_loss.json").exists()
+    assert "Clusters of the exact losses (no basis)" in (out / "report.html").read_text()
+    for basis in ("hessian", "trajectory"):
+        study = json.loads((out / "study" / basis / "study.json").read_text())
+        assert study["seeds"] == [0]
+        known = {"causal", "not selective", "observational only", "inconclusive"}
+        assert {row["single_run_verdict"] for row in study["verdicts"]} <= known
