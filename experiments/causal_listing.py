@@ -20,7 +20,8 @@ def operator_rows(
     """Operators O1-O6; loss in nats per token, pooled over runs where an interval is given.
 
     O4' (everything but the movement inserted early) reaches the weights of O1, so its gain is the
-    headroom minus O1's damage. O6 belongs to ``polca-edit remove``.
+    headroom minus O1's damage.
+    O6 stands beside the same search in other spans, run by run.
     """
     rewound = [e.rewound for e in evidence if e.rewound is not None]
     unblocked = f"{NOT_RUN}: {extra.get('blocking_not_run', 'only for causal pairs')}"
@@ -36,7 +37,8 @@ def operator_rows(
         "O4' complement": inputs.headroom.estimate - inputs.damage.estimate,
         "O5 block": unblocked if inputs.blocking is None else asdict(inputs.blocking),
         "O5'' amplify": branches.get("amplify", unbranched),
-        "O6 optimised": f"{NOT_RUN}: polca-edit remove",
+        "O6 optimised": [e.extras["optimised"] for e in evidence if e.extras.get("optimised")]
+        or f"{NOT_RUN}: optimised_draws is 0, or the pair moves nothing",
     }
 
 

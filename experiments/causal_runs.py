@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from interventions.controls import other_seed_move
 from interventions.evidence import PairEvidence, effect_draws
 from interventions.label_tests import LabelTest, label_test
 from interventions.nulls import Chooser
+from interventions.optimised import optimised_effect
 from interventions.planted_skill import PlantedPower, planted_draws, planted_power
 from interventions.protocol import (
     ControlBank,
@@ -167,12 +168,18 @@ def measure_run(test: RunTest) -> RunMeasurement:
             banks[pair.vectors] = fill_bank(session, pair.vectors, same, shared, reported=tested)
         own = allocated[[vectors.index(v) for v in pair.vectors]]
         evidence = measure_pair(session, pair, banks[pair.vectors], own, maxima, reported=tested)
+        extras = dict(evidence.extras)
+        if tested and settings.optimised_draws:
+            best = optimised_effect(session, pair, draws=settings.optimised_draws, seed=settings.seed)
+            extras["optimised"] = None if best is None else asdict(best)
         gates: dict[str, Outcome] = {
             **evidence.gates,
             "the span carries movement": gate,
             **family_gates(list(maxima)),
         }
-        found.append(replace(evidence, gates=gates, positive_control=planted.outcome, planted=draws))
+        found.append(
+            replace(evidence, gates=gates, positive_control=planted.outcome, planted=draws, extras=extras)
+        )
     crossed = mark_crossovers(session, test.pairs, found[: len(test.pairs)])
     return RunMeasurement(session, tuple(crossed), tuple(found[len(test.pairs) :]), planted, maxima, span)
 

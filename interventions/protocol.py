@@ -52,6 +52,7 @@ class PlanSettings:
         shuffle_draws: label shuffles (c8).
         resamples: bootstrap resamples.
         planted: planted skills for the positive control (c10).
+        optimised_draws: control spans of each family beside the optimised edit (O6); 0 leaves it out.
         reference: index of theta_ref.
         seed: of every random choice.
     """
@@ -72,6 +73,7 @@ class PlanSettings:
     shuffle_draws: int = 199
     resamples: int = 2000
     planted: int = 20
+    optimised_draws: int = 9
     reference: int = 0
     seed: int = 0
 
