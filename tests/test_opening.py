@@ -118,7 +118,7 @@ def test_english_from_a_text_file(tmp_path, monkeypatch):
         "bases=[{kind: hessian, vectors: 5, max_products: 8}, {kind: trajectory, vectors: 5}]",
     ]
     settings = [part for setting in tiny for part in ("--set", setting)]
-    invoke("english", "--preset", "demo", "--text", str(text), "--out", str(out), *settings)
+    invoke("english", "--preset", "demo", "--text", str(text), "--out", str(out), "--verdicts", *settings)
     labels = json.loads((out / "labels" / "trajectory.json").read_text())
     assert {"vectors_kept", "vectors_with_rule", "clusters", "distinct_groups"} <= labels.keys()
     for entry in labels["clusters"]:
