@@ -58,6 +58,7 @@ NUMBERS = (
     "hidden_share",
     "outlier_share",
     "stability",
+    "validity",
     "passes",
 )
 SCHEMA = "polca-edit/reproduce/1"

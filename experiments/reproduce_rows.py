@@ -20,9 +20,11 @@ from polca_edit.comparators import (
     Method,
     SkillScore,
     SplitClusters,
+    agreement,
     bootstrap_stability,
     carry_scores,
     cluster_both,
+    density_validity,
     fit_clustering,
     outlier_share,
     score_cluster,
@@ -181,7 +183,8 @@ def carry_fields(
         settings: cluster sizes.
         delta: of the breakthroughs, steps.
         seed: of the bootstrap and of k-means.
-        draws: bootstrap samples for the stability of the chosen vector's clustering.
+        draws: bootstrap samples for the stability of the chosen vector's clustering, which also gets its
+            density-based validity on select and its agreement with the skill's labels on evaluate.
     """
     losses, steps = projections.losses, projections.steps
     pairs = [(s, e, c) for c in clustered for s, e in zip(c.eligible, c.on_evaluate, strict=True)]
@@ -198,6 +201,8 @@ def carry_fields(
         "recall_paper": None,
         "f1": None,
         "stability": None,
+        "validity": None,
+        "agreement": None,
         "on_select": None,
         "rule": None,
         "by_variant": {c.variant.name: _by_homogeneity(c) for c in clustered},
@@ -212,9 +217,16 @@ def carry_fields(
         "recall_paper": on_evaluate.recall_paper,
         "f1": on_evaluate.f1,
         "on_select": asdict(on_select),
+        "agreement": asdict(
+            agreement(
+                used.vectors[on_select.vector].evaluate.labels, splits.evaluate.skills[splits.skill].long()
+            )
+        ),
     }
     kept = ~vector.dropped
     shaped_paths = shaped(paths[:, on_select.vector].T[kept], used.variant.scaled)
+
+    fields["validity"] = density_validity(shaped_paths, vector.labels[kept])
 
     def again(rows: Tensor) -> Tensor:
         fitted = fit_clustering(

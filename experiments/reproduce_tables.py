@@ -44,7 +44,7 @@ def _bases(result: dict[str, Any]) -> Table:
     table.add_column("basis / rotation")
     for name in ("explained", "worst group", "net", "path", "carry hom.", "recall", "F1", "hidden"):
         table.add_column(name, justify="right")
-    for name in ("outliers", "stab."):
+    for name in ("outliers", "stab.", "validity"):
         table.add_column(name, justify="right")
     for line in result["over_seeds"]:
         label = line["basis"] + ("" if line["rotation"] == "none" else f" / {line['rotation']}")
@@ -63,6 +63,7 @@ def _bases(result: dict[str, Any]) -> Table:
                     "hidden_share",
                     "outlier_share",
                     "stability",
+                    "validity",
                 )
             ),
         )

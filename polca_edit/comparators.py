@@ -192,11 +192,17 @@ def bootstrap_stability(
 
 
 def density_validity(paths: Float[Tensor, "m T"], labels: Int[Tensor, " m"]) -> float | None:
-    """Density-based validity index (Moulavi et al. 2014) in [-1, 1]; None without two clusters."""
-    if int(labels.max()) < 1:
+    """Density-based validity index (Moulavi et al. 2014) in [-1, 1]; None without two clusters.
+
+    A cluster of one token has no density, it counts as an outlier.
+    """
+    found, counts = np.unique(labels.numpy(), return_counts=True)
+    single = np.isin(labels.numpy(), found[counts < 2])
+    kept = np.where(single, OUTLIER, labels.numpy())
+    if len(np.unique(kept[kept != OUTLIER])) < 2:
         return None
     with np.errstate(all="ignore"):
-        value = float(validity_index(paths.double().numpy(), labels.numpy(), d=min(paths.shape[1], 10)))
+        value = float(validity_index(paths.double().numpy(), kept, d=min(paths.shape[1], 10)))
     return value if np.isfinite(value) else None
 
 

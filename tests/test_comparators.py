@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from polca_edit.clusters import ClusterSettings, VectorClusters, cluster_trajectories
+from polca_edit.clusters import OUTLIER, ClusterSettings, VectorClusters, cluster_trajectories
 from polca_edit.comparators import (
     METHODS,
     agreement,
@@ -82,6 +82,15 @@ def test_validity_is_high_for_separated_clusters():
     assert good > 0.5
     assert bad < 0
     assert density_validity(paths, torch.zeros(60, dtype=torch.long)) is None
+    # One token alone has no density: it is an outlier, and two such leave no two clusters.
+    alone = kind.clone()
+    alone[0] = 3
+    outlier = kind.clone()
+    outlier[0] = OUTLIER
+    assert density_validity(paths, alone) == density_validity(paths, outlier)
+    single = torch.zeros(60, dtype=torch.long)
+    single[0] = 1
+    assert density_validity(paths, single) is None
 
 
 def _record(labels, dropped, vector=0):

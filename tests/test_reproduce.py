@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from sklearn.metrics import adjusted_rand_score
 
 from experiments.arithmetic import make_data, token_loss
 from experiments.config import load_config
@@ -76,6 +77,9 @@ def test_planted_carry_cluster_is_chosen_on_select_and_scored_on_evaluate(data):
     assert fields["recall_paper"] == pytest.approx(inside, abs=0.03)
     assert fields["on_select"]["vector"] == 0
     assert fields["stability"] > 0.9
+    assert fields["validity"] > 0.5
+    found = clustered[0].vectors[0].evaluate.labels
+    assert fields["agreement"]["adjusted_rand"] == adjusted_rand_score(carry, found) > 0.5
     assert fields["rule"]["auc"] > 0.99
     assert fields["rule"]["homogeneity"] == 1.0
     # The same paths on evaluate with the labels' places swapped must not look good.
@@ -83,6 +87,7 @@ def test_planted_carry_cluster_is_chosen_on_select_and_scored_on_evaluate(data):
     bad = cluster_variants(select, turned, splits, CLUSTERS, variants=[Variant("hdbscan", False)])
     worse = carry_fields(bad, select, _projections(select), splits, CLUSTERS, delta=20, seed=0, draws=1)
     assert worse["carry_homogeneity"] < 0.5
+    assert worse["agreement"]["adjusted_rand"] < fields["agreement"]["adjusted_rand"] - 0.3
 
 
 def test_share_fields_judge_groups_by_hand(data):
