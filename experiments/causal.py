@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
@@ -17,6 +18,7 @@ import yaml
 from experiments import causal_branches, causal_runs, figures_causal
 from experiments.causal_listing import control_rows, operator_rows
 from experiments.causal_runs import RunMeasurement, RunTest
+from experiments.kept_evidence import keep_measurement, kept_measurement
 from experiments.pipeline import Run, load_run
 from experiments.report import write_report
 from experiments.report_sections import extra_sections
@@ -26,7 +28,7 @@ from interventions.nulls import leave_one_out
 from interventions.protocol import PlanSettings, plan_digest, settings_as_plan
 from interventions.statistics import Bits, Draws, benjamini_hochberg, holm
 from interventions.verdict import Thresholds, Verdict, VerdictInputs, decide
-from polca_edit.artifacts import hardware, peak_rss_bytes, versions
+from polca_edit.artifacts import hardware, key_of, peak_rss_bytes, versions
 from polca_edit.checkpoints import write_atomically, write_json
 
 SCHEMA = "polca-edit/study/1"
@@ -107,10 +109,11 @@ def run_study(
             f"plan {digest[:12]}: {sum(len(t.pairs) for t in items)} pairs in {len(items)} runs, basis {name}"
         )
         place = out if len(names) == 1 else out / name
-        study, record = _judge(name, items, settings, labels, blocking=blocking)
+        study, record = _judge(name, items, settings, labels, place, digest, blocking=blocking)
         _check_plan(out / "plan.json", digest)
         study = {**study, "plan": digest, "exploratory": exploratory}
         _write_study(place, name, items, study, {**record, "plan": digest})
+        shutil.rmtree(place / "parts", ignore_errors=True)
 
 
 def _check_plan(path: Path, digest: str) -> None:
@@ -120,15 +123,33 @@ def _check_plan(path: Path, digest: str) -> None:
 
 
 def _judge(
-    basis: str, tests: Sequence[RunTest], settings: PlanSettings, labels: Sequence[str], *, blocking: bool
+    basis: str,
+    tests: Sequence[RunTest],
+    settings: PlanSettings,
+    labels: Sequence[str],
+    place: Path,
+    digest: str,
+    *,
+    blocking: bool,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Measure every run of one basis and apply the rule; (study.json, what each run keeps)."""
+    """Measure every run of one basis and apply the rule; (study.json, what each run keeps).
+
+    A run that was measured under this plan before the study stopped is not measured again.
+    """
     started, worked = time.perf_counter(), time.process_time()
     measured = []
     for item in tests:
         begun = time.perf_counter()
-        measured.append(causal_runs.measure_run(item))
-        typer.echo(f"  {item.run.directory.path}: measured in {time.perf_counter() - begun:.0f} s")
+        part = place / "parts" / f"seed{item.run.config.seed}.safetensors"
+        key = key_of(1, digest, item.run.key(f"clusters:{basis}"), versions())
+        found = kept_measurement(part, key, item)
+        done = "kept" if found else "measured"
+        if found is None:
+            found = causal_runs.measure_run(item)
+            part.parent.mkdir(parents=True, exist_ok=True)
+            keep_measurement(part, key, found)
+        measured.append(found)
+        typer.echo(f"  {item.run.directory.path}: {done} in {time.perf_counter() - begun:.0f} s")
     measured = causal_runs.with_other_seeds(tests, measured)
     rows, details = study_rows(tests, measured, settings, blocking=blocking)
     planted = [asdict(m.planted) for m in measured]

@@ -144,20 +144,25 @@ class RunMeasurement:
     span: dict[str, float]
 
 
-def measure_run(test: RunTest) -> RunMeasurement:
-    """Open the evaluate split and measure every pair, control and reference basis of one run."""
-    run, settings = test.run, test.settings
+def session_of(test: RunTest) -> Session:
+    """Open both splits of a run."""
+    run = test.run
     subject = Subject(
         run.objective, run.checkpoints(), test.basis.rows, run.task.splits.select, run.task.splits.evaluate
     )
-    session = open_session(subject, settings)
+    return open_session(subject, test.settings)
+
+
+def measure_run(test: RunTest) -> RunMeasurement:
+    """Open the evaluate split and measure every pair, control and reference basis of one run."""
+    session, settings = session_of(test), test.settings
     maxima = reference_maxima(test, session)
     draws = planted_draws(session)
     planted = planted_power(draws, maxima, settings.thresholds.level)
     span, gate = span_gate(session)
     everything = (*test.pairs, *test.nulls)
     vectors = sorted({v for pair in everything for v in pair.vectors})
-    allocated = attributed_losses(session, vectors, subject.evaluate) if vectors else np.zeros((0, 0))
+    allocated = attributed_losses(session, vectors, session.subject.evaluate) if vectors else np.zeros((0, 0))
     banks: dict[tuple[int, ...], ControlBank] = {}
     shared = open_span_draws(session, [pair.vectors for pair in everything])
     found: list[PairEvidence] = []
