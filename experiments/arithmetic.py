@@ -121,6 +121,32 @@ class ArithmeticData:
             drawn = torch.cat([drawn, torch.stack([first[allowed], second[allowed]], dim=1)])
         return encode(drawn[: self.batch_size, 0], drawn[: self.batch_size, 1])
 
+    def unseen(self, sums: int, steps: int, seed: int) -> TokenSet:
+        """Sums that no split holds and no batch of the first ``steps`` steps showed, in either order.
+
+        Args:
+            sums: how many.
+            steps: training steps, counted from 1.
+            seed: of the draw.
+
+        Raises:
+            ValueError: if fewer than that are left.
+        """
+        seen = self.held_out.clone()
+        known = [first_and_second(self.splits.curvature)]
+        known += [first_and_second_of(self.batch(step)) for step in range(1, steps + 1)]
+        for first, second in known:
+            seen[first, second] = True
+            seen[second, first] = True
+        pairs = torch.combinations(torch.arange(1000), with_replacement=True)
+        pairs = pairs[~seen[pairs[:, 0], pairs[:, 1]]]
+        if len(pairs) < sums:
+            raise ValueError(
+                f"training and the splits leave {len(pairs)} unseen sums, got {sums} to draw; ask for fewer"
+            )
+        drawn = _draw(pairs, sums, torch.Generator().manual_seed(seed))
+        return token_set(drawn[:, 0], drawn[:, 1])
+
     def batch_loss(self, module: nn.Module, step: int) -> Tensor:
         """Mean loss of one step's batch, all output digits weighted alike."""
         return token_loss(module, self.batch(step)).mean()
@@ -146,11 +172,7 @@ def make_data(
         raise ValueError(f"splits must hold at most 100000 sums in all, got {wanted}; ask for fewer")
     generator = torch.Generator().manual_seed(seed)
     pairs = torch.combinations(torch.arange(1000), with_replacement=True)
-    pairs = pairs[torch.randperm(len(pairs), generator=generator)[:wanted]]
-    # Either order of the operands, so that first and second are alike in distribution.
-    swap = torch.rand(wanted, generator=generator) < 0.5
-    pairs = torch.where(swap[:, None], pairs.flip(1), pairs)
-    parts = pairs.split([curvature_sums, sums, evaluate_sums])
+    parts = _draw(pairs, wanted, generator).split([curvature_sums, sums, evaluate_sums])
     held_out = torch.zeros(1000, 1000, dtype=torch.bool)
     for part in parts[1:]:
         held_out[part[:, 0], part[:, 1]] = True
@@ -159,7 +181,19 @@ def make_data(
     return ArithmeticData(Splits(*sets), held_out, seed, batch_size)
 
 
+def _draw(pairs: Int[Tensor, "P 2"], count: int, generator: torch.Generator) -> Int[Tensor, "S 2"]:
+    """Some of the pairs, either order of the operands, so that first and second are alike in distribution."""
+    pairs = pairs[torch.randperm(len(pairs), generator=generator)[:count]]
+    swap = torch.rand(count, generator=generator) < 0.5
+    return torch.where(swap[:, None], pairs.flip(1), pairs)
+
+
 def first_and_second(tokens: TokenSet) -> tuple[Tensor, Tensor]:
     """The two summands of every sequence."""
+    return first_and_second_of(tokens.inputs)
+
+
+def first_and_second_of(inputs: Int[Tensor, "S 12"]) -> tuple[Tensor, Tensor]:
+    """The two summands of encoded sums."""
     scale = torch.tensor([100, 10, 1])
-    return (tokens.inputs[:, 0:3] * scale).sum(1), (tokens.inputs[:, 4:7] * scale).sum(1)
+    return (inputs[:, 0:3] * scale).sum(1), (inputs[:, 4:7] * scale).sum(1)

@@ -103,7 +103,7 @@ def run_study(
     }
     digest = plan_digest(plan)
     write_json(out / "plan.json", {**plan, "sha256": digest})
-    exploratory = [record_opening(run, digest) for run in opened]
+    exploratory = [record_opening(run, digest, settings.unseen) for run in opened]
     for name, items in tests.items():
         typer.echo(
             f"plan {digest[:12]}: {sum(len(t.pairs) for t in items)} pairs in {len(items)} runs, basis {name}"
@@ -157,6 +157,7 @@ def _judge(
     study = {
         "schema": SCHEMA,
         "basis": basis,
+        "evaluate_sequences": [t.run.task.splits.evaluate.sequences for t in tests],
         "verdicts": rows,
         "nulls": null_rows(measured, settings),
         "calibration": [calibration(m) for m in measured],
@@ -235,14 +236,20 @@ def same_config(runs: Sequence[Run]) -> None:
         raise ValueError(f"every run of a study needs its own seed, got {seeds}; leave the repeated one out")
 
 
-def record_opening(run: Run, digest: str) -> bool:
-    """Count the opening of the evaluate split in run.json; True where another study plan came first."""
+def record_opening(run: Run, digest: str, unseen: int = 0) -> bool:
+    """Count the opening of the evaluate split in run.json; True where another study plan came first.
+
+    Splits of unseen sequences come from one permutation, so any two of them share sequences and count as
+    one split, apart from the run's own.
+    """
     path = run.directory / "run.json"
     record = json.loads(path.read_text()) if path.exists() else {}
     openings = record.get("evaluate_openings", [])
-    studies = [o["plan"] for o in openings if o.get("by") == "study"]
+    studies = [
+        o["plan"] for o in openings if o.get("by") == "study" and bool(o.get("unseen")) == bool(unseen)
+    ]
     if digest not in studies:
-        openings.append({"plan": digest, "exploratory": bool(studies), "by": "study"})
+        openings.append({"plan": digest, "exploratory": bool(studies), "by": "study", "unseen": unseen})
     write_json(path, {**record, "evaluate_openings": openings})
     return bool(studies) and studies[0] != digest
 

@@ -41,6 +41,9 @@ from polca_edit.basis import Basis, capture
 #: pairwise distances, the fastest way there.
 DENSE_TOKENS = 4000
 
+#: Unseen sequences must not follow the seed that drew the splits.
+UNSEEN_SEED = 86_028_121
+
 
 @dataclass(frozen=True)
 class RunTest:
@@ -65,12 +68,31 @@ class RunTest:
     settings: PlanSettings
 
 
+def with_unseen(run: Run, sequences: int) -> Run:
+    """The run with a new evaluate split of that many sequences; none asked for, the run as it is.
+
+    Raises:
+        ValueError: if its task cannot draw any.
+    """
+    if not sequences:
+        return run
+    if run.task.unseen is None:
+        raise ValueError(
+            f"'unseen' must be 0 for opened checkpoints and texts, got {sequences} "
+            f"for '{run.directory.path}'; run with a larger evaluate split"
+        )
+    evaluate = run.task.unseen(sequences, UNSEEN_SEED + run.config.seed)
+    splits = replace(run.task.splits, evaluate=evaluate)
+    return replace(run, task=replace(run.task, splits=splits))
+
+
 def choose_pairs(run: Run, label: str, settings: PlanSettings) -> RunTest:
     """Everything that may be decided before the evaluate split is opened.
 
     Raises:
-        ValueError: if the run has no such basis.
+        ValueError: if the run has no such basis, or cannot draw the unseen sequences asked for.
     """
+    run = with_unseen(run, settings.unseen)
     labels = [b.label for b in run.config.bases]
     if label not in labels or not run.directory.basis(label).exists():
         raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,8 @@ class Task:
         partition: skills that partition the tokens (digits), for the worst other group.
         open_checkpoints: opens the series of a run that trains nothing, where plain folders of state
             dicts are not enough (Hugging Face models); None leaves it to the run.
+        unseen: (sequences, seed) -> tokens that neither training nor a split has used; None where the task
+            cannot know (opened checkpoints) or has no more to draw (texts).
         tags: gold part-of-speech tags of the select tokens, where the text has them.
     """
 
@@ -45,6 +48,7 @@ class Task:
     data_order: dict[str, object]
     partition: tuple[str, ...] = ()
     open_checkpoints: Callable[[], Checkpoints] | None = None
+    unseen: Callable[[int, int], TokenSet] | None = None
     tags: GoldTags | None = None
 
     def objective(self, config: RunConfig) -> Objective:
@@ -104,7 +108,12 @@ def _arithmetic(config: RunConfig) -> Task:
             "batch_size": data.batch_size,
         },
         arithmetic.PLACES,
+        unseen=None if config.checkpoints else partial(_unseen, data, config.training.steps),
     )
+
+
+def _unseen(data: arithmetic.ArithmeticData, steps: int, sums: int, seed: int) -> TokenSet:
+    return data.unseen(sums, steps, seed)
 
 
 def arithmetic_shape(config: RunConfig) -> TransformerShape:

@@ -53,6 +53,8 @@ class PlanSettings:
         resamples: bootstrap resamples.
         planted: planted skills for the positive control (c10).
         optimised_draws: control spans of each family beside the optimised edit (O6); 0 leaves it out.
+        unseen: sequences of a new evaluate split, drawn from what neither training nor a split has used; 0
+            takes the run's own.
         reference: index of theta_ref.
         seed: of every random choice.
     """
@@ -74,6 +76,7 @@ class PlanSettings:
     resamples: int = 2000
     planted: int = 20
     optimised_draws: int = 9
+    unseen: int = 0
     reference: int = 0
     seed: int = 0
 

@@ -94,3 +94,24 @@ def test_evidence_comes_back_as_it_was_and_only_under_its_key(runs, tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     assert kept_evidence.kept_measurement(path, "key", test) is None
     assert kept_evidence.kept_measurement(tmp_path / "none", "key", test) is None
+
+
+def test_a_split_of_unseen_sums_is_opened_apart_from_the_runs_own(runs, tmp_path):
+    record = json.loads((runs[1] / "run.json").read_text())
+    record["evaluate_openings"] = [{"plan": "own", "exploratory": False, "by": "study"}]
+    (runs[1] / "run.json").write_text(json.dumps(record))
+    for name, expected in (("first", False), ("second", True)):
+        settings = plan_settings([*FEW, f"unseen={70 + len(name)}"])
+        run_study([runs[1]], ["trajectory"], tmp_path / name, settings)
+        study = json.loads((tmp_path / name / "study.json").read_text())
+        assert study["evaluate_sequences"] == [70 + len(name)]
+        assert study["exploratory"] == [expected]
+    openings = json.loads((runs[1] / "run.json").read_text())["evaluate_openings"]
+    assert [o.get("unseen") for o in openings] == [None, 75, 76]
+
+
+def test_a_run_that_cannot_know_what_training_saw_is_refused(runs, tmp_path):
+    config = load_config("smoke", {"checkpoints.directory": str(runs[0] / "checkpoints")})
+    opened = open_run(config, tmp_path / "opened", say=lambda _: None)
+    with pytest.raises(ValueError, match="'unseen' must be 0 for opened checkpoints and texts, got 9"):
+        causal_runs.with_unseen(opened, 9)

@@ -267,9 +267,7 @@ def test_bases_alone_with_a_fixed_rule(tmp_path):
     results = []
     said: list[str] = []
     for name, chosen in (("a", settings), ("b", replace(settings, rule="gauss3", tables=False))):
-        results.append(
-            run_reproduction("smoke", [0], None, tmp_path / name, chosen, said.append, **changes)
-        )
+        results.append(run_reproduction("smoke", [0], None, tmp_path / name, chosen, said.append, **changes))
     places = [line.rsplit(", ", 1)[1] for line in said if line.endswith("places")]
     assert places[1] == "36 places" != places[0]  # three in each of twelve intervals
     whole, alone = results
