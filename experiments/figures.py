@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.report_formats import percent, share_text
+from experiments.report_formats import brief, percent, share_text
 from experiments.report_records import ClusterView, Curves
 
 # Okabe and Ito's colours: apart also for colour-blind readers, and in grey print by their lightness.
@@ -227,7 +227,9 @@ def _curve_pair(block: Any, view: ClusterView, curves: Curves, tau: int, *, firs
         spread, (0.02, 0.02), transform=upper.get_xaxis_transform(), color=RED, linewidth=3.5, alpha=0.7
     )
     label = view.entry["label"]
-    detail = "" if label is None else f"\n{100 * view.entry['homogeneity'].get(label, 0.0):.0f} % {label}"
+    detail = (
+        "" if label is None else f"\n{100 * view.entry['homogeneity'].get(label, 0.0):.0f} % {brief(label)}"
+    )
     upper.set_title(f"{view.name}, {view.entry['tokens']} tokens{detail}", fontsize=9)
     lower.set_xlabel(f"step (start {curves.starts.mean():.0f})")
     lower.set_ylim(bottom=0)

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from experiments.figures import GREY, INK, PALE, STYLE, WIDTH, colours, new_figure
+from experiments.report_formats import brief
 from experiments.report_records import AnalysisView, ClusterView
 
 SMALLEST_SCALE = 0.1
@@ -212,7 +213,7 @@ def cluster_doses(view: ClusterView) -> DosePanel:
     row = view.at_one
     label = view.entry["label"]
     return DosePanel(
-        f"{view.name}" + (f" ({label})" if label else ""),
+        f"{view.name}" + (f" ({brief(label)})" if label else ""),
         [float(r["dose"]) for r in view.damage],
         {
             "the cluster's tokens": [r["on_target"] for r in view.damage],

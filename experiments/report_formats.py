@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 
 from markupsafe import Markup, escape
 
@@ -74,3 +75,12 @@ def highlighted(context: str) -> Markup:
         return escape(context)
     before, token, after = (escape(part) for part in found.groups())
     return before + Markup("<mark>") + token + Markup("</mark>") + after
+
+
+def brief(label: str, width: int = 32) -> str:
+    """A label for a narrow title; rules found for texts can be long.
+
+    >>> brief("10s"), brief("token is ',' and previous shape is 'piece' and distance >= 7")
+    ('10s', "token is ',' and previous ...")
+    """
+    return textwrap.shorten(label, width, placeholder=" ...")
