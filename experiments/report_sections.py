@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
+from statistics import median
 from typing import Any
 
 from experiments import figures_causal
@@ -44,6 +45,7 @@ def _causal_section(basis: str, record: Mapping[str, Any]) -> Section:
         "cluster minus the share lost elsewhere.</p>",
         _table(heads, [_verdict_cells(row) for row in rows]),
         _positive_control(record.get("planted", [])),
+        _operator_table(rows),
         _control_table(rows),
     ]
     return Section(f"Causal test, {basis} basis", "".join(body), _causal_figures(basis, rows, details))
@@ -83,6 +85,39 @@ def _positive_control(planted: Sequence[Mapping[str, Any]]) -> str:
     )
     heads = ("planted share", *(f"{share:.0%}" for share in shares), "found from", "control")
     return text + _table(heads, body)
+
+
+def _operator_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What every operator did to the cluster, pooled over runs."""
+    body = [[row["name"], *_operator_cells(row["operators"])] for row in rows if "operators" in row]
+    if not body:
+        return ""
+    text = (
+        "<p>Operators, damage to the cluster in nats per token unless said otherwise: O1 the movement "
+        "undone, O3a its breakthrough window subtracted, O3b the weights rewound along the path's middle, "
+        "O4 the share of headroom gained when the movement alone is inserted early, O6 the worst movement "
+        "of the same size that a search finds in the vectors' span, with its T beside the median T that the "
+        "same search reaches in rotated and in random spans (means over runs).</p>"
+    )
+    heads = ("pair", "O1", "O3a", "O3b", "O4", "O6", "O6: T", "rotated spans", "random spans")
+    return text + _table(heads, body)
+
+
+def _operator_cells(found: Mapping[str, Any]) -> list[str]:
+    """O1, O3a, O3b, O4, and O6 with its control spans."""
+
+    def estimate(name: str) -> str:
+        value = found.get(name)
+        return _number(value["estimate"] if isinstance(value, Mapping) else value).replace("_", " ")
+
+    cells = [estimate(name) for name in ("O1 project_out", "O3a rollback_subtract", "O3b rollback_rewind")]
+    cells.append(estimate("O4 transplant"))
+    best = found.get("O6 optimised")
+    if not isinstance(best, list):
+        return [*cells, "not run", "–", "–", "–"]
+    spans = [[v for run in best for v in run[family]] for family in ("rotated", "random")]
+    cells += [_number(sum(run[key] for run in best) / len(best)) for key in ("damage", "effect")]
+    return [*cells, *(_number(median(values)) if values else "–" for values in spans)]
 
 
 CONTROLS = ("c1", "c2", "c3", "c4", "c5", "c6", "c7", "c8", "c9", "c10")

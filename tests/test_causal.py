@@ -87,6 +87,7 @@ def test_the_report_shows_them(tested: tuple[Path, Path]) -> None:
     sections = causal_sections(RunDirectory(run))
     assert [s.title for s in sections] == ["Causal test, trajectory basis"]
     page = (run / "report.html").read_text()
+    assert ">rotated spans</th>" in page
     for row in json.loads((study / "study.json").read_text())["verdicts"]:
         assert escape(row["reason"]) in page
     for drawing in sections[0].figures:
