@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from experiments import causal_branches, causal_runs, figures_causal
 from experiments.causal_listing import control_rows, operator_rows
@@ -197,7 +198,7 @@ def plan_settings(assignments: Sequence[str] | None) -> PlanSettings:
     """Plan settings with ``KEY=VALUE`` overrides.
 
     Raises:
-        ValueError: for an unknown key.
+        ValueError: for an unknown key, or a value of the wrong kind or below zero.
     """
     settings = PlanSettings()
     known = {f.name for f in fields(PlanSettings)} - {"thresholds"}
@@ -214,6 +215,23 @@ def plan_settings(assignments: Sequence[str] | None) -> PlanSettings:
             raise ValueError(
                 f"--set needs KEY=VALUE with one of {sorted(known)} or thresholds.*, got '{assignment}'"
             )
+    return _checked(settings)
+
+
+def _checked(settings: PlanSettings) -> PlanSettings:
+    try:
+        settings = TypeAdapter(PlanSettings).validate_python(asdict(settings))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        rule = first["msg"].removeprefix("Input should be ")
+        raise ValueError(
+            f"plan setting '{name}' must be {rule}, got {first['input']!r}; correct it"
+        ) from error
+    for name, value in asdict(settings).items():
+        least = 1 if name in ("pairs", "draws", "resamples") else 0
+        if isinstance(value, int) and value < least:
+            raise ValueError(f"plan setting '{name}' must be at least {least}, got {value}; raise it")
     return settings
 
 

@@ -243,3 +243,18 @@ def test_unknown_settings_are_refused() -> None:
 
 def test_an_empty_study_says_so() -> None:
     assert "no pair could be chosen" in verdict_table([])
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ("draws=abc", "plan setting 'draws' must be a valid integer"),
+        ("draws=0", "plan setting 'draws' must be at least 1, got 0"),
+        ("unseen=-4", "plan setting 'unseen' must be at least 0, got -4"),
+        ("doses=[a]", "plan setting 'doses.0' must be a valid number"),
+        ("thresholds.level=x", "plan setting 'thresholds.level' must be a valid number"),
+    ],
+)
+def test_a_plan_of_wrong_values_is_refused_before_anything_is_written(given, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        plan_settings([given])
