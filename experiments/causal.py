@@ -7,7 +7,7 @@ import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,7 +28,7 @@ from interventions.evidence import PairEvidence, combine
 from interventions.nulls import leave_one_out
 from interventions.protocol import PlanSettings, plan_digest, settings_as_plan
 from interventions.statistics import Bits, Draws, benjamini_hochberg, holm
-from interventions.verdict import Thresholds, Verdict, VerdictInputs, decide
+from interventions.verdict import Verdict, VerdictInputs, decide
 from polca_edit.artifacts import hardware, key_of, peak_rss_bytes, versions
 from polca_edit.checkpoints import write_atomically, write_json
 
@@ -200,27 +200,20 @@ def plan_settings(assignments: Sequence[str] | None) -> PlanSettings:
     Raises:
         ValueError: for an unknown key, or a value of the wrong kind or below zero.
     """
-    settings = PlanSettings()
-    known = {f.name for f in fields(PlanSettings)} - {"thresholds"}
-    limits = {f.name for f in fields(Thresholds)}
+    values = asdict(PlanSettings())
+    known = set(values) - {"thresholds"}
     for assignment in assignments or []:
         key, equals, text = assignment.partition("=")
-        value = yaml.safe_load(text)
         if equals and key in known:
-            changed: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value}
-            settings = replace(settings, **changed)
-        elif equals and key.startswith("thresholds.") and key[11:] in limits:
-            settings = replace(settings, thresholds=replace(settings.thresholds, **{key[11:]: value}))
+            values[key] = yaml.safe_load(text)
+        elif equals and key.startswith("thresholds.") and key[11:] in values["thresholds"]:
+            values["thresholds"][key[11:]] = yaml.safe_load(text)
         else:
             raise ValueError(
                 f"--set needs KEY=VALUE with one of {sorted(known)} or thresholds.*, got '{assignment}'"
             )
-    return _checked(settings)
-
-
-def _checked(settings: PlanSettings) -> PlanSettings:
     try:
-        settings = TypeAdapter(PlanSettings).validate_python(asdict(settings))
+        settings = TypeAdapter(PlanSettings).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
