@@ -24,6 +24,7 @@ from experiments.pipeline import Run, load_run
 from experiments.report import write_report
 from experiments.report_sections import extra_sections
 from experiments.summary import write_summary
+from interventions.controls import ROOM
 from interventions.evidence import PairEvidence, combine
 from interventions.nulls import leave_one_out
 from interventions.protocol import PlanSettings, plan_digest, settings_as_plan
@@ -34,8 +35,8 @@ from polca_edit.checkpoints import write_atomically, write_json
 
 SCHEMA = "polca-edit/study/1"
 
-#: A single vector can only be rotated in a span of four dimensions more (control c3).
-LEAST_VECTORS = 5
+#: Vectors a basis needs, so that a single one can be rotated inside it.
+LEAST_VECTORS = 1 + ROOM
 
 
 def causal_test(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -108,12 +107,10 @@ def _arithmetic(config: RunConfig) -> Task:
             "batch_size": data.batch_size,
         },
         arithmetic.PLACES,
-        unseen=None if config.checkpoints else partial(_unseen, data, config.training.steps),
+        unseen=None
+        if config.checkpoints
+        else lambda sums, seed: data.unseen(sums, config.training.steps, seed),
     )
-
-
-def _unseen(data: arithmetic.ArithmeticData, steps: int, sums: int, seed: int) -> TokenSet:
-    return data.unseen(sums, steps, seed)
 
 
 def arithmetic_shape(config: RunConfig) -> TransformerShape:

@@ -65,15 +65,20 @@ def same_spectrum(
     return from_delta(edit.base, torch.cat(pieces), "same_spectrum")
 
 
+#: Dimensions that a span needs beyond its rank for a rotation inside it to be a control (c3).
+ROOM = 4
+
+
 def random_frame(count: int, rank: int, generator: torch.Generator) -> Float[Tensor, "r K"]:
     """Orthonormal rows of coefficients: a uniformly random ``rank``-dimensional part of a span.
 
     Raises:
-        ValueError: if the span leaves no room to rotate in (K >= rank + 4 is asked for).
+        ValueError: if the span leaves no room to rotate in (K >= rank + ROOM is asked for).
     """
-    if count < rank + 4:
+    least = rank + ROOM
+    if count < least:
         raise ValueError(
-            f"rotations of {rank} vectors need a span of at least {rank + 4}, got {count}; use more vectors"
+            f"rotations of {rank} vectors need a span of at least {least}, got {count}; use more vectors"
         )
     return orthonormalise(torch.randn(rank, count, generator=generator, dtype=torch.float64))
 

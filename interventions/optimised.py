@@ -94,13 +94,13 @@ def optimise(
         for step in range(steps + 1):
             theta = bench.theta + z.to(rows) @ rows
             loss = bench.loss(theta)
-            hurt = float(loss[outside].mean()) > base
-            value = float(loss[inside].mean()) - off_weight * max(0.0, float(loss[outside].mean()) - base)
+            harm = float(loss[outside].mean()) - base
+            value = float(loss[inside].mean()) - off_weight * max(0.0, harm)
             if value > best:
                 best, chosen = value, z
             if step == steps:
                 break
-            gradient = _gradient(bench, theta, rows, inside, outside, off_weight * hurt)
+            gradient = _gradient(bench, theta, rows, inside, outside, off_weight * (harm > 0))
             if float(gradient.norm()) == 0:
                 break
             z = z + radius * (1 - step / steps) * gradient / gradient.norm()
@@ -141,7 +141,7 @@ def optimised_effect(session: Session, pair: Pair, *, draws: int, seed: int = 0)
 
     edit, change, effect = measured(session.rows(pair.vectors))
     rotated: list[float] = []
-    if len(basis) >= rank + 4:
+    if len(basis) >= rank + controls.ROOM:
         for _ in range(draws):
             frame = controls.random_frame(len(basis), rank, generator).to(basis)
             rotated.append(measured(frame @ basis)[2])

@@ -89,9 +89,7 @@ def cluster_trajectories(
     count = projected_loss.shape[2]
     for vector in range(projected_loss.shape[1]):
         paths = projected_loss[:, vector].T
-        rise = rise_of(paths)
-        kept = not settings.drop_rising_vectors or float(rise.double().mean()) <= 0
-        dropped = rise > 0 if settings.drop_rising_tokens else torch.zeros(count, dtype=torch.bool)
+        kept, dropped = rising_filter(paths, settings)
         labels = torch.full((count,), OUTLIER)
         if kept:
             chosen = (~dropped).nonzero()[:, 0]
@@ -105,9 +103,15 @@ def cluster_trajectories(
     return result
 
 
-def rise_of(paths: Float[Tensor, "m T"]) -> Float[Tensor, " m"]:
-    """Last value less first one: a projected loss begins at zero, an exact loss does not."""
-    return paths[:, -1] - paths[:, 0]
+def rising_filter(paths: Float[Tensor, "m T"], settings: ClusterSettings) -> tuple[bool, Bool[Tensor, " m"]]:
+    """The paper's filters: whether the vector is kept, and which of its tokens are dropped.
+
+    Judged by the last value less the first one: a projected loss begins at zero, an exact loss does not.
+    """
+    rise = paths[:, -1] - paths[:, 0]
+    kept = not settings.drop_rising_vectors or float(rise.double().mean()) <= 0
+    dropped = rise > 0 if settings.drop_rising_tokens else torch.zeros(len(paths), dtype=torch.bool)
+    return kept, dropped
 
 
 def shaped(paths: Float[Tensor, "m T"], scaled: bool) -> Float[Tensor, "m T"]:

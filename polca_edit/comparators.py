@@ -23,7 +23,7 @@ from sklearn.mixture import GaussianMixture
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
-from polca_edit.clusters import OUTLIER, ClusterSettings, VectorClusters, rise_of, shaped
+from polca_edit.clusters import OUTLIER, ClusterSettings, VectorClusters, rising_filter, shaped
 
 Method = Literal["hdbscan", "kmeans", "gaussian_mixture", "agglomerative", "spectral"]
 METHODS: tuple[Method, ...] = ("hdbscan", "kmeans", "gaussian_mixture", "agglomerative", "spectral")
@@ -138,9 +138,8 @@ def cluster_both(
     result = []
     for vector in range(select.shape[1]):
         paths = [split[:, vector].T for split in (select, evaluate)]
-        rises = [rise_of(p) for p in paths]
-        kept = not settings.drop_rising_vectors or float(rises[0].double().mean()) <= 0
-        dropped = [r > 0 if settings.drop_rising_tokens else torch.zeros(len(r)).bool() for r in rises]
+        filters = [rising_filter(p, settings) for p in paths]
+        kept, dropped = filters[0][0], [gone for _, gone in filters]
         labels = [torch.full((len(p),), OUTLIER) for p in paths]
         if kept:
             inputs = [shaped(p[~d], settings.scaled) for p, d in zip(paths, dropped, strict=True)]

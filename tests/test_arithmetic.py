@@ -19,6 +19,7 @@ from experiments.arithmetic import (
     carries,
     encode,
     first_and_second,
+    first_and_second_of,
     make_data,
     token_loss,
     token_set,
@@ -186,15 +187,10 @@ def test_unseen_sums_are_in_no_split_and_no_training_batch_in_either_order():
     assert len(mine) == unseen.sequences == 300
     splits = data.splits
     used = [unordered(*first_and_second(s)) for s in (splits.curvature, splits.select, splits.evaluate)]
-    used += [unordered(*first_and_second(token_set_of(data.batch(step)))) for step in range(1, steps + 1)]
+    used += [unordered(*first_and_second_of(data.batch(step))) for step in range(1, steps + 1)]
     assert not mine & set.union(*used)
     # 240,000 drawn sums show over a third of all: without looking, a hundred would have been seen.
     assert len(set.union(*used)) > 150_000
     assert torch.equal(data.unseen(300, steps, seed=1).inputs, unseen.inputs)
     with pytest.raises(ValueError, match="unseen sums, got 500000 to draw"):
         data.unseen(500_000, steps, seed=1)
-
-
-def token_set_of(inputs: torch.Tensor):
-    scale = torch.tensor([100, 10, 1])
-    return token_set((inputs[:, 0:3] * scale).sum(1), (inputs[:, 4:7] * scale).sum(1))
