@@ -101,6 +101,12 @@ def choose_pairs(run: Run, label: str, settings: PlanSettings) -> RunTest:
     basis = load_record(Basis, run.directory.basis(label))
     projections = load_record(Projections, run.directory.projections(label))
     select, evaluate = run.task.splits.select, run.task.splits.evaluate
+    documents = len(evaluate.documents.unique())
+    if settings.ranked > documents:
+        raise ValueError(
+            f"plan setting 'ranked' must be at most the {documents} documents of the evaluate split of "
+            f"'{run.directory.path}', got {settings.ranked}; lower it or raise 'unseen'"
+        )
     own = replace(
         settings, seed=settings.seed + 1000 * run.config.seed, reference=run.config.damage.reference
     )
@@ -184,7 +190,7 @@ def measure_run(test: RunTest) -> RunMeasurement:
     span, gate = span_gate(session)
     everything = (*test.pairs, *test.nulls)
     vectors = sorted({v for pair in everything for v in pair.vectors})
-    allocated = attributed_losses(session, vectors, session.subject.evaluate) if vectors else np.zeros((0, 0))
+    allocated = attributed_losses(session, vectors, session.ranked.tokens) if vectors else np.zeros((0, 0))
     banks: dict[tuple[int, ...], ControlBank] = {}
     shared = open_span_draws(session, [pair.vectors for pair in everything])
     found: list[PairEvidence] = []
@@ -222,7 +228,8 @@ def with_other_seeds(tests: Sequence[RunTest], measured: Sequence[RunMeasurement
         pairs = []
         for pair, evidence in zip(test.pairs, one.pairs, strict=True):
             effects, aligned = [], 0
-            edit, bench = one.session.undo(pair.vectors), one.session.evaluate
+            edit, bench = one.session.undo(pair.vectors), one.session.ranked
+            target = one.session.on_ranked(pair.evaluate)
             for other, foreign in enumerate(tests):
                 if other == number:
                     continue
@@ -233,7 +240,7 @@ def with_other_seeds(tests: Sequence[RunTest], measured: Sequence[RunMeasurement
                 if move is None:
                     aligned += 1
                     continue
-                effects.append(float(effect_draws(bench, bench.change(move), pair.evaluate).estimate))
+                effects.append(float(effect_draws(bench, bench.change(move), target).estimate))
             extras = {**evidence.extras, "other_seed_effects": effects, "other_seeds_aligned": aligned}
             pairs.append(replace(evidence, extras=extras))
         result.append(replace(one, pairs=tuple(pairs)))
@@ -262,7 +269,8 @@ def span_gate(session: Session) -> tuple[dict[str, float], Outcome]:
 
 def localise_pair(test: RunTest, session: Session, pair: Pair) -> dict[str, Any]:
     """Maps by layer and kind and by head, and activation patching where the model has hooks."""
-    bench, edit, members = session.evaluate, session.undo(pair.vectors), pair.evaluate.members
+    bench, edit = session.ranked, session.undo(pair.vectors)
+    members = session.on_ranked(pair.evaluate).members
     space = test.run.task.space
     found = localise.localise(bench, edit, members, localise.components(space))
     result: dict[str, Any] = {

@@ -281,7 +281,7 @@ def measure_world(world: World, settings: PlanSettings) -> tuple[Session, list[P
         if pair.vectors not in banks:
             shared = [p.evaluate for p in world.pairs if p.vectors == pair.vectors]
             banks[pair.vectors] = fill_bank(session, pair.vectors, shared)
-        attributed = attributed_losses(session, pair.vectors, world.subject.evaluate)
+        attributed = attributed_losses(session, pair.vectors, session.ranked.tokens)
         found.append(measure_pair(session, pair, banks[pair.vectors], attributed, by_rank[rank]))
     return session, mark_crossovers(session, world.pairs, found)
 

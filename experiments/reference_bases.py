@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interventions import nulls
+from interventions.nulls import Choice, Chooser
 from interventions.protocol import Session
 from interventions.statistics import Array
 from interventions.verdict import Outcome
@@ -39,10 +40,10 @@ def reference_maxima(test: RunTest, session: Session) -> dict[str, Array]:
     generator = torch.Generator().manual_seed(settings.seed + 17)
     found = {
         "rotation": nulls.rotation_maxima(
-            session.evaluate,
+            session.ranked,
             test.basis.rows,
             test.projections,
-            test.choose,
+            ranked_choice(test, session),
             draws=settings.rotations,
             generator=generator,
         )
@@ -54,6 +55,15 @@ def reference_maxima(test: RunTest, session: Session) -> dict[str, Array]:
             test, "shuffled_hessian", settings.shuffled_bases, lambda: shuffled_family(test, session)
         )
     return found
+
+
+def ranked_choice(test: RunTest, session: Session) -> Chooser:
+    """The run's pipeline, its targets cut to the tokens on which effects are ranked."""
+
+    def choose(projections: Projections) -> list[Choice]:
+        return [replace(c, evaluate=session.on_ranked(c.evaluate)) for c in test.choose(projections)]
+
+    return choose
 
 
 def family_gates(families: Sequence[str]) -> dict[str, Outcome]:
@@ -79,6 +89,7 @@ def _kept(test: RunTest, family: str, draws: int, measure: Callable[[], Array]) 
             settings.reference,
             settings.thresholds.rule_auc,
             settings.reference_intervals,
+            settings.ranked,
         ],
         [split.fingerprint() for split in (splits.curvature, splits.select, splits.evaluate)],
     )
@@ -102,7 +113,7 @@ def random_family(test: RunTest, session: Session) -> Array:
     """Largest T of random orthonormal bases of all weight space; several share each pass."""
     count, wanted = len(test.basis), test.settings.random_bases
     generator = torch.Generator().manual_seed(test.settings.seed + 19)
-    size = test.run.task.space.size
+    size, choose = test.run.task.space.size, ranked_choice(test, session)
     found: list[float] = []
     while len(found) < wanted:
         together = min(max(1, HELD_BYTES // (4 * size * count)), wanted - len(found))
@@ -110,7 +121,7 @@ def random_family(test: RunTest, session: Session) -> Array:
         joint = measured_rows(test, session, torch.cat(draws))
         for number, own in enumerate(draws):
             lines = torch.eye(len(draws) * count, dtype=torch.float64)[number * count : (number + 1) * count]
-            found.append(nulls.largest_effect(session.evaluate, own, test.choose(mixed(joint, lines))))
+            found.append(nulls.largest_effect(session.ranked, own, choose(mixed(joint, lines))))
     return np.array(found)
 
 
@@ -140,13 +151,13 @@ def shuffled_family(test: RunTest, session: Session) -> Array:
         inside = (vectors @ joint.T).double()
         hessians.append(inside.T @ (eigenvalues[:, None] * inside))
     projections = measured_rows(test, session, joint)
-    per = -(-count // taken)
+    per, choose = -(-count // taken), ranked_choice(test, session)
     found = []
     for _ in range(test.settings.shuffled_bases):
         order = torch.randperm(taken, generator=generator).tolist()
         lines = algorithm_one([hessians[i] for i in order], per)[:count]
         rows = lines.to(joint) @ joint
-        found.append(nulls.largest_effect(session.evaluate, rows, test.choose(mixed(projections, lines))))
+        found.append(nulls.largest_effect(session.ranked, rows, choose(mixed(projections, lines))))
     return np.array(found)
 
 

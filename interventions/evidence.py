@@ -83,6 +83,28 @@ class Bench:
         """(M,) loss that an edit of theta_ref takes away (sufficiency)."""
         return self.reference_loss - self.loss(edit.apply(self.reference))
 
+    def first(self, units: int, *, resamples: int, seed: int) -> Bench:
+        """The bench of the first ``units`` documents, resampled among themselves.
+
+        Raises:
+            ValueError: if there are fewer.
+        """
+        if units > self.units:
+            raise ValueError(
+                f"a part of a split must be at most its {self.units} documents, got {units}; ask for fewer"
+            )
+        tokens = self.documents < units
+        return Bench(
+            self.objective,
+            self.tokens.select(torch.from_numpy(np.unique(self.tokens.sequence_of.numpy()[tokens]))),
+            self.theta,
+            self.reference,
+            self.before[tokens],
+            self.reference_loss[tokens],
+            self.documents[tokens],
+            resampling_weights(units, resamples, np.random.default_rng(seed)),
+        )
+
     def resampled(
         self, columns: Mapping[str, tuple[Array, Bits]], statistic: Callable[[Mapping[str, Array]], Array]
     ) -> Draws:

@@ -53,6 +53,10 @@ class Target:
         """U: every token outside C. Tokens in C and another group are not in it."""
         return np.asarray(~self.members)
 
+    def among(self, tokens: Bits) -> Target:
+        """The same target where only the tokens of a mask (M,) are looked at."""
+        return Target(self.members[tokens], {name: mask[tokens] for name, mask in self.others.items()})
+
     def apart(self) -> dict[str, Bits]:
         """The other groups without tokens that are in C too; empty ones are left out."""
         cut = {name: mask & ~self.members for name, mask in self.others.items()}

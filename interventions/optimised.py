@@ -134,10 +134,12 @@ def optimised_effect(session: Session, pair: Pair, *, draws: int, seed: int = 0)
     basis, rank = session.subject.rows, len(pair.vectors)
     generator = torch.Generator().manual_seed(seed * 32_452_843 + pair.vectors[0])
 
+    bench, target = session.ranked, session.on_ranked(pair.evaluate)
+
     def measured(rows: Tensor) -> tuple[Edit, Array, float]:
         edit = optimise(session.select, pair.select, rows, radius)
-        change = session.evaluate.change(edit)
-        return edit, change, float(measures.selectivity(change, session.evaluate.headroom, pair.evaluate))
+        change = bench.change(edit)
+        return edit, change, float(measures.selectivity(change, bench.headroom, target))
 
     edit, change, effect = measured(session.rows(pair.vectors))
     rotated: list[float] = []
@@ -151,7 +153,7 @@ def optimised_effect(session: Session, pair: Pair, *, draws: int, seed: int = 0)
         rank=rank,
         radius=radius,
         norm=edit.norm,
-        damage=float(change[pair.evaluate.members].mean()),
+        damage=float(change[target.members].mean()),
         effect=effect,
         rotated=tuple(rotated),
         random=tuple(random),

@@ -76,7 +76,7 @@ def planted_draws(session: Session, *, draws: int = 59) -> PlantedDraws | None:
         session: the open run.
         draws: rotations inside the span with the planted coordinate added.
     """
-    settings, bench = session.settings, session.evaluate
+    settings, bench = session.settings, session.ranked
     rng = np.random.default_rng(settings.seed + 23)
     generator = torch.Generator().manual_seed(settings.seed + 29)
     rows = session.subject.rows
@@ -107,7 +107,7 @@ def _planted(
     session: Session, members: Bits, moves: Array, along: Array, share: float
 ) -> tuple[float, Array]:
     """T of one planted skill, and of each rotation."""
-    bench, target = session.evaluate, Target(members)
+    bench, target = session.ranked, Target(members)
     # Tokens differ in how much of the planted skill they use, so that the assay meets noise.
     noise = np.random.default_rng(int(members.sum())).lognormal(-0.125, 0.5, size=len(bench.before))
     planted = share * float(bench.headroom[members].mean()) * noise * members

@@ -55,6 +55,9 @@ class PlanSettings:
         optimised_draws: control spans of each family beside the optimised edit (O6); 0 leaves it out.
         unseen: sequences of a new evaluate split, drawn from what neither training nor a split has used; 0
             takes the run's own.
+        ranked: sequences (documents) of the evaluate split, the first ones, on which T, A_C and Q_C are
+            measured with everything they are ranked against; 0 takes all. Damage, doses, windows and
+            off-target groups, where power is needed, are always measured on the whole split.
         reference: index of theta_ref.
         seed: of every random choice.
     """
@@ -77,6 +80,7 @@ class PlanSettings:
     planted: int = 20
     optimised_draws: int = 9
     unseen: int = 0
+    ranked: int = 0
     reference: int = 0
     seed: int = 0
 
@@ -149,6 +153,7 @@ class Session:
         settings: the plan.
         evaluate: bench on the evaluate split.
         select: bench on the select split.
+        ranked: bench on the part of the evaluate split where effects are ranked against controls.
         path: (T, K) coordinates of every checkpoint along the basis, from theta_ref.
     """
 
@@ -156,6 +161,7 @@ class Session:
     settings: PlanSettings
     evaluate: Bench
     select: Bench
+    ranked: Bench
     path: NDArray[np.float64]
 
     @property
@@ -171,6 +177,10 @@ class Session:
     def rows(self, vectors: Sequence[int]) -> Tensor:
         """Chosen basis rows."""
         return self.subject.rows[list(vectors)]
+
+    def on_ranked(self, target: Target) -> Target:
+        """A target of the evaluate split, on the part where effects are ranked."""
+        return target.among(self.evaluate.documents < self.ranked.units)
 
     def undo(self, vectors: Sequence[int], dose: float = 1.0) -> Edit:
         """O1 (dose 1) or O2 along basis vectors."""
@@ -189,27 +199,13 @@ def open_session(subject: Subject, settings: PlanSettings) -> Session:
             for i in range(settings.reference, len(series))
         ]
     )
-    return Session(
-        subject,
-        settings,
-        open_bench(
-            subject.objective,
-            theta,
-            reference,
-            subject.evaluate,
-            resamples=settings.resamples,
-            seed=settings.seed,
-        ),
-        open_bench(
-            subject.objective,
-            theta,
-            reference,
-            subject.select,
-            resamples=settings.resamples,
-            seed=settings.seed,
-        ),
-        path,
+    chance = {"resamples": settings.resamples, "seed": settings.seed}
+    evaluate, select = (
+        open_bench(subject.objective, theta, reference, tokens, **chance)
+        for tokens in (subject.evaluate, subject.select)
     )
+    ranked = evaluate.first(settings.ranked, **chance) if settings.ranked else evaluate
+    return Session(subject, settings, evaluate, select, ranked, path)
 
 
 def attributed_losses(session: Session, vectors: Sequence[int], tokens: TokenSet) -> NDArray[np.float64]:
@@ -272,7 +268,7 @@ class ControlBank:
 def open_span_draws(session: Session, sets: Sequence[tuple[int, ...]]) -> SpanDraws:
     """Random directions of the span for the controls of these vector sets."""
     sizes = curve_sizes([session.undo(vectors).norm for vectors in sets])
-    return SpanDraws(session.evaluate, session.subject.rows, sizes, session.settings.seed * 7919 + 31)
+    return SpanDraws(session.ranked, session.subject.rows, sizes, session.settings.seed * 7919 + 31)
 
 
 def fill_bank(
@@ -295,7 +291,8 @@ def fill_bank(
         span: draws shared with other vector sets.
         reported: draw c1 and c2 too, which no clause of the rule reads.
     """
-    settings, bench = session.settings, session.evaluate
+    settings, bench = session.settings, session.ranked
+    targets = [session.on_ranked(target) for target in targets]
     edit = session.undo(vectors)
     size = edit.norm
     change = bench.change(edit)
@@ -319,7 +316,7 @@ def fill_bank(
 
 def _random_edits(session: Session, edit: Edit, vectors: Sequence[int]) -> dict[str, NDArray[np.float64]]:
     """c1 and c2: half as many draws as of c3, a tenth of c2's stronger form."""
-    settings, bench, theta = session.settings, session.evaluate, session.theta
+    settings, bench, theta = session.settings, session.ranked, session.theta
     generator = torch.Generator().manual_seed(settings.seed * 7919 + 31 * sum(vectors) + len(vectors))
     space, size = session.subject.objective.space, edit.norm
     few = max(1, settings.draws // 2)
@@ -337,7 +334,7 @@ def _random_edits(session: Session, edit: Edit, vectors: Sequence[int]) -> dict[
 
 def ladder(session: Session, pair: Pair, bank: ControlBank, change: Array) -> dict[str, Array]:
     """T of every draw of c1-c5 for one pair."""
-    room, target = session.evaluate.headroom, pair.evaluate
+    room, target = session.ranked.headroom, session.on_ranked(pair.evaluate)
     matched = np.stack([controls.matched_damage(curve, float(change.mean()))[0] for curve in bank.curve])
 
     def effects(table: NDArray[np.float64]) -> Array:
@@ -349,7 +346,7 @@ def ladder(session: Session, pair: Pair, bank: ControlBank, change: Array) -> di
         "c3a": effects(bank.sized),
         "c3b": effects(bank.own),
         "c4": effects(matched),
-        "c5": effects(np.stack([session.evaluate.change(edit) for _, edit in others])),
+        "c5": effects(np.stack([session.ranked.change(edit) for _, edit in others])),
     }
 
 
@@ -360,7 +357,7 @@ def gradient_controls(session: Session, pair: Pair, observed: float) -> Array | 
     split), half are sets with a rule over input features (the counterpart follows the rule). None where
     no set has a gradient (an exact minimum).
     """
-    settings, select, bench = session.settings, session.select, session.evaluate
+    settings, select, bench = session.settings, session.select, session.ranked
     generator = np.random.default_rng(settings.seed * 104_729 + pair.vectors[0])
     size = int(pair.select.members.sum())
     share = size / select.tokens.count
@@ -400,12 +397,12 @@ def sufficiency(session: Session, pair: Pair, *, reported: bool = True) -> tuple
     Drawing stops once one family has been reached often enough. The transplants decide a grade
     alone, so none is drawn where nothing is ``reported``.
     """
-    bench, settings = session.evaluate, session.settings
-    rows = session.rows(pair.vectors)
+    bench, settings = session.ranked, session.settings
+    rows, members = session.rows(pair.vectors), session.on_ranked(pair.evaluate).members
     edit = edits.transplant(session.reference, session.theta, rows)
-    share = share_draws(bench, bench.gain(edit), pair.evaluate.members)
+    share = share_draws(bench, bench.gain(edit), members)
     generator = torch.Generator().manual_seed(settings.seed * 15_485_863 + pair.vectors[0])
-    room = float(bench.headroom[pair.evaluate.members].mean())
+    room = float(bench.headroom[members].mean())
     if not reported:
         return share, {}
     nulls: dict[str, list[float]] = {"c1": [], "c2": [], "c3": []}
@@ -417,7 +414,7 @@ def sufficiency(session: Session, pair: Pair, *, reported: bool = True) -> tuple
             "c3": controls.in_span(session.reference, session.subject.rows, edit.norm, generator),
         }
         for family, other in drawn.items():
-            gain = float(bench.gain(other)[pair.evaluate.members].mean())
+            gain = float(bench.gain(other)[members].mean())
             nulls[family].append(min(gain, room) / room if room > 0 else float("nan"))
         reached = max(sum(v >= share.estimate for v in values) for values in nulls.values())
         if number + 1 >= settings.least_draws and reached >= settings.stop_after:
@@ -467,7 +464,7 @@ def measure_pair(
         session: the open run.
         pair: the hypothesis.
         bank: random edits for its vectors.
-        attributed: (k, M) loss allocated to each of its vectors on the evaluate split.
+        attributed: (k, M) loss allocated to each of its vectors on the ranked part of the evaluate split.
         reference: family -> largest T per reference basis (c7).
         reported: measure what only a report or a grade reads too; declared nulls go without.
     """
@@ -475,8 +472,10 @@ def measure_pair(
     edit = session.undo(pair.vectors)
     change = bench.change(edit)
     damage = bench.mean(change, target.members)
-    effect = effect_draws(bench, change, target)
-    ladder_draws = ladder(session, pair, bank, change)
+    ranked, ranked_target = session.ranked, session.on_ranked(target)
+    ranked_change = change[bench.documents < ranked.units]
+    effect = effect_draws(ranked, ranked_change, ranked_target)
+    ladder_draws = ladder(session, pair, bank, ranked_change)
     gates = operator_gates(session, pair.vectors)
     not_applicable = list(pair.not_applicable)
     if "c6" not in not_applicable:
@@ -496,7 +495,7 @@ def measure_pair(
         share=share_draws(bench, change, target.members),
         raw_share=float(change[target.members].mean() / bench.headroom[target.members].mean()),
         effect=effect,
-        attributed=bench.mean(a, target.members),
+        attributed=ranked.mean(a, ranked_target.members),
         sufficiency=shares,
         sufficiency_null=nulls,
         window=window,
@@ -514,7 +513,10 @@ def measure_pair(
         decay_share=decay_share(session, pair),
         not_applicable=tuple(not_applicable),
         supervised=pair.supervised,
-        extras=extra_numbers(session, pair, edit, change, a),
+        extras={
+            **extra_numbers(session, ranked_target.members, edit, ranked_change, a),
+            "damage": asdict(measures.describe(change[target.members])),
+        },
     )
 
 
@@ -578,10 +580,10 @@ def decay_share(session: Session, pair: Pair) -> float | None:
 
 
 def extra_numbers(
-    session: Session, pair: Pair, edit: Edit, change: Array, attributed: Array
+    session: Session, members: Bits, edit: Edit, change: Array, attributed: Array
 ) -> dict[str, object]:
     """Numbers for the report that no clause uses: detectors, calibration, label shuffle, norms."""
-    bench, members = session.evaluate, pair.evaluate.members
+    bench = session.ranked
     generator = np.random.default_rng(session.settings.seed)
     confounders = np.stack([bench.before, bench.tokens.position_of.double().numpy()], axis=1)
     slope, fit = measures.calibration(change, attributed)
@@ -604,7 +606,6 @@ def extra_numbers(
         else float(measures.selectivity(change, bench.headroom, rest)),
         "edit_norm": edit.norm,
         "edit_over_movement": edit.norm / float((session.theta - session.reference).double().norm()),
-        "damage": asdict(measures.describe(change[members])),
     }
 
 
