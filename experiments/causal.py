@@ -18,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from experiments import causal_branches, causal_runs, figures_causal
 from experiments.causal_listing import control_rows, operator_rows
+from experiments.causal_matching import largest_overlap, match_pairs
 from experiments.causal_runs import RunMeasurement, RunTest
 from experiments.kept_evidence import keep_measurement, kept_measurement
 from experiments.pipeline import Run, load_run
@@ -91,7 +92,12 @@ def run_study(
     opened = [load_run(path, lambda _: None) for path in runs]
     same_config(opened)
     names = list(dict.fromkeys(bases))
-    tests = {name: [causal_runs.choose_pairs(run, name, settings) for run in opened] for name in names}
+    tests = {
+        name: match_pairs(
+            [causal_runs.choose_pairs(run, name, settings) for run in opened], settings.match_overlap
+        )
+        for name in names
+    }
     for name, items in tests.items():
         small = min(len(item.basis) for item in items)
         if small < LEAST_VECTORS:
@@ -166,6 +172,7 @@ def _judge(
         "span": [m.span for m in measured],
         "planted": planted,
         "labels": label_rows(tests, measured, labels),
+        "largest_rule_overlap": largest_overlap(tests),
         "runs": [str(t.run.directory.path.name) for t in tests],
         "seeds": seeds,
         "seconds": time.perf_counter() - started,

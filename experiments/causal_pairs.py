@@ -87,7 +87,7 @@ def cluster_chooser(select: TokenSet, evaluate: TokenSet, settings: ChoiceSettin
                 continue
             name = skill_name(there, evaluate, rule.description)
             choice = Choice(
-                vector, name, Target(members), Target(there), float(rule.auc), mass * float(rule.auc)
+                vector, name, Target(members), Target(there), float(rule.auc), mass * float(rule.auc), rule
             )
             if name not in chosen or chosen[name].score < choice.score:
                 chosen[name] = choice
@@ -124,6 +124,7 @@ def as_pairs(
                 partners(choice, projections),
                 breakthrough_window(choice, projections, delta),
                 supervised=supervised,
+                rule=choice.rule,
             )
         )
     return pairs

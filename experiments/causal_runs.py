@@ -136,6 +136,7 @@ def pair_plan(test: RunTest) -> dict[str, Any]:
             "name": pair.name,
             "vectors": list(pair.vectors),
             "rule_auc": pair.rule_auc,
+            "rule": None if pair.rule is None else pair.rule.description,
             "tokens": int(pair.evaluate.members.sum()),
             "partners": list(pair.partners),
             "window": None if pair.window is None else list(pair.window),

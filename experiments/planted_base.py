@@ -242,23 +242,22 @@ def projections_of(subject: Subject, rows: Tensor) -> Projections:
 
 def references(world: World, session: Session, rank: int) -> dict[str, Array]:
     """c7: rotated and random bases for single vectors, random parts of the span for joint sets."""
-    settings, rows = session.settings, world.subject.rows
+    settings, rows, bench = session.settings, world.subject.rows, session.ranked
+    there = {name: session.on_ranked(Target(mask)).members for name, mask in world.evaluate.items()}
     generator = torch.Generator().manual_seed(settings.seed + 17)
     if rank > 1:
-        targets = [Target(mask) for mask in world.evaluate.values()]
+        targets = [Target(mask) for mask in there.values()]
         draws = settings.rotations
-        found = nulls.subspace_effects(
-            session.evaluate, rows, rank, targets, draws=draws, generator=generator
-        )
+        found = nulls.subspace_effects(bench, rows, rank, targets, draws=draws, generator=generator)
         return {"rotation": found}
-    choose = nulls.labelled_choice(world.select, world.evaluate, settings.pairs)
+    choose = nulls.labelled_choice(world.select, there, settings.pairs)
     own = projections_of(world.subject, rows)
     return {
         "rotation": nulls.rotation_maxima(
-            session.evaluate, rows, own, choose, draws=settings.rotations, generator=generator
+            bench, rows, own, choose, draws=settings.rotations, generator=generator
         ),
         "random": nulls.random_maxima(
-            session.evaluate,
+            bench,
             lambda drawn: projections_of(world.subject, drawn),
             choose,
             vectors=len(rows),

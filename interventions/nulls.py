@@ -25,6 +25,7 @@ from interventions.measures import Target
 from interventions.statistics import Array, Bits
 from polca_edit.allocation import Projections, allocate
 from polca_edit.curvature import orthonormalise
+from polca_edit.membership import MembershipRule
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Choice:
         evaluate: the cluster by its rule on the evaluate split.
         rule_auc: of the rule, None where known by construction.
         score: what the choice was ranked by.
+        rule: what decides membership, None where known by construction.
     """
 
     vector: int
@@ -46,6 +48,7 @@ class Choice:
     evaluate: Target
     rule_auc: float | None
     score: float
+    rule: MembershipRule | None = None
 
 
 #: The pipeline from stored projections to chosen pairs; must not look at evaluate losses.

@@ -27,6 +27,7 @@ from interventions.verdict import Outcome, Thresholds
 from polca_edit.allocation import coordinates
 from polca_edit.checkpoints import Checkpoints
 from polca_edit.derivatives import Objective
+from polca_edit.membership import MembershipRule
 from polca_edit.tokens import TokenSet
 
 
@@ -36,6 +37,8 @@ class PlanSettings:
 
     Attributes:
         thresholds: of the verdict rule.
+        match_overlap: clusters of two runs are one pair where the tokens of their rules have at least this
+            Jaccard overlap.
         pairs: pairs tested per run (m).
         nulls: declared null pairs per run.
         doses: alpha grid of O2.
@@ -63,6 +66,7 @@ class PlanSettings:
     """
 
     thresholds: Thresholds = field(default_factory=Thresholds)
+    match_overlap: float = 0.5
     pairs: int = 5
     nulls: int = 5
     doses: tuple[float, ...] = (-1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
@@ -130,6 +134,7 @@ class Pair:
         not_applicable: clauses declared not to apply.
         supervised: the basis has seen labels.
         exempt: groups that build on C (declared prerequisites), left out of the off-target tests.
+        rule: what decides membership, None where known by construction.
     """
 
     name: str
@@ -142,6 +147,7 @@ class Pair:
     not_applicable: tuple[str, ...] = ()
     supervised: bool = False
     exempt: tuple[str, ...] = ()
+    rule: MembershipRule | None = None
 
 
 @dataclass(frozen=True)

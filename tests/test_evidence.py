@@ -48,6 +48,23 @@ def two_skills() -> World:
     return World(subject, pairs, *groups)
 
 
+def unequal_skills() -> World:
+    """Two quadratics, steeper in later sequences, left before their minimum."""
+    end = torch.full((12,), 0.2, dtype=torch.float64)
+    end[:2] = torch.tensor([0.7, 0.6])
+
+    def losses(theta: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+        own = torch.stack([2 * (theta[0] - 1) ** 2, 0.5 * (theta[1] + 0.3 * theta[0] - 1) ** 2])
+        return own * (1 + inputs)
+
+    select, evaluate = sequences_of(5, 2), sequences_of(5, 2, first=5)
+    groups = slot_groups(select, ("a", "b")), slot_groups(evaluate, ("a", "b"))
+    rows = torch.eye(12, dtype=torch.float64)[:10]
+    thetas = [end * t / 8 for t in range(9)]
+    subject = landscape_subject(losses, thetas, rows, select, evaluate, uniform=False)
+    return World(subject, (make_pair("a", (0,), "a", *groups),), *groups)
+
+
 @pytest.fixture(scope="module")
 def measured():
     return measure_world(two_skills(), SMALL)
@@ -126,3 +143,37 @@ def test_controls_that_do_not_apply_in_some_runs_use_the_others(measured) -> Non
     found = combine([right, other])
     assert found.control_p["c6"] is not None
     assert "c6" not in found.not_applicable
+
+
+def test_ranking_on_a_part_of_the_split_leaves_damage_on_all_of_it() -> None:
+    """T and its nulls are as if that part were the split, damage and other groups as without it."""
+    world = unequal_skills()
+    part = replace(
+        world,
+        subject=replace(world.subject, evaluate=world.subject.evaluate.select(torch.arange(3))),
+        evaluate={name: mask[: 3 * 2] for name, mask in world.evaluate.items()},
+        pairs=tuple(replace(p, evaluate=p.evaluate.among(np.arange(10) < 6)) for p in world.pairs),
+    )
+    (whole, *_), (small, *_), (ranked, *_) = (
+        measure_world(w, settings)[1]
+        for w, settings in ((world, SMALL), (part, SMALL), (world, replace(SMALL, ranked=3)))
+    )
+    assert ranked.damage.estimate == whole.damage.estimate != small.damage.estimate
+    assert ranked.pilot_error == whole.pilot_error
+    assert ranked.others["rest"][0].estimate == whole.others["rest"][0].estimate
+    assert {a: d.estimate for a, d in ranked.doses.items()} == {a: d.estimate for a, d in whole.doses.items()}
+    np.testing.assert_array_equal(ranked.effect.draws, small.effect.draws)
+    assert ranked.attributed.estimate == pytest.approx(small.attributed.estimate)
+    assert ranked.sufficiency is not None
+    assert small.sufficiency is not None
+    assert ranked.sufficiency.estimate == small.sufficiency.estimate
+    assert ranked.controls.keys() == small.controls.keys()
+    for family, values in small.controls.items():
+        np.testing.assert_allclose(ranked.controls[family], values)
+    for family, values in small.reference.items():
+        np.testing.assert_allclose(ranked.reference[family], values)
+
+
+def test_more_documents_than_a_split_has_cannot_be_ranked() -> None:
+    with pytest.raises(ValueError, match="at most its 5 documents, got 6"):
+        measure_world(two_skills(), replace(SMALL, ranked=6))
