@@ -32,7 +32,8 @@ class ChoiceSettings:
         count: pairs kept (m).
         rule_auc: least AUC of a membership rule.
         seed: of the rule's folds.
-        smallest: tokens a cluster must have on both splits.
+        smallest: tokens a cluster must have on the select split and where effects are ranked.
+        ranked: documents of the evaluate split on which effects are ranked; 0: all.
     """
 
     observe: ObserveSettings
@@ -40,6 +41,7 @@ class ChoiceSettings:
     rule_auc: float
     seed: int
     smallest: int = 20
+    ranked: int = 0
 
 
 def skill_name(members: Bits, tokens: TokenSet, description: str) -> str:
@@ -59,6 +61,7 @@ def cluster_chooser(select: TokenSet, evaluate: TokenSet, settings: ChoiceSettin
 
     Only input features of the evaluate split are read, never a loss. One pair per name is kept.
     """
+    ranked = evaluate.of_first_documents(settings.ranked or evaluate.sequences).numpy()
     outputs = select.output_of if settings.observe.clusters.by_output else None
 
     def choose(projections: Projections) -> list[Choice]:
@@ -83,7 +86,8 @@ def cluster_chooser(select: TokenSet, evaluate: TokenSet, settings: ChoiceSettin
                 break
             rule = fit_rule(select, torch.from_numpy(members), seed=settings.seed)
             there = rule.assign(evaluate).numpy()
-            if not rule.auc >= settings.rule_auc or there.sum() < settings.smallest or there.all():
+            inside = there[ranked]
+            if not rule.auc >= settings.rule_auc or inside.sum() < settings.smallest or inside.all():
                 continue
             name = skill_name(there, evaluate, rule.description)
             choice = Choice(

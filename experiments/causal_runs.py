@@ -113,7 +113,9 @@ def choose_pairs(run: Run, label: str, settings: PlanSettings) -> RunTest:
     observe = run.settings()
     if select.count <= DENSE_TOKENS:
         observe = replace(observe, clusters=replace(observe.clusters, algorithm="generic"))
-    chosen = ChoiceSettings(observe, settings.pairs, settings.thresholds.rule_auc, run.config.seed)
+    chosen = ChoiceSettings(
+        observe, settings.pairs, settings.thresholds.rule_auc, run.config.seed, ranked=settings.ranked
+    )
     choose = cluster_chooser(select, evaluate, chosen)
     pairs = as_pairs(
         choose(projections),

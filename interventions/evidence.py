@@ -93,7 +93,7 @@ class Bench:
             raise ValueError(
                 f"a part of a split must be at most its {self.units} documents, got {units}; ask for fewer"
             )
-        tokens = self.documents < units
+        tokens = self.tokens.of_first_documents(units).numpy()
         return Bench(
             self.objective,
             self.tokens.select(torch.from_numpy(np.unique(self.tokens.sequence_of.numpy()[tokens]))),

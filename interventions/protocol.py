@@ -184,9 +184,14 @@ class Session:
         """Chosen basis rows."""
         return self.subject.rows[list(vectors)]
 
+    @property
+    def ranked_tokens(self) -> Bits:
+        """(M,) tokens of the evaluate split on which effects are ranked."""
+        return self.subject.evaluate.of_first_documents(self.ranked.units).numpy()
+
     def on_ranked(self, target: Target) -> Target:
         """A target of the evaluate split, on the part where effects are ranked."""
-        return target.among(self.evaluate.documents < self.ranked.units)
+        return target.among(self.ranked_tokens)
 
     def undo(self, vectors: Sequence[int], dose: float = 1.0) -> Edit:
         """O1 (dose 1) or O2 along basis vectors."""
@@ -479,7 +484,7 @@ def measure_pair(
     change = bench.change(edit)
     damage = bench.mean(change, target.members)
     ranked, ranked_target = session.ranked, session.on_ranked(target)
-    ranked_change = change[bench.documents < ranked.units]
+    ranked_change = change[session.ranked_tokens]
     effect = effect_draws(ranked, ranked_change, ranked_target)
     ladder_draws = ladder(session, pair, bank, ranked_change)
     gates = operator_gates(session, pair.vectors)

@@ -89,6 +89,11 @@ class TokenSet:
             return torch.full((self.count,), -1)
         return self.outputs[self.scored]
 
+    def of_first_documents(self, count: int) -> Bool[Tensor, " M"]:
+        """Scored tokens of the first ``count`` documents, by number; all where there are no more."""
+        documents = self.documents[self.sequence_of]
+        return torch.isin(documents, documents.unique()[:count])
+
     def fingerprint(self) -> str:
         """SHA-256 of inputs, scored slots and documents."""
         digest = hashlib.sha256()

@@ -235,6 +235,20 @@ def test_other_seeds_vectors_are_a_control(tested: tuple[Path, Path]) -> None:
     }
 
 
+def test_clusters_too_rare_to_rank_are_not_chosen(tested: tuple[Path, Path]) -> None:
+    """Twenty tokens are needed where effects are ranked: three sums have twelve, all have enough."""
+    run = load_run(tested[0], lambda _: None)
+    assert not causal_runs.choose_pairs(run, "trajectory", plan_settings(["ranked=3"])).pairs
+    test = causal_runs.choose_pairs(run, "trajectory", plan_settings(["ranked=20"]))
+    there = test.run.task.splits.evaluate.of_first_documents(20).numpy()
+    assert there.sum() == 80
+    assert [pair.evaluate.members[there].sum() >= 20 for pair in test.pairs] == [True] * len(test.pairs)
+    whole = causal_runs.choose_pairs(run, "trajectory", plan_settings(None)).pairs
+    assert any(pair.evaluate.members[there].sum() < 20 for pair in whole)
+    with pytest.raises(ValueError, match="'ranked' must be at most the 40 documents of the evaluate split"):
+        causal_runs.choose_pairs(run, "trajectory", plan_settings(["ranked=41"]))
+
+
 def test_unknown_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="KEY=VALUE"):
         plan_settings(["drows=3"])
