@@ -33,7 +33,7 @@ from interventions.protocol import (
 )
 from interventions.statistics import Array, Bits
 from interventions.verdict import Outcome
-from polca_edit.allocation import Projections
+from polca_edit.allocation import Projections, allocate
 from polca_edit.artifacts import load_record
 from polca_edit.basis import Basis, capture
 
@@ -191,6 +191,7 @@ def measure_run(test: RunTest) -> RunMeasurement:
     draws = planted_draws(session)
     planted = planted_power(draws, maxima, settings.thresholds.level)
     span, gate = span_gate(session)
+    gap, complete = completeness_gate(test)
     everything = (*test.pairs, *test.nulls)
     vectors = sorted({v for pair in everything for v in pair.vectors})
     allocated = attributed_losses(session, vectors, session.ranked.tokens) if vectors else np.zeros((0, 0))
@@ -211,13 +212,21 @@ def measure_run(test: RunTest) -> RunMeasurement:
         gates: dict[str, Outcome] = {
             **evidence.gates,
             "the span carries movement": gate,
+            f"the allocation adds up within {settings.thresholds.completeness:.0%}": complete,
             **family_gates(list(maxima)),
         }
         found.append(
             replace(evidence, gates=gates, positive_control=planted.outcome, planted=draws, extras=extras)
         )
     crossed = mark_crossovers(session, test.pairs, found[: len(test.pairs)])
-    return RunMeasurement(session, tuple(crossed), tuple(found[len(test.pairs) :]), planted, maxima, span)
+    return RunMeasurement(
+        session,
+        tuple(crossed),
+        tuple(found[len(test.pairs) :]),
+        planted,
+        maxima,
+        {**span, "allocation gap": gap},
+    )
 
 
 def with_other_seeds(tests: Sequence[RunTest], measured: Sequence[RunMeasurement]) -> list[RunMeasurement]:
@@ -265,6 +274,13 @@ def span_gate(session: Session) -> tuple[dict[str, float], Outcome]:
         "captured path": path,
     }
     return numbers, "passed" if damage.high > session.settings.thresholds.effect_floor else "failed"
+
+
+def completeness_gate(test: RunTest) -> tuple[float, Outcome]:
+    """G0d: share of the mean loss change on select that span and residual miss (quadrature error)."""
+    totals = allocate(test.projections, test.run.settings().rule).totals()
+    gap = abs(totals["quadrature_error"] / totals["exact"]) if totals["exact"] else float("inf")
+    return gap, "passed" if gap <= test.settings.thresholds.completeness else "failed"
 
 
 # -- where the effect sits, and what a label says ---------------------------------------------------------

@@ -35,6 +35,7 @@ class Thresholds:
         headroom_errors: headroom must exceed this many standard errors.
         there_and_back: path length over net displacement above which O1 says nothing.
         detectable_share: planted skills must be found from this share on, or ``low_power`` is set.
+        completeness: largest share of the loss change that the allocation may miss.
         even_tolerance: |D(+1) - D(-1)| below this share of their sum sets ``even_response``.
     """
 
@@ -52,6 +53,7 @@ class Thresholds:
     headroom_errors: float = 3.0
     there_and_back: float = 5.0
     detectable_share: float = 0.8
+    completeness: float = 0.05
     even_tolerance: float = 0.1
 
 

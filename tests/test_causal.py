@@ -235,6 +235,25 @@ def test_other_seeds_vectors_are_a_control(tested: tuple[Path, Path]) -> None:
     }
 
 
+def test_an_allocation_that_does_not_add_up_fails_its_gate(tested: tuple[Path, Path]) -> None:
+    """By hand from the stored derivatives; losses recorded twice as far apart leave half unexplained."""
+    test = causal_runs.choose_pairs(load_run(tested[0], lambda _: None), "trajectory", plan_settings(None))
+    known = test.projections
+    slopes = (known.gradients[1:] + known.gradients[:-1]).double().mean(2) / 2
+    inside = float((slopes * known.displacements).sum())
+    outside = float((known.residual_start + known.residual_end).double().mean(1).sum() / 2)
+    exact = float((known.losses[-1] - known.losses[0]).double().mean())
+    gap, outcome = causal_runs.completeness_gate(test)
+    assert gap == pytest.approx(abs(1 - (inside + outside) / exact), abs=1e-5)
+    assert outcome == ("passed" if gap <= 0.05 else "failed")
+    twice = replace(test, projections=replace(known, losses=2 * known.losses))
+    gap, outcome = causal_runs.completeness_gate(twice)
+    assert gap == pytest.approx(abs(1 - (inside + outside) / (2 * exact)), abs=1e-5)
+    assert outcome == "failed"
+    lenient = replace(twice.settings, thresholds=replace(twice.settings.thresholds, completeness=0.9))
+    assert causal_runs.completeness_gate(replace(twice, settings=lenient))[1] == "passed"
+
+
 def test_clusters_too_rare_to_rank_are_not_chosen(tested: tuple[Path, Path]) -> None:
     """Twenty tokens are needed where effects are ranked: three sums have twelve, all have enough."""
     run = load_run(tested[0], lambda _: None)
