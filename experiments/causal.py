@@ -162,10 +162,12 @@ def _judge(
     rows, details = study_rows(tests, measured, settings, blocking=blocking)
     planted = [asdict(m.planted) for m in measured]
     seeds = [t.run.config.seed for t in tests]
+    sequences = [t.run.task.splits.evaluate.sequences for t in tests]
     study = {
         "schema": SCHEMA,
         "basis": basis,
-        "evaluate_sequences": [t.run.task.splits.evaluate.sequences for t in tests],
+        "settings": settings_as_plan(settings),
+        "evaluate_sequences": sequences,
         "verdicts": rows,
         "nulls": null_rows(measured, settings),
         "calibration": [calibration(m) for m in measured],
@@ -181,7 +183,15 @@ def _judge(
         "hardware": hardware(),
         "peak_rss_bytes": peak_rss_bytes(),
     }
-    record = {"runs": len(tests), "seeds": seeds, "rows": rows, "details": details, "planted": planted}
+    record = {
+        "runs": len(tests),
+        "seeds": seeds,
+        "sequences": sequences,
+        "ranked": settings.ranked,
+        "rows": rows,
+        "details": details,
+        "planted": planted,
+    }
     return study, record
 
 

@@ -42,13 +42,23 @@ def _causal_section(basis: str, record: Mapping[str, Any]) -> Section:
         f"evaluate split, over {record['runs']} runs (seeds {escape(str(record['seeds']))}). "
         "<em>Causal</em> without blocking evidence means that the trained model depends on the movement "
         "along the vector for these tokens, and for them only. T is the share of headroom lost on the "
-        "cluster minus the share lost elsewhere.</p>",
+        f"cluster minus the share lost elsewhere.{_ranked_words(record)}</p>",
         _table(heads, [_verdict_cells(row) for row in rows]),
         _positive_control(record.get("planted", [])),
         _operator_table(rows),
         _control_table(rows),
     ]
     return Section(f"Causal test, {basis} basis", "".join(body), _causal_figures(basis, rows, details))
+
+
+def _ranked_words(record: Mapping[str, Any]) -> str:
+    """Which part of the split effects were ranked on, where it was not all of it."""
+    if not record.get("ranked"):
+        return ""
+    return (
+        f" T and its controls were measured on the first {record['ranked']} of "
+        f"{min(record['sequences'])} sequences, damage on all of them."
+    )
 
 
 def _verdict_cells(row: Mapping[str, Any]) -> list[str]:

@@ -101,11 +101,13 @@ def test_a_split_of_unseen_sums_is_opened_apart_from_the_runs_own(runs, tmp_path
     record["evaluate_openings"] = [{"plan": "own", "exploratory": False, "by": "study"}]
     (runs[1] / "run.json").write_text(json.dumps(record))
     for name, expected in (("first", False), ("second", True)):
-        settings = plan_settings([*FEW, f"unseen={70 + len(name)}"])
+        settings = plan_settings([*FEW, f"unseen={70 + len(name)}", "ranked=60"])
         run_study([runs[1]], ["trajectory"], tmp_path / name, settings)
         study = json.loads((tmp_path / name / "study.json").read_text())
         assert study["evaluate_sequences"] == [70 + len(name)]
         assert study["exploratory"] == [expected]
+        assert (study["settings"]["unseen"], study["settings"]["ranked"]) == (70 + len(name), 60)
+        assert f"on the first 60 of {70 + len(name)} sequences" in (runs[1] / "report.html").read_text()
     openings = json.loads((runs[1] / "run.json").read_text())["evaluate_openings"]
     assert [o.get("unseen") for o in openings] == [None, 75, 76]
 
