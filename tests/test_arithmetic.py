@@ -176,21 +176,22 @@ def test_too_many_held_out_sums_are_refused():
         make_data(90_000, 10_000, 10_000, 64, 0)
 
 
-def test_unseen_sums_are_in_no_split_and_no_training_batch_in_either_order():
+def test_unseen_sums_are_all_that_no_split_and_no_training_batch_shows_in_either_order():
     data, steps = make_data(50, 40, 60, 4000, seed=5), 60
-    unseen = data.unseen(300, steps, seed=1)
 
     def unordered(first: torch.Tensor, second: torch.Tensor) -> set[tuple[int, int]]:
         return {(min(p), max(p)) for p in zip(first.tolist(), second.tolist(), strict=True)}
 
-    mine = unordered(*first_and_second(unseen))
-    assert len(mine) == unseen.sequences == 300
     splits = data.splits
     used = [unordered(*first_and_second(s)) for s in (splits.curvature, splits.select, splits.evaluate)]
     used += [unordered(*first_and_second_of(data.batch(step))) for step in range(1, steps + 1)]
-    assert not mine & set.union(*used)
-    # 240,000 drawn sums show over a third of all: without looking, a hundred would have been seen.
-    assert len(set.union(*used)) > 150_000
-    assert torch.equal(data.unseen(300, steps, seed=1).inputs, unseen.inputs)
-    with pytest.raises(ValueError, match="unseen sums, got 500000 to draw"):
-        data.unseen(500_000, steps, seed=1)
+    seen = set.union(*used)
+    left = 1000 * 1001 // 2 - len(seen)
+    unseen = data.unseen(left, steps, seed=1)
+    mine = unordered(*first_and_second(unseen))
+    # Drawn to the last one, so that a single sum wrongly kept or left out shows.
+    assert len(mine) == unseen.sequences == left
+    assert not mine & seen
+    assert torch.equal(data.unseen(300, steps, seed=1).inputs, data.unseen(300, steps, seed=1).inputs)
+    with pytest.raises(ValueError, match=f"leave {left} unseen sums, got {left + 1} to draw"):
+        data.unseen(left + 1, steps, seed=1)

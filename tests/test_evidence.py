@@ -60,6 +60,8 @@ def unequal_skills() -> World:
     select, evaluate = sequences_of(5, 2), sequences_of(5, 2, first=5)
     groups = slot_groups(select, ("a", "b")), slot_groups(evaluate, ("a", "b"))
     rows = torch.eye(12, dtype=torch.float64)[:10]
+    # Aslant, so that undoing a row takes a part of the headroom only.
+    rows[0, :3], rows[2, :3] = torch.tensor([0.8, 0.0, 0.6]), torch.tensor([-0.6, 0.0, 0.8])
     thetas = [end * t / 8 for t in range(9)]
     subject = landscape_subject(losses, thetas, rows, select, evaluate, uniform=False)
     return World(subject, (make_pair("a", (0,), "a", *groups),), *groups)
