@@ -165,6 +165,10 @@ def test_ranking_on_a_part_of_the_split_leaves_damage_on_all_of_it() -> None:
     assert ranked.others["rest"][0].estimate == whole.others["rest"][0].estimate
     assert {a: d.estimate for a, d in ranked.doses.items()} == {a: d.estimate for a, d in whole.doses.items()}
     np.testing.assert_array_equal(ranked.effect.draws, small.effect.draws)
+    left = 0.7 - 0.8 * (0.8 * 0.7 + 0.6 * 0.2)  # what undoing the row leaves of the first weight
+    target = ((left - 1) ** 2 - 0.3**2) / (1 - 0.3**2)
+    other = ((0.6 + 0.3 * left - 1) ** 2 - 0.19**2) / (1 - 0.19**2)
+    assert ranked.effect.estimate == pytest.approx(target - other)
     assert ranked.attributed.estimate == pytest.approx(small.attributed.estimate)
     assert ranked.sufficiency is not None
     assert small.sufficiency is not None
