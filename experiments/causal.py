@@ -458,8 +458,7 @@ def null_rows(measured: Sequence[RunMeasurement], settings: PlanSettings) -> lis
                     "name": evidence.name,
                     "vectors": list(evidence.vectors),
                     "single_run_verdict": verdict.single_run_verdict,
-                    "testable": not any(f.startswith("failed:") for f in verdict.flags)
-                    or verdict.verdict != "inconclusive",
+                    "testable": verdict.testable,
                     "pipeline_p": inputs.pipeline_p,
                     "flags": list(verdict.flags),
                 }

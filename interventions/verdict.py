@@ -183,6 +183,12 @@ class Verdict:
     reason: str
     clauses: Mapping[str, Outcome]
 
+    @property
+    def testable(self) -> bool:
+        """Nothing but the number of seeds stopped the rule before it looked at the damage (A8)."""
+        stopped = any(flag.startswith("failed:") for flag in self.flags)
+        return self.single_run_verdict != "inconclusive" or not stopped
+
 
 def decide(inputs: VerdictInputs, thresholds: Thresholds | None = None) -> Verdict:
     """Apply the rule; every input gets exactly one verdict."""

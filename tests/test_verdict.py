@@ -107,6 +107,24 @@ def test_few_seeds_keep_a_single_run_verdict() -> None:
     assert "Single-run verdict: 1 of 5 seeds" in found.reason
 
 
+@pytest.mark.parametrize(
+    ("change", "testable"),
+    [
+        ({}, True),
+        ({"pipeline_p": 0.06}, True),  # not selective, with a failed clause of the test itself
+        ({"damage": narrow(0.2, 0.1)}, True),  # undecided: looked at, nothing to say
+        ({"pilot_error": 1.0}, False),
+        ({"positive_control": "failed"}, False),
+        ({"gates": {"operator": "failed"}}, False),
+    ],
+)
+@pytest.mark.parametrize("seeds", [1, 5])
+def test_testable_is_what_no_gate_stopped_whatever_the_seeds(change, testable, seeds) -> None:
+    verdict = decide(replace(CAUSAL, seeds=seeds, **change))
+    assert verdict.testable == testable
+    assert testable or verdict.single_run_verdict == "inconclusive"
+
+
 def test_not_applicable_is_stored_and_never_passed() -> None:
     found = decide(replace(CAUSAL, control_p={"c3": 0.01, "c4": 0.01}, not_applicable=("c6",)))
     assert found.verdict == "causal"
