@@ -12,10 +12,10 @@ from benchmarks import rivals
 from benchmarks.problems import Problem, text_problem, trained_arithmetic
 from benchmarks.pseudocode import pseudocode_pipeline
 from benchmarks.timing import Clock, Row, Skipped, interleaved, time_once
-from polca_edit.allocation import allocate, project, second_order_terms
-from polca_edit.basis import Basis, hessian_basis
-from polca_edit.clusters import ClusterSettings, cluster_trajectories
-from polca_edit.derivatives import Objective
+from polca_edit.allocation.allocate import allocate, project, second_order_terms
+from polca_edit.basis.record import Basis, hessian_basis
+from polca_edit.clusters.density import ClusterSettings, cluster_trajectories
+from polca_edit.derivatives.objective import Objective
 from polca_edit.models import TransformerShape
 
 TOLERANCE = 1e-3

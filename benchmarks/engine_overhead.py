@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from experiments.config import load_config
-from experiments.engines import ray_session
-from experiments.pipeline import Run, open_run, run_stages
+from experiments.run.engines import ray_session
+from experiments.run.stages import Run, open_run, run_stages
 from polca_edit.artifacts import checksum, hardware, versions
-from polca_edit.checkpoints import write_json
+from polca_edit.checkpoints.series import write_json
 
 SCHEMA = "polca-edit/engine-overhead/1"
 

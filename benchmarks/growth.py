@@ -14,9 +14,9 @@ from torch import Tensor
 from benchmarks.comparisons import arithmetic_shape
 from benchmarks.problems import Problem, trained_arithmetic
 from benchmarks.timing import Clock, time_once
-from polca_edit.allocation import project
-from polca_edit.basis import unlabelled
-from polca_edit.derivatives import Objective
+from polca_edit.allocation.allocate import project
+from polca_edit.basis.record import unlabelled
+from polca_edit.derivatives.objective import Objective
 from polca_edit.parameters import ParameterSpace
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from experiments import arithmetic
-from polca_edit.checkpoints import Checkpoints
-from polca_edit.derivatives import Objective
+from experiments.tasks import arithmetic
+from polca_edit.checkpoints.series import Checkpoints
+from polca_edit.derivatives.objective import Objective
 from polca_edit.models import TransformerShape, build_small_transformer
 from polca_edit.parameters import ParameterSpace
 from polca_edit.tokens import TokenLossFunction, TokenSet, next_token_loss

@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
-from experiments import causal, selftest, text_verbs
+from experiments import verbs as text_verbs
 from experiments.application import run_application, single
-from experiments.apply import apply
-from experiments.execution import console, execute, say, settings_from
-from experiments.remove import remove
+from experiments.removal.apply import apply
+from experiments.removal.verb import remove
+from experiments.run.run import console, execute, say, settings_from
 
 app = typer.Typer(
     add_completion=False,
@@ -81,9 +81,9 @@ def run(
 @app.command(epilog="Example: `polca-edit report runs/demo`")
 def report(directory: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
     """Draw report.html and the figures again from a run's records; no model is needed."""
-    from experiments.report import write_report
-    from experiments.report_sections import extra_sections
-    from experiments.summary import read_summary
+    from experiments.report.page import write_report
+    from experiments.report.sections import extra_sections
+    from experiments.run.summary import read_summary
     from polca_edit.artifacts import RunDirectory
 
     read_summary(directory)
@@ -99,8 +99,8 @@ def inspect(
     """Print what a finished run found."""
     import json
 
-    from experiments.summary import read_summary
-    from experiments.tables import print_summary
+    from experiments.report.tables import print_summary
+    from experiments.run.summary import read_summary
 
     summary = read_summary(directory)
     if json_:
@@ -109,14 +109,6 @@ def inspect(
         print_summary(summary, console)
 
 
-app.command(
-    name="test",
-    epilog="Example: `polca-edit test runs/demo runs/demo-1 --basis trajectory --out studies/demo`",
-)(causal.causal_test)
-app.command(
-    name="selftest",
-    epilog="Examples: `polca-edit selftest` · `polca-edit selftest --bed T1 --break flipped_sign`",
-)(selftest.selftest)
 app.command(name="open")(text_verbs.open_checkpoints)
 app.command(
     name="remove",
@@ -134,12 +126,12 @@ app.command(name="plan")(text_verbs.plan)
 
 #: Studies: verb -> (module, function, what it does). They are imported when they run, not for --help.
 STUDIES = {
-    "reproduce": ("reproduce", "reproduce", "The paper's tables beside ours, every basis and rotation."),
-    "robustness": ("robustness", "robustness", "Which conclusions survive other settings."),
-    "carry-signal": ("carry_signal", "carry_signal", "Where the published carry signal lives."),
-    "demo-table": ("demo_table", "demo_table", "Several demo seeds beside the demo's targets."),
-    "paper-scale": ("paper_scale", "paper_scale", "The paper-scale experiment with its timing."),
-    "remove-skill": ("remove_skill", "main", "Skill removal: our edits and today's rivals."),
+    "reproduce": ("reproduce.verb", "reproduce", "The paper's tables beside ours, every basis and rotation."),
+    "robustness": ("study.robustness", "robustness", "Which conclusions survive other settings."),
+    "carry-signal": ("study.carry_signal", "carry_signal", "Where the published carry signal lives."),
+    "demo-table": ("study.demo_table", "demo_table", "Several demo seeds beside the demo's targets."),
+    "paper-scale": ("study.paper_scale", "paper_scale", "The paper-scale experiment with its timing."),
+    "remove-skill": ("removal.study", "main", "Skill removal: our edits and today's rivals."),
 }
 
 

@@ -14,11 +14,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from interventions.causal.statistics import Array, Interval
 from interventions.edits import Edit
-from interventions.statistics import Array, Interval
-from interventions.verdict import BlockingResult
-from polca_edit.allocation import coordinates
-from polca_edit.checkpoints import SeriesFolder, read_weights
+from polca_edit.allocation.allocate import coordinates
+from polca_edit.checkpoints.series import SeriesFolder, read_weights
 from polca_edit.parameters import ParameterSpace, parameter_slots
 from polca_edit.training import TrainingSettings, train
 
@@ -146,6 +145,25 @@ def open_branch_point(folder: SeriesFolder, space: ParameterSpace, step: int | N
 def edited(point: BranchPoint, edit: Edit) -> BranchPoint:
     """The branch point with edited weights and its optimiser state as recorded (O3c, O5'')."""
     return replace(point, theta=edit.apply(point.theta))
+
+
+@dataclass(frozen=True)
+class BlockingResult:
+    """Training with the direction held still, against shams (O5).
+
+    Attributes:
+        delay: later half-fall of the target than in the free arm and beyond shams, share of the window.
+        gap: target's final loss beyond shams, nats.
+        within_margin: whether both are shown to be negligible.
+        others_equivalent: whether every other group's final loss stays within the margin.
+        held: whether the coordinates were still.
+    """
+
+    delay: Interval
+    gap: Interval
+    within_margin: bool
+    others_equivalent: bool
+    held: bool
 
 
 @dataclass(frozen=True)

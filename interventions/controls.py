@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
+from interventions.causal.statistics import Array, Bits
 from interventions.edits import Edit, displace, from_delta, project_out, weights_fingerprint
-from interventions.statistics import Array, Bits
-from polca_edit.curvature import orthonormalise
+from polca_edit.derivatives.lanczos import orthonormalise
 from polca_edit.parameters import ParameterSpace
 
 #: Doses of the random in-span curve from which matched damage is read off, in matched displacements.

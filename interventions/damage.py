@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from interventions.edits import Edit
-from polca_edit.derivatives import Objective
+from polca_edit.checkpoints.series import Checkpoints
+from polca_edit.derivatives.objective import Objective
 from polca_edit.tokens import TokenSet, group_means
 
 
@@ -64,6 +66,52 @@ def measure(
     after = objective.losses(edit.apply(theta), tokens)
     headroom = torch.zeros_like(before) if reference_loss is None else reference_loss - before
     return Damage(edit.operator, edit.dose, before, after, headroom)
+
+
+@dataclass(frozen=True)
+class EvaluatedSplit:
+    """Tokens with the two ends of a movement and their losses: what every edit is measured against.
+
+    Attributes:
+        loss: the token loss.
+        series: recorded weights; the last one is edited, the first one is the reference.
+        tokens: the split.
+    """
+
+    loss: Objective
+    series: Checkpoints
+    tokens: TokenSet
+
+    @cached_property
+    def theta(self) -> Float[Tensor, " N"]:
+        """Final weights."""
+        return self.series[-1]
+
+    @cached_property
+    def reference(self) -> Float[Tensor, " N"]:
+        """Weights from which headroom is counted."""
+        return self.series[0]
+
+    @cached_property
+    def before(self) -> Float[Tensor, " M"]:
+        """Loss at the final weights, nats."""
+        return self.loss.losses(self.theta, self.tokens)
+
+    @cached_property
+    def reference_loss(self) -> Float[Tensor, " M"]:
+        """Loss at the reference, nats."""
+        return self.loss.losses(self.reference, self.tokens)
+
+    def damage(self, edit: Edit) -> Damage:
+        """Loss change of every token under an edit of the final weights."""
+        return measure(
+            self.loss,
+            self.theta,
+            edit,
+            self.tokens,
+            before=self.before,
+            reference_loss=self.reference_loss,
+        )
 
 
 def mean(value: Tensor, mask: Tensor) -> float | None:

@@ -7,7 +7,7 @@ masks add up exactly; their damages need not, and the difference is reported (ad
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,10 +15,9 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from interventions.causal.statistics import Bits
+from interventions.damage import EvaluatedSplit
 from interventions.edits import Edit
-from interventions.evidence import Bench
-from interventions.protocol import Session
-from interventions.statistics import Bits
 from polca_edit.models import hook_names, replaced_activations
 from polca_edit.parameters import ParameterSpace
 
@@ -152,10 +151,10 @@ class LocalisationMap:
         return {(p.layer, p.name): (max(p.damage, 0.0) / total if total > 0 else 0.0) for p in self.parts}
 
 
-def localise(bench: Bench, edit: Edit, members: Bits, parts: Sequence[Component]) -> LocalisationMap:
+def localise(split: EvaluatedSplit, edit: Edit, members: Bits, parts: Sequence[Component]) -> LocalisationMap:
     """Restrict an edit to each part in turn, and leave each part out in turn."""
     delta = edit.delta()
-    whole = float(bench.change(edit)[members].mean())
+    whole = float(split.damage(edit).change.numpy()[members].mean())
     found, squares = [], 0.0
     for part in parts:
         own = edit.restricted(part.mask)
@@ -163,25 +162,21 @@ def localise(bench: Bench, edit: Edit, members: Bits, parts: Sequence[Component]
         if own.norm == 0:
             found.append(LocalEffect(part.layer, part.name, 0.0, 0.0, whole))
             continue
-        damage = float(bench.change(own)[members].mean())
-        without = float(bench.change(edit.restricted(~part.mask))[members].mean())
+        damage = float(split.damage(own).change.numpy()[members].mean())
+        without = float(split.damage(edit.restricted(~part.mask)).change.numpy()[members].mean())
         found.append(LocalEffect(part.layer, part.name, own.norm, damage, without))
     total = float(delta.double().square().sum())
     gap = whole - sum(p.damage for p in found)
     return LocalisationMap(whole, tuple(found), gap, squares / total if total > 0 else 1.0)
 
 
-def share_on(
-    session: Session, edit: Edit, members: Bits, masks: Mapping[str, Bool[Tensor, " N"]]
-) -> dict[str, float]:
-    """Share of the damage on each named mask."""
-    parts = [Component(-1, name, mask) for name, mask in masks.items()]
-    found = localise(session.evaluate, edit, members, parts).shares()
-    return {name: found[-1, name] for name in masks}
-
-
 def patch_activations(
-    bench: Bench, edit: Edit, members: Bits, *, names: Sequence[str] | None = None, sequences: int = 64
+    split: EvaluatedSplit,
+    edit: Edit,
+    members: Bits,
+    *,
+    names: Sequence[str] | None = None,
+    sequences: int = 64,
 ) -> dict[str, float]:
     """Share of an edit's damage that one activation of the edited model carries into the original.
 
@@ -190,8 +185,8 @@ def patch_activations(
     first ``sequences`` sequences are used, in one batch.
 
     Args:
-        bench: the split; its module must be a model with hooks.
-        edit: the edit of the bench's weights.
+        split: its module must be a model with hooks.
+        edit: an edit of the split's final weights.
         members: (M,) target tokens.
         names: hooks; by default all attention outputs, MLP outputs and residual streams.
         sequences: at most this many.
@@ -199,7 +194,7 @@ def patch_activations(
     Raises:
         ValueError: if the module has no hooks, or no target token is among the sequences.
     """
-    objective, space = bench.objective, bench.objective.space
+    objective, space = split.loss, split.loss.space
     module = objective.module
     chosen = [n for n in hook_names(module) if re.search(r"(attn_out|mlp_out|resid_post)$", n)]
     chosen = list(names) if names is not None else chosen
@@ -207,7 +202,7 @@ def patch_activations(
         raise ValueError(
             "activation patching needs a model with hooks, this one has none; localise by parameters"
         )
-    part = bench.tokens.select(torch.arange(min(sequences, bench.tokens.sequences)))
+    part = split.tokens.select(torch.arange(min(sequences, split.tokens.sequences)))
     target = torch.from_numpy(np.ascontiguousarray(members[: part.count]))
     if not bool(target.any()):
         raise ValueError(
@@ -232,23 +227,13 @@ def patch_activations(
         return lambda value: kept[name]
 
     keepers = {name: keep(name) for name in chosen}
-    with space.substituted(module, edit.apply(bench.theta)), replaced_activations(module, keepers):
+    with space.substituted(module, edit.apply(split.theta)), replaced_activations(module, keepers):
         edited = target_loss()
     shares = {}
-    with space.substituted(module, bench.theta):
+    with space.substituted(module, split.theta):
         base = target_loss()
         for name in chosen:
             with replaced_activations(module, {name: give(name)}):
                 moved = target_loss() - base
             shares[name] = moved / (edited - base) if edited != base else float("nan")
     return shares
-
-
-def heat_map(found: LocalisationMap) -> tuple[list[int], list[str], np.ndarray]:
-    """Layers, component names and the (layers, names) table of damages, NaN where there is none."""
-    layers = sorted({p.layer for p in found.parts})
-    names = sorted({p.name for p in found.parts})
-    table = np.full((len(layers), len(names)), np.nan)
-    for part in found.parts:
-        table[layers.index(part.layer), names.index(part.name)] = part.damage
-    return layers, names, table

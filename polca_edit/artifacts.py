@@ -28,8 +28,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from polca_edit.checkpoints import write_json, write_tensors
-from polca_edit.derivatives import PassCount
+from polca_edit.checkpoints.series import write_json, write_tensors
+from polca_edit.derivatives.objective import PassCount
 
 Record = TypeVar("Record")
 PACKAGES = (

@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from polca_edit.allocation import Projections, allocate
-from polca_edit.checkpoints import Checkpoints
-from polca_edit.derivatives import Objective
+from polca_edit.allocation.allocate import Projections, allocate
+from polca_edit.checkpoints.series import Checkpoints
+from polca_edit.derivatives.objective import Objective
 from polca_edit.models import cached_activations
 from polca_edit.parameters import call_with
 from polca_edit.tokens import TokenSet

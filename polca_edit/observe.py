@@ -12,12 +12,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from polca_edit.allocation import Allocation, CheckpointMap, Projections, Rule, allocate, project
-from polca_edit.basis import Basis
-from polca_edit.breakthroughs import fitting_delta, flat_after, is_hidden
-from polca_edit.checkpoints import Checkpoints
-from polca_edit.clusters import ClusterSettings, VectorClusters, cluster_trajectories
-from polca_edit.derivatives import Objective
+from polca_edit.allocation.allocate import Allocation, CheckpointMap, Projections, Rule, allocate, project
+from polca_edit.basis.record import Basis
+from polca_edit.checkpoints.series import Checkpoints
+from polca_edit.clusters.breakthroughs import fitting_delta, flat_after, is_hidden
+from polca_edit.clusters.density import ClusterSettings, VectorClusters, cluster_trajectories
+from polca_edit.derivatives.objective import Objective
 from polca_edit.tokens import TokenSet
 
 

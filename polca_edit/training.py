@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from polca_edit.checkpoints import SERIES_SCHEMA, SeriesFolder, read_weights, write_json, write_tensors
+from polca_edit.checkpoints.series import SERIES_SCHEMA, SeriesFolder, read_weights, write_json, write_tensors
 from polca_edit.parameters import ParameterSpace
 
 #: ``after_step(step, module, optimiser)`` runs after every optimiser step.

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from polca_edit.text import train_tokenizer
+from polca_edit.text.documents import train_tokenizer
 from polca_edit.tokens import next_token_loss
 
 NOUNS = ["tree", "river", "engine", "cloud", "market", "teacher", "bridge", "song", "window", "planet"]

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from polca_edit.checkpoints import Checkpoints
-from polca_edit.derivatives import Objective
+from polca_edit.checkpoints.series import Checkpoints
+from polca_edit.derivatives.objective import Objective
 from polca_edit.parameters import ParameterSpace
 from polca_edit.tokens import TokenSet
 

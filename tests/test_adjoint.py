@@ -7,10 +7,10 @@ import torch
 from oracles import copied_with, text_tokens, tiny_bridge, tiny_gpt2
 from torch import Tensor, nn
 
-from experiments import arithmetic
-from polca_edit import adjoint
-from polca_edit.adjoint import AdjointRoute, AdjointUnavailable, linear_share
-from polca_edit.derivatives import Objective
+from experiments.tasks import arithmetic
+from polca_edit.derivatives import adjoint
+from polca_edit.derivatives.adjoint import AdjointRoute, AdjointUnavailable, linear_share
+from polca_edit.derivatives.objective import Objective
 from polca_edit.models import TransformerShape, build_small_transformer
 from polca_edit.parameters import ParameterSpace
 from polca_edit.tokens import TokenSet

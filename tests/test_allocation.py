@@ -8,7 +8,7 @@ import pytest
 import torch
 from oracles import QuadraticProblem, orthogonal, quadratic_problem, two_skill_problem, walk
 
-from polca_edit.allocation import (
+from polca_edit.allocation.allocate import (
     Allocation,
     Projections,
     allocate,
@@ -19,9 +19,9 @@ from polca_edit.allocation import (
     residual_direction,
     second_order_terms,
 )
-from polca_edit.basis import Basis, random_basis, unlabelled
-from polca_edit.checkpoints import Checkpoints
-from polca_edit.derivatives import Objective
+from polca_edit.basis.record import Basis, random_basis, unlabelled
+from polca_edit.checkpoints.series import Checkpoints
+from polca_edit.derivatives.objective import Objective
 
 SPECTRUM = [4.0, 2.0, 1.0, 0.5, 0.0, -0.5, -1.0]
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from experiments.arithmetic import (
+from experiments.tasks.arithmetic import (
     EQUALS,
     LENGTH,
     PLACES,

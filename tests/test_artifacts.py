@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from polca_edit.artifacts import Ledger, RunDirectory, kept_parts, key_of, load_record, save_record
-from polca_edit.derivatives import PassCount
+from polca_edit.derivatives.objective import PassCount
 
 
 @dataclass(frozen=True)

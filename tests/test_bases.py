@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from polca_edit import bases, path_bases
-from polca_edit.basis import gram_error, trajectory_basis
-from polca_edit.checkpoints import Checkpoints
-from polca_edit.derivatives import Objective
+from polca_edit.basis import operators as bases
+from polca_edit.basis import path as path_bases
+from polca_edit.basis.record import gram_error, trajectory_basis
+from polca_edit.checkpoints.series import Checkpoints
+from polca_edit.derivatives.objective import Objective
 from polca_edit.parameters import ParameterSpace
 from polca_edit.tokens import TokenSet
 

@@ -9,7 +9,7 @@ from oracles import copied_with, dense_hessian, mean_loss, quadratic_problem, te
 from torch import nn
 
 from polca_edit.artifacts import Ledger, kept_products, load_record, mapped_rows, save_record
-from polca_edit.basis import (
+from polca_edit.basis.record import (
     Basis,
     BasisCheckpoint,
     capture,
@@ -21,9 +21,9 @@ from polca_edit.basis import (
     trajectory_basis,
     unlabelled,
 )
-from polca_edit.checkpoints import Checkpoints
-from polca_edit.curvature import orthonormalise
-from polca_edit.derivatives import Objective
+from polca_edit.checkpoints.series import Checkpoints
+from polca_edit.derivatives.lanczos import orthonormalise
+from polca_edit.derivatives.objective import Objective
 from polca_edit.parameters import ParameterSpace
 from polca_edit.tokens import next_token_loss
 

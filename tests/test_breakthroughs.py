@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from polca_edit.breakthroughs import breakthrough_start, flat_after, interpolate, is_hidden
+from polca_edit.clusters.breakthroughs import breakthrough_start, flat_after, interpolate, is_hidden
 
 STEPS = torch.arange(0, 1000, 20)
 

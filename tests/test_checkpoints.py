@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from polca_edit import checkpoints as module_under_test
-from polca_edit.checkpoints import (
+from polca_edit.checkpoints import series as module_under_test
+from polca_edit.checkpoints.series import (
     Checkpoints,
     SeriesFolder,
     open_directory,

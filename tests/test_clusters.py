@@ -8,7 +8,8 @@ import torch
 from sklearn.cluster import HDBSCAN
 from sklearn.metrics import adjusted_rand_score
 
-from polca_edit.clusters import (
+from polca_edit.clusters.comparators import cluster_both
+from polca_edit.clusters.density import (
     OUTLIER,
     ClusterSettings,
     VectorClusters,
@@ -16,7 +17,6 @@ from polca_edit.clusters import (
     shaped,
     skill_scores,
 )
-from polca_edit.comparators import cluster_both
 
 TIME = torch.linspace(0, 1, 30, dtype=torch.float64)
 SETTINGS = ClusterSettings(min_cluster_share=0.05, min_samples_share=0.02)

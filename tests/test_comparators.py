@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from polca_edit.clusters import OUTLIER, ClusterSettings, VectorClusters, cluster_trajectories
-from polca_edit.comparators import (
+from polca_edit.clusters.comparators import (
     METHODS,
     agreement,
     bootstrap_stability,
@@ -16,6 +15,7 @@ from polca_edit.comparators import (
     score_cluster,
     success_rate,
 )
+from polca_edit.clusters.density import OUTLIER, ClusterSettings, VectorClusters, cluster_trajectories
 
 torch.set_num_threads(1)
 SETTINGS = ClusterSettings(min_cluster_share=0.1, min_samples_share=0.02)

@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from interventions import controls, edits, measures
-from interventions.measures import Target
-from polca_edit.curvature import orthonormalise
+from interventions import controls, edits
+from interventions.causal import measures
+from interventions.causal.measures import Target
+from polca_edit.derivatives.lanczos import orthonormalise
 from polca_edit.parameters import ParameterSpace
 
 

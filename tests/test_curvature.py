@@ -6,8 +6,8 @@ import pytest
 import torch
 from oracles import orthogonal, with_spectrum
 
-from polca_edit.basis import next_vectors
-from polca_edit.curvature import orthonormalise, projected_lanczos, remove_rows
+from polca_edit.basis.record import next_vectors
+from polca_edit.derivatives.lanczos import orthonormalise, projected_lanczos, remove_rows
 
 SPECTRUM = [9.0, 7.5, 7.4, 5.0, -8.0, *torch.linspace(1.0, -1.0, 35).tolist()]
 

@@ -8,8 +8,8 @@ from oracles import TwoSkillProblem, orthogonal, tiny_bridge, tiny_gpt2, two_ski
 
 from interventions.damage import Damage, damage_row, measure
 from interventions.edits import Edit, applied, displace, project_out, reverse
-from polca_edit.allocation import allocate, coordinates, project
-from polca_edit.basis import hessian_basis, trajectory_basis, unlabelled
+from polca_edit.allocation.allocate import allocate, coordinates, project
+from polca_edit.basis.record import hessian_basis, trajectory_basis, unlabelled
 from polca_edit.parameters import ParameterSpace, parameter_slots
 
 

@@ -5,7 +5,7 @@ import torch
 
 from interventions import edits
 from polca_edit.artifacts import load_record, save_record
-from polca_edit.curvature import orthonormalise
+from polca_edit.derivatives.lanczos import orthonormalise
 
 
 @pytest.fixture

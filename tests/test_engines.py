@@ -15,11 +15,11 @@ import torch
 from oracles import quadratic_problem, walk
 
 from experiments.config import load_config
-from experiments.engines import Blocks, local_slopes
-from experiments.pipeline import open_run, run_stages
-from polca_edit.allocation import slopes_at
+from experiments.run.engines import Blocks, local_slopes
+from experiments.run.stages import open_run, run_stages
+from polca_edit.allocation.allocate import slopes_at
 from polca_edit.artifacts import checksum
-from polca_edit.basis import random_basis
+from polca_edit.basis.record import random_basis
 
 BASES = [{"kind": "trajectory", "vectors": 3}, {"kind": "random", "vectors": 2}]
 
@@ -54,7 +54,7 @@ def projected(out: Path, **overrides: object) -> tuple[dict[str, str], dict[str,
     }
     run = open_run(load_config("smoke", values), out, lambda text: None)
     stages = ["train", "basis:trajectory", "basis:random", "projections"]
-    import experiments.pipeline as pipeline
+    import experiments.run.stages as pipeline
 
     names = pipeline.stage_names
     pipeline.stage_names = lambda config: stages
@@ -78,7 +78,7 @@ def without_projections(source: Path, target: Path) -> Path:
 def test_local_run_resumes_inside_projections(tmp_path, monkeypatch):
     whole = projected(tmp_path / "whole")
     again = without_projections(tmp_path / "whole", tmp_path / "again")
-    import experiments.engines as engines
+    import experiments.run.engines as engines
 
     calls, compute = [], engines.compute_piece
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from experiments import english
 from experiments.config import parse_config
-from experiments.corpus import read_documents, read_token_ids
+from experiments.tasks import text as english
+from experiments.tasks.corpus import read_documents, read_token_ids
 from polca_edit.models import build_small_transformer
 
 DATA = Path(os.environ.get("POLCA_EDIT_DATA", Path(__file__).parents[2] / "shared" / "data"))

@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from experiments.arithmetic import make_data, token_loss
+from experiments.tasks.arithmetic import make_data, token_loss
 from polca_edit import features
-from polca_edit.allocation import project
-from polca_edit.basis import random_basis
-from polca_edit.checkpoints import Checkpoints
-from polca_edit.derivatives import Objective
+from polca_edit.allocation.allocate import project
+from polca_edit.basis.path import parameter_axes_basis
+from polca_edit.basis.record import random_basis
+from polca_edit.checkpoints.series import Checkpoints
+from polca_edit.derivatives.objective import Objective
 from polca_edit.models import TransformerShape, build_small_transformer
 from polca_edit.parameters import ParameterSpace, call_with
-from polca_edit.path_bases import parameter_axes_basis
 
 torch.set_num_threads(1)
 SHAPE = TransformerShape(1, 8, 2, 8, 12, 12, 10)

@@ -19,8 +19,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from polca_edit.derivatives import Objective
-from polca_edit.huggingface import (
+from polca_edit.checkpoints.huggingface import (
     PYTHIA_STEPS,
     Revision,
     find_revisions,
@@ -32,12 +31,13 @@ from polca_edit.huggingface import (
     step_of_revision,
     whole_revisions,
 )
-from polca_edit.huggingface_models import (
+from polca_edit.checkpoints.huggingface_models import (
     load_bridge,
     load_tokenizer,
     ready_for_derivatives,
     vocabulary_and_context,
 )
+from polca_edit.derivatives.objective import Objective
 from polca_edit.parameters import ParameterSpace
 from polca_edit.tokens import TokenSet, next_token_loss
 
@@ -412,7 +412,7 @@ class TestAdapters:
         return tmp_path / "out", model
 
     def test_only_the_adapter_is_a_parameter_and_step_zero_is_the_pretrained_model(self, tmp_path, generator):
-        from polca_edit.huggingface_models import is_adapter, load_adapted, open_adapters
+        from polca_edit.checkpoints.huggingface_models import is_adapter, load_adapted, open_adapters
 
         out, trained = self.folder(tmp_path)
         assert is_adapter(out / "checkpoint-5")
@@ -430,7 +430,7 @@ class TestAdapters:
         torch.testing.assert_close(objective.losses(series[2], given), last)
 
     def test_missing_adapter_config_is_said(self, tmp_path):
-        from polca_edit.huggingface_models import load_adapted
+        from polca_edit.checkpoints.huggingface_models import load_adapted
 
         pytest.importorskip("peft", reason="package 'peft' is not installed")
         gpt2(0).save_pretrained(tmp_path / "base")

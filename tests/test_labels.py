@@ -12,8 +12,7 @@ import pytest
 import torch
 from hub_models import story
 
-from polca_edit.conllu import NO_TAG, GoldTags, gold_tags, read_conllu, token_tags
-from polca_edit.labels import (
+from polca_edit.clusters.labels import (
     LABEL_AUC,
     covering_tags,
     distinct,
@@ -24,8 +23,9 @@ from polca_edit.labels import (
     tags_from_tagger,
     transferred_auc,
 )
-from polca_edit.sequences import cut_windows, scored_slots, text_token_set
-from polca_edit.text import encode_documents, token_strings, train_tokenizer
+from polca_edit.text.conllu import NO_TAG, GoldTags, gold_tags, read_conllu, token_tags
+from polca_edit.text.documents import encode_documents, token_strings, train_tokenizer
+from polca_edit.text.sequences import cut_windows, scored_slots, text_token_set
 
 DATA = Path(os.environ.get("POLCA_EDIT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 

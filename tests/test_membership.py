@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.arithmetic import make_data
-from polca_edit.membership import MembershipRule, fit_rule
+from experiments.tasks.arithmetic import make_data
+from polca_edit.clusters.membership import MembershipRule, fit_rule
 from polca_edit.tokens import TokenSet
 
 

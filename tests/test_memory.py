@@ -11,8 +11,8 @@ import pytest
 SCRIPT = """
 import json, sys, torch
 torch.set_num_threads(1)
-from experiments import arithmetic
-from polca_edit.derivatives import Objective
+from experiments.tasks import arithmetic
+from polca_edit.derivatives.objective import Objective
 from polca_edit.models import TransformerShape, build_small_transformer
 from polca_edit.parameters import ParameterSpace
 

@@ -8,7 +8,7 @@ from oracles import tiny_bridge, tiny_gpt2
 from torch import nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from experiments.arithmetic import PAPER_PARAMETERS, PAPER_SHAPE
+from experiments.tasks.arithmetic import PAPER_PARAMETERS, PAPER_SHAPE
 from polca_edit.models import (
     SmallTransformer,
     TransformerShape,

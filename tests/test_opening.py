@@ -12,12 +12,9 @@ from hub_models import revisions, train_and_save, write_text
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
 from typer.testing import CliRunner
 
-from experiments import text_verbs
-from experiments.causal import run_study
 from experiments.cli import app
-from experiments.summary import summary_schema
-from interventions.protocol import PlanSettings
-from polca_edit.huggingface import step_of_revision
+from experiments.run.summary import summary_schema
+from polca_edit.checkpoints.huggingface import step_of_revision
 
 SIZES = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 0}
 SMALL = [
@@ -91,9 +88,6 @@ def test_a_pythia_shaped_revision_set_and_a_fine_tuning_reference(tmp_path):
     invoke("open", str(tmp_path / "pythia"), "--names", "step*", "--text", str(text), "--out", str(out))
     summary = checked_summary(out, sum(p.numel() for p in model.parameters()), 5)
     assert [v["origin"] for v in summary["analyses"]["hessian"]["vectors"]] == [2, 8]
-    with pytest.raises(ValueError, match="at least 5 basis vectors, 'hessian' has 2"):
-        run_study([out], ["hessian"], tmp_path / "study", PlanSettings())
-    assert not (tmp_path / "study").exists()
 
 
 def test_a_damaged_folder_ends_with_one_sentence(tmp_path):
@@ -106,9 +100,7 @@ def test_a_damaged_folder_ends_with_one_sentence(tmp_path):
     assert "checkpoint-2" in str(result.exception)
 
 
-def test_english_from_a_text_file(tmp_path, monkeypatch):
-    few = {"pairs": 1, "draws": 19, "rotations": 19, "random_bases": 2, "shuffled_bases": 2, "planted": 2}
-    monkeypatch.setattr(text_verbs, "SMALL_STUDY", {**text_verbs.SMALL_STUDY, **few})
+def test_english_from_a_text_file(tmp_path):
     text = write_text(tmp_path / "text.jsonl")
     out = tmp_path / "run"
     tiny = [
@@ -118,7 +110,7 @@ def test_english_from_a_text_file(tmp_path, monkeypatch):
         "bases=[{kind: hessian, vectors: 5, max_products: 8}, {kind: trajectory, vectors: 5}]",
     ]
     settings = [part for setting in tiny for part in ("--set", setting)]
-    invoke("english", "--preset", "demo", "--text", str(text), "--out", str(out), "--verdicts", *settings)
+    invoke("english", "--preset", "demo", "--text", str(text), "--out", str(out), *settings)
     labels = json.loads((out / "labels" / "trajectory.json").read_text())
     assert {"vectors_kept", "vectors_with_rule", "clusters", "distinct_groups"} <= labels.keys()
     for entry in labels["clusters"]:
@@ -135,8 +127,3 @@ def test_english_from_a_text_file(tmp_path, monkeypatch):
     assert summary["analyses"]["trajectory"]["loss_change"]["exact"] < -0.5
     assert (out / "labels" / "exact_loss.json").exists()
     assert "Clusters of the exact losses (no basis)" in (out / "report.html").read_text()
-    for basis in ("hessian", "trajectory"):
-        study = json.loads((out / "study" / basis / "study.json").read_text())
-        assert study["seeds"] == [0]
-        known = {"causal", "not selective", "observational only", "inconclusive"}
-        assert {row["single_run_verdict"] for row in study["verdicts"]} <= known

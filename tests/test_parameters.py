@@ -9,7 +9,7 @@ import torch
 from oracles import copied_with, hessian_product, mean_loss, text_tokens, tiny_bridge, tiny_gpt2
 from torch import nn
 
-from polca_edit.derivatives import Objective
+from polca_edit.derivatives.objective import Objective
 from polca_edit.models import bridge_around
 from polca_edit.parameters import ParameterSpace, call_with, parameter_slots
 from polca_edit.tokens import next_token_loss

@@ -12,14 +12,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import experiments.pipeline as pipeline
-from experiments import damage_stage, engines
+import experiments.run.stages as pipeline
 from experiments.application import explain
 from experiments.cli import app
 from experiments.config import RunConfig, load_config, preset_names
-from experiments.summary import read_summary, summary_schema, write_summary
+from experiments.run import damage as damage_stage
+from experiments.run import engines
+from experiments.run.summary import read_summary, summary_schema, write_summary
 from polca_edit import artifacts, training
-from polca_edit import checkpoints as checkpoint_files
+from polca_edit.checkpoints import series as checkpoint_files
 
 
 def quiet(_: str) -> None:
@@ -276,7 +277,7 @@ def test_inspect_prints_a_table_and_json(finished: tuple[Path, dict]) -> None:
 
 def test_read_back_records_are_the_ones_written(finished: tuple[Path, dict]) -> None:
     from polca_edit.artifacts import load_record
-    from polca_edit.basis import Basis, gram_error
+    from polca_edit.basis.record import Basis, gram_error
 
     basis = load_record(Basis, finished[0] / "basis" / "hessian.safetensors")
     assert gram_error(basis.rows) < 1e-5

@@ -10,12 +10,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import polca_edit.checkpoints as series
-from experiments import plan as planning
+import polca_edit.checkpoints.series as series
 from experiments.cli import app
 from experiments.config import RunConfig, parse_config
-from experiments.pipeline import open_run, run_stages
-from experiments.summary import write_summary
+from experiments.run import cost as planning
+from experiments.run.stages import open_run, run_stages
+from experiments.run.summary import write_summary
 
 #: d_model and layers: about 14,000, 54,000 and 160,000 parameters.
 SHAPES = {"small": (32, 1), "middle": (64, 1), "large": (80, 2)}
@@ -125,7 +125,7 @@ def test_a_wide_spacing_is_warned_of_and_a_fine_one_is_not():
 
 
 def test_pythias_early_steps_are_named():
-    from polca_edit.huggingface import PYTHIA_STEPS
+    from polca_edit.checkpoints.huggingface import PYTHIA_STEPS
 
     opened = config(32, 1, checkpoints={"directory": "x"})
     (said,) = planning.gap_warnings(opened, PYTHIA_STEPS)
@@ -174,7 +174,7 @@ def test_a_budget_is_kept_and_a_larger_one_buys_more():
 
 
 def test_more_documents_find_smaller_effects():
-    from experiments.tasks import build_task
+    from experiments.tasks.task import build_task
 
     few = config(32, 1)
     many = few.model_copy(update={"arithmetic": few.arithmetic.model_copy(update={"evaluate_sums": 80})})

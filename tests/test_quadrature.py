@@ -5,18 +5,18 @@ import pytest
 import torch
 from torch import nn
 
-from polca_edit.allocation import allocate, project
-from polca_edit.basis import random_basis, unlabelled
-from polca_edit.checkpoints import Checkpoints
-from polca_edit.derivatives import Objective
-from polca_edit.parameters import ParameterSpace
-from polca_edit.quadrature import (
+from polca_edit.allocation.allocate import allocate, project
+from polca_edit.allocation.quadrature import (
     adaptive_plan,
     fixed_plan,
     measure_nodes,
     path_difference,
     unit_rule,
 )
+from polca_edit.basis.record import random_basis, unlabelled
+from polca_edit.checkpoints.series import Checkpoints
+from polca_edit.derivatives.objective import Objective
+from polca_edit.parameters import ParameterSpace
 from polca_edit.tokens import TokenSet
 
 torch.set_num_threads(1)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from experiments.recording import PlainRecorder, lightning_callback, trainer_callback
-from polca_edit.checkpoints import SeriesFolder, open_directory, open_series, read_weights
+from polca_edit.checkpoints.series import SeriesFolder, open_directory, open_series, read_weights
 from polca_edit.parameters import ParameterSpace
+from polca_edit.recording import PlainRecorder, lightning_callback, trainer_callback
 from polca_edit.training import restore_optimiser
 
 

@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from interventions import removal_searches
-from interventions.relabelling import Refit
-from interventions.removal import (
+from interventions.removal import searches as removal_searches
+from interventions.removal.optimise import (
     ConstrainedLoss,
     FitSettings,
     Multipliers,
@@ -20,7 +19,7 @@ from interventions.removal import (
     edit_of,
     fit,
 )
-from interventions.removal_problem import (
+from interventions.removal.problem import (
     GroupRule,
     Limits,
     Predictor,
@@ -33,7 +32,8 @@ from interventions.removal_problem import (
     token_kl,
     token_nll,
 )
-from interventions.removal_searches import (
+from interventions.removal.relabelling import Refit
+from interventions.removal.searches import (
     GroupCurvature,
     best_single,
     closed_form,
@@ -42,7 +42,7 @@ from interventions.removal_searches import (
     match_dose,
     remove_in_sequence,
 )
-from interventions.spans import (
+from interventions.removal.spans import (
     Span,
     leading_rows,
     random_like,

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from interventions.relabelling import best_permutation, fit_relabelling
-from interventions.removal_measures import (
+from interventions.removal.measures import (
     SkillOutputs,
     chance,
     refit_damage,
     relearn,
 )
-from interventions.removal_problem import GroupRule, Predictor, RemovalProblem, token_nll
+from interventions.removal.problem import GroupRule, Predictor, RemovalProblem, token_nll
+from interventions.removal.relabelling import best_permutation, fit_relabelling
 from polca_edit.parameters import ParameterSpace
 from polca_edit.tokens import TokenSet
 

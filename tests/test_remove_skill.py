@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import removal_table, remove_skill
-from experiments.arithmetic import SKILLS, first_and_second, token_set
-from experiments.removal_bed import (
+from experiments.removal import study as remove_skill
+from experiments.removal import table as removal_table
+from experiments.removal.bed import (
     GROUPS,
     SKILL_GROUPS,
     BedSettings,
@@ -25,8 +25,9 @@ from experiments.removal_bed import (
     skill_rule,
     with_own_digits,
 )
-from experiments.removal_methods import Effort, finalists, settings_of
-from experiments.remove_skill import Study, finite, matched_damage, restricted_to, run_study
+from experiments.removal.methods import Effort, finalists, settings_of
+from experiments.removal.study import Study, finite, matched_damage, restricted_to, run_study
+from experiments.tasks.arithmetic import SKILLS, first_and_second, token_set
 from polca_edit.models import TransformerShape
 from polca_edit.training import TrainingSettings
 
@@ -150,7 +151,7 @@ def test_study_end_to_end(folder: Path, tmp_path: Path) -> None:
     ] == [8]
     assert {curve["data"] for curve in result["relearning"]} == set(remove_skill.RELEARNING)
     json.dumps(finite(result), allow_nan=False)
-    from experiments.figures_removal import draw_removal
+    from experiments.report.figures_removal import draw_removal
 
     assert all(path.stat().st_size > 1000 for path in draw_removal(finite(result), tmp_path))
     # The judged numbers are those of the edit itself: none of the original model's weights changed.

@@ -15,13 +15,13 @@ import pytest
 import torch
 import yaml
 
-from experiments import figures
-from experiments.report import Section, write_report
-from experiments.report_formats import highlighted, nats, percent
-from experiments.report_records import ClusterView, allocate_only, by_interest, over_headroom, read_run
-from experiments.report_tokens import exact_combinations, nearest_to_medoid
-from experiments.summary import summary_schema
-from polca_edit.allocation import Projections, allocate
+from experiments.report import figures
+from experiments.report.formats import highlighted, nats, percent
+from experiments.report.page import Section, write_report
+from experiments.report.records import ClusterView, allocate_only, by_interest, over_headroom, read_run
+from experiments.report.tokens import exact_combinations, nearest_to_medoid
+from experiments.run.summary import summary_schema
+from polca_edit.allocation.allocate import Projections, allocate
 from polca_edit.artifacts import RunDirectory, save_record
 
 STEPS = torch.arange(0, 110, 10)
@@ -310,7 +310,7 @@ def test_second_report_has_the_same_bytes_and_takes_extra_sections(drawn) -> Non
 
 
 def test_without_skills_and_with_more_clusters_than_fit(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("experiments.report.MOST_CLUSTERS", 2)
+    monkeypatch.setattr("experiments.report.page.MOST_CLUSTERS", 2)
     directory = make_run(tmp_path, {"hessian": True}, with_skills=False)
     told: list[str] = []
     page = write_report(directory, told.append).read_text(encoding="utf-8")

@@ -7,14 +7,10 @@ import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score
 
-from experiments.arithmetic import make_data, token_loss
 from experiments.config import load_config
-from experiments.multiverse import Branch, branches, group_damage, outcome, survival, thinned
-from experiments.pipeline import open_run
-from experiments.reproduce import NUMBERS, PRESETS, run_reproduction
-from experiments.reproduce_claims import CLAIMS, Claim, judge_claim, judge_claims
-from experiments.reproduce_measure import Settings, measure_bases, trained
-from experiments.reproduce_rows import (
+from experiments.reproduce.claims import CLAIMS, Claim, judge_claim, judge_claims
+from experiments.reproduce.measure import Settings, measure_bases, trained
+from experiments.reproduce.rows import (
     TokenSplits,
     Variant,
     carry_fields,
@@ -22,11 +18,15 @@ from experiments.reproduce_rows import (
     over_seeds,
     share_fields,
 )
-from polca_edit.allocation import Allocation, Projections, allocate, project
-from polca_edit.basis import random_basis
-from polca_edit.checkpoints import Checkpoints
-from polca_edit.clusters import ClusterSettings
-from polca_edit.derivatives import Objective
+from experiments.reproduce.verb import NUMBERS, PRESETS, run_reproduction
+from experiments.run.stages import open_run
+from experiments.study.multiverse import Branch, branches, group_damage, outcome, survival, thinned
+from experiments.tasks.arithmetic import make_data, token_loss
+from polca_edit.allocation.allocate import Allocation, Projections, allocate, project
+from polca_edit.basis.record import random_basis
+from polca_edit.checkpoints.series import Checkpoints
+from polca_edit.clusters.density import ClusterSettings
+from polca_edit.derivatives.objective import Objective
 from polca_edit.models import TransformerShape, build_small_transformer
 from polca_edit.parameters import ParameterSpace
 

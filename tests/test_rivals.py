@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from interventions import rivals
-from interventions.removal import FitSettings, batch_at
-from interventions.removal_problem import GroupRule, Limits, Predictor, RemovalProblem, select_shares
+from interventions.removal import rivals
+from interventions.removal.optimise import FitSettings, batch_at
+from interventions.removal.problem import GroupRule, Limits, Predictor, RemovalProblem, select_shares
 from polca_edit.models import (
     TransformerShape,
     build_small_transformer,

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import pipeline
 from experiments.config import load_config, parse_config
-from experiments.plan import ROTATED, sizes_of
-from experiments.summary import write_summary
-from experiments.tasks import build_task
-from polca_edit.allocation import Projections, allocate, project
+from experiments.run import stages as pipeline
+from experiments.run.cost import ROTATED, sizes_of
+from experiments.run.summary import write_summary
+from experiments.tasks.task import build_task
+from polca_edit.allocation.allocate import Projections, allocate, project
 from polca_edit.artifacts import load_record
-from polca_edit.basis import Basis
+from polca_edit.basis.record import Basis
 
 PLAIN = [{"kind": "hessian", "vectors": 3}, {"kind": "trajectory", "vectors": 4}]
 TURNED = [
@@ -76,7 +76,7 @@ def test_rotation_moves_vectors_and_keeps_the_span(added) -> None:
 
 def test_varimax_was_fitted_on_the_stored_allocation(added) -> None:
     """Kaiser's criterion of the given allocation table is higher at the rotation than at 200 random ones."""
-    from polca_edit.rotations import allocation_matrices, orthomax_criterion
+    from polca_edit.basis.rotate import allocation_matrices, orthomax_criterion
 
     run, _ = added
     before, after = (load_record(Basis, run.directory.basis(n)) for n in ("trajectory", "turned"))

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from polca_edit.allocation import Projections, allocate
-from polca_edit.rotations import (
+from polca_edit.allocation.allocate import Projections, allocate
+from polca_edit.basis.rotate import (
     allocation_matrices,
     contrastive,
     independent_components,

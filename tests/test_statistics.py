@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from interventions import statistics as st
+from interventions.causal import statistics as st
 
 
 def test_bootstrap_error_matches_cluster_formula() -> None:

@@ -8,16 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from polca_edit.sequences import (
-    Sampling,
-    cut_windows,
-    draw_token_sets,
-    hold_out,
-    scored_slots,
-    text_token_set,
-    training_splits,
-)
-from polca_edit.text import (
+from polca_edit.text.documents import (
     END_OF_TEXT,
     Document,
     deduplicate,
@@ -29,7 +20,16 @@ from polca_edit.text import (
     token_strings,
     train_tokenizer,
 )
-from polca_edit.token_features import frequency_bands, shape_of
+from polca_edit.text.features import frequency_bands, shape_of
+from polca_edit.text.sequences import (
+    Sampling,
+    cut_windows,
+    draw_token_sets,
+    hold_out,
+    scored_slots,
+    text_token_set,
+    training_splits,
+)
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "while", "42", "Dogs", "ran,", "fast;", "NASA's", "café"]
 WORDS.append("opened…")

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.shape_prop import ShapeProp
 
-from polca_edit import tracing
-from polca_edit.derivatives import Objective
+from polca_edit.derivatives import tracing
+from polca_edit.derivatives.objective import Objective
+from polca_edit.derivatives.tracing import trace_linearization
 from polca_edit.models import TransformerShape, build_small_transformer
 from polca_edit.parameters import ParameterSpace
 from polca_edit.tokens import TokenSet, next_token_loss
-from polca_edit.tracing import trace_linearization
 
 aten = torch.ops.aten
 

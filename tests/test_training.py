@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from polca_edit import training as module_under_test
-from polca_edit.checkpoints import SeriesFolder, open_series, read_weights
+from polca_edit.checkpoints.series import SeriesFolder, open_series, read_weights
 from polca_edit.parameters import ParameterSpace
 from polca_edit.training import Recorder, TrainingSettings, train
 
@@ -249,7 +249,7 @@ def test_branch_from_a_recorded_state_repeats_the_run(whole):
 
 
 def test_transformer_learns_and_repeats_itself():
-    from experiments.arithmetic import make_data  # here, to keep the killed process light
+    from experiments.tasks.arithmetic import make_data  # here, to keep the killed process light
     from polca_edit.models import TransformerShape, build_small_transformer
 
     data = make_data(20, 10, 20, 16, 0)
@@ -268,7 +268,7 @@ def test_transformer_learns_and_repeats_itself():
 
 
 def test_batches_depend_on_step_and_seed_alone_and_avoid_held_out_sums():
-    from experiments.arithmetic import first_and_second, make_data
+    from experiments.tasks.arithmetic import first_and_second, make_data
 
     data, other = make_data(3000, 100, 3000, 32, 0), make_data(3000, 100, 3000, 32, 1)
     held = set()

@@ -1,0 +1,1 @@
+"""Skill removal on recorded runs: verb, study, methods."""

@@ -1,0 +1,261 @@
+"""``polca-edit apply``: write an edited model in the format it came in, and take the edit back exactly."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from safetensors import safe_open
+from torch import Tensor
+
+from interventions.edit_files import EditFile, load_edit
+from interventions.edits import weights_fingerprint
+from polca_edit.artifacts import checksum
+from polca_edit.checkpoints.series import read_weights, write_atomically, write_json, write_tensors
+
+UNDO = "undo"
+#: Folder of an adapter that ``--lora`` adds.
+ADAPTER = "adapter"
+WEIGHT_SUFFIXES = {".safetensors", ".pt", ".pth", ".bin"}
+SURVIVAL = 0.99
+
+
+@dataclass(frozen=True)
+class Survival:
+    """How much of an edit is left after rounding to the stored dtype.
+
+    Attributes:
+        share: <kept, planned> / |planned|^2 over all weights.
+        error: |kept - planned| / |planned|.
+        dtypes: dtypes that were cast to.
+    """
+
+    share: float
+    error: float
+    dtypes: tuple[str, ...]
+
+
+def weight_files(model: Path) -> list[Path]:
+    """Files that hold weights: the file itself, or those of a folder (shards included).
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if model.is_file():
+        return [model]
+    if not model.is_dir():
+        raise ValueError(
+            f"a model must be a folder or a weight file, '{model}' does not exist; check the path"
+        )
+    for index_name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        if (model / index_name).exists():
+            names = sorted(set(json.loads((model / index_name).read_text())["weight_map"].values()))
+            return [model / name for name in names]
+    for name in ("model.safetensors", "pytorch_model.bin", "model.pt"):
+        if (model / name).exists():
+            return [model / name]
+    found = sorted(p for p in model.iterdir() if p.suffix in WEIGHT_SUFFIXES)
+    if len(found) != 1:
+        raise ValueError(
+            f"'{model}' must hold one weight file or a sharded set, found {[p.name for p in found][:4]}"
+        )
+    return found
+
+
+def edited_tensors(
+    file: EditFile, tensors: Mapping[str, Tensor], dose: float, cast: bool
+) -> tuple[dict[str, Tensor], Survival]:
+    """Changed tensors in their stored dtype, aliases of tied weights included.
+
+    Args:
+        file: edit and its space.
+        tensors: the whole model as stored.
+        dose: multiple of the edit.
+        cast: allow a stored dtype other than the edit's.
+
+    Raises:
+        ValueError: for another model, or a dtype that needs a cast.
+    """
+    edit, space = file.edit, file.space
+    known = {slot: tensors[slot] for slot, _ in space.aliases if slot in tensors}
+    theta = space.flatten(known, dtype=edit.rows.dtype)
+    if weights_fingerprint(theta) != edit.base:
+        raise ValueError(
+            "an edit only applies to the weights it was made for; this model's differ (already edited, "
+            "another checkpoint or another dtype), give the original"
+        )
+    slots = [(slot, name) for slot, name in space.aliases if slot in tensors]
+    other = sorted({str(tensors[slot].dtype) for slot, _ in slots if tensors[slot].dtype != edit.rows.dtype})
+    if other and not cast:
+        raise ValueError(
+            f"the edit is {edit.rows.dtype} and the model holds {', '.join(other)}; pass --cast to round it"
+        )
+    moved = space.unflatten(edit.scaled(dose).moved(theta))
+    before = space.unflatten(theta)
+    changed: dict[str, Tensor] = {}
+    inner = planned_square = error_square = 0.0
+    counted: set[str] = set()
+    for slot, name in slots:
+        new = moved[name].to(tensors[slot].dtype)
+        if name not in counted:
+            counted.add(name)
+            planned = (moved[name] - before[name]).double()
+            kept = new.double() - before[name].double()
+            inner += float((kept * planned).sum())
+            planned_square += float(planned.square().sum())
+            error_square += float((kept - planned).square().sum())
+        if not torch.equal(new, tensors[slot]):
+            changed[slot] = new
+    if planned_square == 0.0:
+        return changed, Survival(1.0, 0.0, tuple(other))
+    survival = Survival(inner / planned_square, (error_square / planned_square) ** 0.5, tuple(other))
+    return changed, survival
+
+
+def _write_like(source: Path, target: Path, changed: Mapping[str, Tensor]) -> None:
+    if source.suffix == ".safetensors":
+        with safe_open(source, framework="pt") as handle:
+            metadata = handle.metadata()
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        write_tensors(target, {name: changed.get(name, value) for name, value in tensors.items()}, metadata)
+        return
+    state = torch.load(source, map_location="cpu", weights_only=True)
+    inner = state
+    for key in ("model", "state_dict", "model_state_dict"):
+        if isinstance(state.get(key), dict):
+            inner = state[key]
+    for name in list(inner):
+        if name in changed:
+            inner[name] = changed[name]
+    write_atomically(target, lambda part: torch.save(state, part))
+
+
+def apply_edit(
+    file: EditFile, model: Path, out: Path, *, dose: float = 1.0, cast: bool = False, source: str = "edit"
+) -> Survival:
+    """Copy the model to ``out`` with the edit in it, and keep the original weight files for ``undo``.
+
+    A subtraction does not restore floating-point weights, so the undo record keeps every changed
+    file as it was, with checksums of both versions.
+
+    Raises:
+        ValueError: for a wrong model, a missing ``cast`` or an ``out`` that exists.
+    """
+    files = weight_files(model)
+    tensors = read_weights(model)
+    changed, survival = edited_tensors(file, tensors, dose, cast)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out must be a new or empty folder, '{out}' holds something; choose another")
+    out.mkdir(parents=True, exist_ok=True)
+    if model.is_dir():
+        for path in sorted(model.rglob("*")):
+            if path.is_file() and path not in files:
+                (out / path.relative_to(model)).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, out / path.relative_to(model))
+    records: list[dict[str, Any]] = []
+    for path in files:
+        name = path.name
+        held = set(read_weights(path))
+        if not held & set(changed):
+            shutil.copyfile(path, out / name)
+            continue
+        (out / UNDO).mkdir(exist_ok=True)
+        shutil.copyfile(path, out / UNDO / name)
+        _write_like(path, out / name, changed)
+        records.append({"file": name, "before": checksum(path), "after": checksum(out / name)})
+    write_json(
+        out / UNDO / "undo.json",
+        {
+            "schema": "polca-edit/undo/1",
+            "edit": source,
+            "operator": file.edit.operator,
+            "dose": dose * file.edit.dose,
+            "base": file.edit.base,
+            "survival": survival.share,
+            "files": records,
+        },
+    )
+    return survival
+
+
+def undo_edit(file: EditFile, model: Path, out: Path) -> list[str]:
+    """Write the model as it was before the edit, byte for byte.
+
+    Returns:
+        names of the restored files.
+
+    Raises:
+        ValueError: if the folder has no undo record, was changed since, or belongs to another edit.
+    """
+    folder = model if model.is_dir() else model.parent
+    path = folder / UNDO / "undo.json"
+    if not path.exists():
+        raise ValueError(f"--undo needs the folder that 'apply' wrote, '{path}' is missing; give that folder")
+    record = json.loads(path.read_text())
+    if record["base"] != file.edit.base:
+        raise ValueError("this model was edited with another edit (fingerprints differ); give that edit")
+    for entry in record["files"]:
+        if checksum(folder / entry["file"]) != entry["after"]:
+            raise ValueError(
+                f"'{entry['file']}' was changed after the edit; its undo record no longer applies"
+            )
+        if checksum(folder / UNDO / entry["file"]) != entry["before"]:
+            raise ValueError(
+                f"the undo record of '{entry['file']}' is damaged; restore the model from your own copy"
+            )
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out must be a new or empty folder, '{out}' holds something; choose another")
+    out.mkdir(parents=True, exist_ok=True)
+    restored = {entry["file"] for entry in record["files"]}
+    for source in sorted(folder.rglob("*")):
+        relative = source.relative_to(folder)
+        if not source.is_file() or relative.parts[0] in {UNDO, *record.get("added", ())}:
+            continue
+        (out / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / UNDO / relative if str(relative) in restored else source, out / relative)
+    return sorted(restored)
+
+
+def apply(
+    edit: Annotated[Path, typer.Argument(help="Edit file (.json or .safetensors).")],
+    model: Annotated[Path, typer.Argument(help="Hugging Face folder, safetensors file or torch state dict.")],
+    out: Annotated[Path, typer.Option(help="New folder for the edited (or restored) model.")],
+    dose: Annotated[float, typer.Option(help="Multiple of the edit; 0 changes nothing.")] = 1.0,
+    undo: Annotated[
+        bool, typer.Option("--undo", help="Restore the model that 'apply' wrote, byte for byte.")
+    ] = False,
+    cast: Annotated[bool, typer.Option("--cast", help="Round the edit to the model's dtype.")] = False,
+    lora: Annotated[
+        int | None, typer.Option(min=1, help="Also write a LoRA adapter of this rank, with its error.")
+    ] = None,
+) -> None:
+    """Apply an edit to a model, or take it back."""
+    file = load_edit(edit)
+    if undo:
+        restored = undo_edit(file, model, out)
+        typer.echo(f"restored {', '.join(restored) or 'nothing'} in {out}")
+        return
+    survival = apply_edit(file, model, out, dose=dose, cast=cast, source=edit.stem)
+    typer.echo(
+        f"{out}: {file.edit.operator}, dose {dose:g}, "
+        f"norm {file.edit.norm * abs(dose):.4g}, rank {file.edit.rank}"
+    )
+    if survival.share < SURVIVAL:
+        typer.echo(
+            f"warning: only {survival.share:.1%} of the edit survives the cast to "
+            f"{', '.join(survival.dtypes)} (error {survival.error:.1%}); apply it in float32"
+        )
+    if lora is not None:
+        from interventions.lora import export_lora
+
+        rows = export_lora(file, out / ADAPTER, lora, dose=dose)
+        record = json.loads((out / UNDO / "undo.json").read_text())
+        write_json(out / UNDO / "undo.json", {**record, "added": [ADAPTER]})
+        for row in rows:
+            typer.echo(f"  {row.name:<40} rank {row.rank:>3}  error {row.error:.2%}")

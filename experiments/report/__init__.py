@@ -1,0 +1,1 @@
+"""Pages, tables and figures drawn from records; never from a model."""

@@ -1,0 +1,1 @@
+"""One driver and one store for everything that has a run directory."""

@@ -1,0 +1,1 @@
+"""What a run is about: model, data, loss and groups of tokens."""

@@ -1,0 +1,1 @@
+"""Landscapes whose every causal answer is known."""

@@ -1,0 +1,1 @@
+"""Skills found by what undoing does to tokens."""

@@ -1,0 +1,121 @@
+"""Edit files: rows and coordinates as safetensors, everything else as JSON beside them.
+
+``NAME.safetensors`` holds ``rows`` (k, N) and ``coordinates`` (k,); ``NAME.json`` the operator, dose,
+fingerprint of the base weights, parameter names and shapes, provenance, and the checksum of the
+tensors. Both are written atomically, the JSON last: an edit without it is incomplete.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from interventions.edits import Edit
+from polca_edit.artifacts import checksum
+from polca_edit.checkpoints.series import write_json, write_tensors
+from polca_edit.parameters import ParameterSpace
+
+SCHEMA = "polca-edit/edit/1"
+
+
+@dataclass(frozen=True)
+class EditFile:
+    """An edit with the parameter space it lives in.
+
+    Attributes:
+        edit: the movement.
+        space: names, shapes and order of the flat vector.
+    """
+
+    edit: Edit
+    space: ParameterSpace
+
+
+def paths_of(path: Path) -> tuple[Path, Path]:
+    """(tensors, description) of an edit named with or without a suffix."""
+    stem = path.with_suffix("") if path.suffix in (".safetensors", ".json") else path
+    return stem.with_name(stem.name + ".safetensors"), stem.with_name(stem.name + ".json")
+
+
+def save_edit(path: Path, edit: Edit, space: ParameterSpace) -> Path:
+    """Write an edit; returns the JSON's path.
+
+    Raises:
+        ValueError: if the edit does not live in the space.
+    """
+    if edit.rows.shape[1] != space.size:
+        raise ValueError(
+            f"an edit must have one entry per parameter, got {edit.rows.shape[1]} for {space.size}; "
+            "pass the space it was made in"
+        )
+    tensors, description = paths_of(path)
+    write_tensors(tensors, {"rows": edit.rows, "coordinates": edit.coordinates.double()})
+    write_json(
+        description,
+        {
+            "schema": SCHEMA,
+            "operator": edit.operator,
+            "dose": edit.dose,
+            "base": edit.base,
+            "norm": edit.norm,
+            "rank": edit.rank,
+            "space": {
+                "names": list(space.names),
+                "shapes": [list(shape) for shape in space.shapes],
+                "aliases": [list(pair) for pair in space.aliases],
+                "fingerprint": space.fingerprint(),
+            },
+            "provenance": edit.provenance,
+            "tensors": {"file": tensors.name, "sha256": checksum(tensors)},
+        },
+    )
+    return description
+
+
+def load_edit(path: Path) -> EditFile:
+    """Read an edit.
+
+    Raises:
+        ValueError: if a part is missing, damaged or does not belong to the other.
+    """
+    tensors, description = paths_of(path)
+    for part in (tensors, description):
+        if not part.exists():
+            raise ValueError(f"an edit needs both its files, '{part}' is missing; copy it beside the other")
+    try:
+        values: dict[str, Any] = json.loads(description.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"'{description}' must be JSON ({error}); make the edit again") from error
+    if values.get("schema") != SCHEMA:
+        raise ValueError(f"'{description}' must have schema {SCHEMA}, got {values.get('schema')}")
+    if checksum(tensors) != values["tensors"]["sha256"]:
+        raise ValueError(f"'{tensors}' does not match its description (checksum differs); copy both again")
+    try:
+        with safe_open(tensors, framework="pt") as handle:
+            rows, coordinates = handle.get_tensor("rows"), handle.get_tensor("coordinates")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"'{tensors}' must be a readable edit ({error}); make the edit again") from error
+    stored = values["space"]
+    space = ParameterSpace(
+        tuple(stored["names"]),
+        tuple(tuple(int(n) for n in shape) for shape in stored["shapes"]),
+        tuple((str(slot), str(name)) for slot, name in stored["aliases"]),
+    )
+    if space.fingerprint() != stored["fingerprint"] or rows.shape != (len(coordinates), space.size):
+        raise ValueError(
+            f"'{description}' does not describe its tensors (shapes differ); make the edit again"
+        )
+    edit = Edit(
+        values["base"],
+        rows,
+        coordinates.to(torch.float64),
+        values["operator"],
+        float(values["dose"]),
+        dict(values["provenance"]),
+    )
+    return EditFile(edit, space)

@@ -1,0 +1,1 @@
+"""Edits that take one skill out, and what people use today instead."""

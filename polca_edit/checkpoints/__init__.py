@@ -1,0 +1,1 @@
+"""Series of training checkpoints, from any kind of file."""

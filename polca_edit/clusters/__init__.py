@@ -1,0 +1,1 @@
+"""Clusters of trajectories, who is in them, what they are called, when they break through."""

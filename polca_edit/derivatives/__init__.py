@@ -1,0 +1,1 @@
+"""Losses, directional derivatives, Hessian-vector products and eigenpairs."""

@@ -1,0 +1,394 @@
+"""Directional derivatives of token losses, gradients and Hessian-vector products.
+
+Everything is exact (no finite differences). Four routes compute the same numbers:
+
+- ``adjoint``: one backward pass per scored token of a sequence, then one matrix product per weight
+  and vector (see :mod:`polca_edit.derivatives.adjoint`); cheapest where few tokens are scored;
+- ``traced``: one graph per model, cut into a part run once per checkpoint and a part run once per
+  vector (see :mod:`polca_edit.derivatives.tracing`); cheapest once a few dozen vectors share the trace;
+- ``jvp``: ``torch.func.jvp`` per vector; no set-up, best for small jobs;
+- ``double_backward``: reverse mode only, for modules without forward-mode support.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from polca_edit.derivatives.adjoint import AdjointRoute, AdjointUnavailable
+from polca_edit.derivatives.tracing import (
+    Linearization,
+    PointFunction,
+    PointLinearization,
+    double_backward,
+    plain_jvp,
+    symmetric_products,
+    trace_linearization,
+)
+from polca_edit.parameters import ParameterSpace, call_with
+from polca_edit.tokens import TokenLossFunction, TokenSet
+
+Route = Literal["auto", "adjoint", "traced", "jvp", "double_backward"]
+
+#: A trace costs about 70 forward passes and saves about one per vector.
+TRACE_BREAK_EVEN = 64
+#: Forward passes per vector by route (measured on the two arithmetic shapes, docs/results).
+PASSES_PER_VECTOR = {"adjoint": 1.0, "traced": 1.9, "jvp": 3.0}
+#: Forward passes per scored token of a sequence that the adjoint route needs before any vector.
+PASSES_PER_COTANGENT = 1.25
+
+
+@dataclass
+class PassCount:
+    """Work done, in passes over tokens: one unit is one sequence through the model once.
+
+    ``weighted(S)`` divides by a token-set size to give passes over that set.
+    """
+
+    forward: float = 0.0
+    backward: float = 0.0
+    tangent: float = 0.0
+    hvp: float = 0.0
+
+    def as_dict(self) -> dict[str, float]:
+        """Counts by kind, in sequences."""
+        return {"forward": self.forward, "backward": self.backward, "tangent": self.tangent, "hvp": self.hvp}
+
+
+@dataclass
+class Objective:
+    """A module, its chosen parameters and a token loss: what every derivative is taken of.
+
+    Attributes:
+        module: the model; its own weights are never changed by this class.
+        space: which parameters, in which flat order.
+        token_loss: ``token_loss(module, inputs)`` -> (B, P) nats.
+        batch_size: sequences per batch; bounds memory, never changes a result beyond rounding.
+        route: how derivatives are computed; ``auto`` picks by the number of vectors.
+        compiled: pass traced tangent parts through ``torch.compile``.
+        memory_budget: bytes for what the adjoint route keeps of a batch; batches shrink to fit.
+        route_used: the route of the last :meth:`directional` call, ``None`` before the first.
+        route_note: why a cheaper route was not taken, empty if it was.
+        passes: running count of the work done.
+    """
+
+    module: nn.Module
+    space: ParameterSpace
+    token_loss: TokenLossFunction
+    batch_size: int = 256
+    route: Route = "auto"
+    compiled: bool = False
+    memory_budget: int = 1 << 30
+    route_used: Route | None = None
+    route_note: str = ""
+    passes: PassCount = field(default_factory=PassCount)
+    _traces: dict[tuple[object, ...], Linearization] = field(default_factory=dict, repr=False)
+    _reverse_only: bool = field(default=False, repr=False)
+    _untraceable: bool = field(default=False, repr=False)
+    _adjoint: AdjointRoute | None = field(default=None, repr=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module's parameters live."""
+        return next(self.module.parameters()).device
+
+    def split(self, flat: Tensor) -> list[Tensor]:
+        """Parameters as separate tensors in canonical order (each with its own storage).
+
+        A view into one long vector would make every forward-mode tangent as long as the vector.
+        """
+        return [value.clone() for value in self.space.unflatten(flat).values()]
+
+    def _losses(self, weights: Sequence[Tensor], inputs: Tensor) -> Tensor:
+        values = dict(zip(self.space.names, weights, strict=True))
+        losses: Tensor = call_with(self.module, self.space, values, self.token_loss, inputs)
+        return losses
+
+    def _batches(self, tokens: TokenSet) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """(inputs, scored, rows): equal shapes, the last batch padded with unscored repeats."""
+        size = min(self.batch_size, tokens.sequences)
+        batches = []
+        for rows in tokens.batches(size):
+            padded = torch.cat([rows, rows[:1].expand(size - len(rows))])
+            scored = tokens.scored[padded].clone()
+            scored[len(rows) :] = False
+            batches.append((tokens.inputs[padded].to(self.device), scored.to(self.device), rows))
+        return batches
+
+    def losses(self, theta: Float[Tensor, " N"], tokens: TokenSet) -> Float[Tensor, " M"]:
+        """Exact loss of every scored token, in nats.
+
+        Raises:
+            ValueError: if a loss is not finite.
+        """
+        weights = self.split(theta.to(self.device))
+        parts = []
+        with torch.no_grad():
+            for inputs, scored, _ in self._batches(tokens):
+                parts.append(self._losses(weights, inputs)[scored].cpu())
+        self.passes.forward += tokens.sequences
+        result = torch.cat(parts)
+        if not torch.isfinite(result).all():
+            raise ValueError(
+                "token losses must be finite, got NaN or infinity; are this checkpoint's weights damaged?"
+            )
+        return result
+
+    # -- directional derivatives ---------------------------------------------------------------
+
+    def directional(
+        self,
+        theta: Float[Tensor, " N"],
+        rows: Float[Tensor, "K N"],
+        tokens: TokenSet,
+        *,
+        expected: int | None = None,
+    ) -> tuple[Float[Tensor, " M"], Float[Tensor, "K M"]]:
+        """Token losses and <v, grad l_x(theta)> for every row v, in nats (per unit of v).
+
+        Args:
+            theta: weights.
+            rows: directions.
+            tokens: where.
+            expected: number of vectors this objective will see in all, for the choice of route.
+        """
+        planned = expected if expected is not None else rows.shape[0]
+        if self._wants_adjoint(rows.shape[0], tokens, planned):
+            try:
+                return self._directional_adjoint(theta, rows, tokens)
+            except AdjointUnavailable as reason:
+                if self.route == "adjoint":
+                    raise ValueError(
+                        f"route 'adjoint' must fit the model: {reason}; use route 'auto'"
+                    ) from reason
+                self._adjoint, self.route_note = None, str(reason)
+        route = self._choose(planned)
+        weights = self.split(theta.to(self.device))
+        values, slopes = [], []
+        with torch.no_grad():
+            for inputs, scored, _ in self._batches(tokens):
+                linear = self._linear_losses(route, weights, inputs)
+                values.append(linear.values[0][scored].cpu())
+                slopes.append(
+                    torch.stack(
+                        [
+                            linear(self.split(row.to(self.device, theta.dtype)))[0][scored].cpu()
+                            for row in rows
+                        ]
+                    )
+                    if len(rows)
+                    else torch.zeros(0, int(scored.sum()), dtype=theta.dtype)
+                )
+        self.route_used = "double_backward" if self._reverse_only else route
+        self.passes.forward += tokens.sequences
+        self.passes.tangent += tokens.sequences * len(rows)
+        return torch.cat(values), torch.cat(slopes, dim=1)
+
+    def _wants_adjoint(self, count: int, tokens: TokenSet, planned: int) -> bool:
+        """Whether the adjoint route was asked for, or is the cheapest and not known to fail."""
+        if self.route != "auto":
+            return self.route == "adjoint"
+        if self.route_note or count == 0:
+            return False
+        ranks = int(tokens.scored.sum(1).max())
+        adjoint = 1.0 + PASSES_PER_COTANGENT * ranks + PASSES_PER_VECTOR["adjoint"] * count
+        other = "traced" if planned >= TRACE_BREAK_EVEN else "jvp"
+        return adjoint < PASSES_PER_VECTOR[other] * count
+
+    def _directional_adjoint(
+        self, theta: Float[Tensor, " N"], rows: Float[Tensor, "K N"], tokens: TokenSet
+    ) -> tuple[Float[Tensor, " M"], Float[Tensor, "K M"]]:
+        """Losses and slopes from the scored tokens' cotangents (:mod:`polca_edit.derivatives.adjoint`)."""
+        if self._adjoint is None:
+            self._adjoint = AdjointRoute(self.module, self.space, self.token_loss, self.memory_budget)
+        values = self.space.unflatten(theta.to(self.device))
+        directions = self.space.unflatten(rows.to(self.device, theta.dtype))
+        # The r-th scored slot of each sequence; sequences with fewer repeat slot 0, dropped below.
+        counts = tokens.scored.sum(1)
+        ranks = int(counts.max())
+        slots = torch.argsort(tokens.scored.to(torch.int8), dim=1, descending=True, stable=True)[:, :ranks]
+        valid = torch.arange(ranks) < counts[:, None]
+        inputs = tokens.inputs
+        self._adjoint.prepare(
+            values, inputs[: self.batch_size].to(self.device), slots[: self.batch_size].to(self.device)
+        )
+        size = self._adjoint.chunk(ranks, theta.element_size(), self.batch_size)
+        losses, slopes = [], []
+        with torch.no_grad():
+            for batch in tokens.batches(size):
+                found, parts = self._adjoint.slopes(
+                    values, directions, inputs[batch].to(self.device), slots[batch].to(self.device)
+                )
+                losses.append(found.cpu()[tokens.scored[batch]])
+                slopes.append(parts.cpu()[valid[batch]])
+        self.route_used = "adjoint"
+        self.passes.forward += tokens.sequences
+        self.passes.backward += tokens.sequences * ranks
+        self.passes.tangent += tokens.sequences * len(rows)
+        return torch.cat(losses), torch.cat(slopes).T.contiguous()
+
+    def _choose(self, expected: int) -> Route:
+        if self._reverse_only:
+            return "double_backward"
+        if self.route not in ("auto", "adjoint"):
+            return self.route
+        return "traced" if expected >= TRACE_BREAK_EVEN else "jvp"
+
+    def _linear_losses(self, route: Route, weights: list[Tensor], inputs: Tensor) -> PointLinearization:
+        def function(point: Sequence[Tensor], given: Sequence[Tensor]) -> Sequence[Tensor]:
+            return (self._losses(point, given[0]),)
+
+        return self._linear("losses", function, route, weights, [inputs])
+
+    def _linear(
+        self,
+        kind: str,
+        function: PointFunction,
+        route: Route,
+        weights: list[Tensor],
+        inputs: list[Tensor],
+    ) -> PointLinearization:
+        """The derivative of ``function`` at the weights by the wanted route, with fallback."""
+        try:
+            if route == "traced" and not self._untraceable:
+                key = (kind, weights[0].dtype, self.compiled, *(tuple(i.shape) for i in inputs))
+                if key not in self._traces:
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore")
+                        self._traces[key] = trace_linearization(
+                            function, weights, inputs, compiled=self.compiled
+                        )
+                return self._traces[key].at(weights, inputs)
+            if route in ("jvp", "traced"):
+                return plain_jvp(function, weights, inputs)
+        except (NotImplementedError, RuntimeError) as error:
+            if "tracing tensor" in str(error):  # a model that branches on values: the same numbers, untraced
+                self._untraceable = True
+                return self._linear(kind, function, "jvp", weights, inputs)
+            if (
+                "forward AD" not in str(error)
+                and "forward-mode" not in str(error)
+                and "jvp" not in str(error)
+            ):
+                raise
+            self._reverse_only = True
+        return double_backward(function, weights, inputs)
+
+    # -- gradients and curvature of the mean loss ------------------------------------------------
+
+    def mean_gradient(
+        self, theta: Float[Tensor, " N"], tokens: TokenSet, weights: Float[Tensor, " M"] | None = None
+    ) -> tuple[float, Float[Tensor, " N"]]:
+        """Mean loss and its gradient; with ``weights`` (M,) the weighted sum instead of the mean.
+
+        The mean is over all scored tokens (sum divided once by the count), so unequal batches
+        do not matter.
+        """
+        token_weights = self._slot_weights(tokens, weights, theta.dtype)
+        parts = [w.requires_grad_() for w in self.split(theta.to(self.device))]
+        total = torch.zeros((), dtype=theta.dtype, device=self.device)
+        gradient = torch.zeros_like(theta, device=self.device)
+        for (inputs, _, rows), slot_weights in zip(self._batches(tokens), token_weights, strict=True):
+            with torch.enable_grad():
+                loss = (self._losses(parts, inputs) * slot_weights).sum()
+                grads = torch.autograd.grad(loss, parts, materialize_grads=True)
+            total += loss.detach()
+            gradient += torch.cat([g.reshape(-1) for g in grads])
+            self.passes.forward += len(rows)
+            self.passes.backward += len(rows)
+        return float(total), gradient
+
+    def _slot_weights(self, tokens: TokenSet, weights: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
+        """Per batch (B, P): the weight of each slot's loss, zero where nothing is scored."""
+        if weights is None:
+            weights = torch.full((tokens.count,), 1.0 / tokens.count, dtype=dtype)
+        full = torch.zeros(tokens.scored.shape, dtype=dtype)
+        full[tokens.scored] = weights.to(dtype)
+        result = []
+        for _, scored, rows in self._batches(tokens):
+            padded = torch.zeros(scored.shape, dtype=dtype)
+            padded[: len(rows)] = full[rows]
+            result.append(padded.to(self.device))
+        return result
+
+    def hessian(
+        self,
+        theta: Float[Tensor, " N"],
+        tokens: TokenSet,
+        *,
+        weights: Float[Tensor, " M"] | None = None,
+        expected: int = 8,
+    ) -> Callable[[Tensor], Tensor]:
+        """The product v -> H v for the mean (or weighted) token loss at theta.
+
+        The gradient is linearised once per batch; each product then costs about five forward
+        passes. The linearised batches stay in memory as long as the returned function lives.
+
+        Args:
+            theta: weights.
+            tokens: the sample the loss is averaged over.
+            weights: optional (M,) weights of the token losses.
+            expected: number of products wanted, for the choice of route.
+        """
+        # A trace of the gradient costs as much as about twenty products, once per model.
+        route = self._choose(expected * TRACE_BREAK_EVEN // 4)
+        parts = self.split(theta.to(self.device))
+        slot_weights = self._slot_weights(tokens, weights, theta.dtype)
+
+        def gradient(point: Sequence[Tensor], given: Sequence[Tensor]) -> Sequence[Tensor]:
+            def total(*values: Tensor) -> Tensor:
+                return (self._losses(values, given[0]) * given[1]).sum()
+
+            return torch.func.grad(total, argnums=tuple(range(len(point))))(*point)  # type: ignore[no-any-return]
+
+        def reverse_gradient(point: Sequence[Tensor], given: Sequence[Tensor]) -> Sequence[Tensor]:
+            with torch.enable_grad():
+                leaves = [p if p.requires_grad else p.detach().requires_grad_() for p in point]
+                total = (self._losses(leaves, given[0]) * given[1]).sum()
+                return torch.autograd.grad(total, leaves, create_graph=True, materialize_grads=True)
+
+        maps: list[Callable[[Sequence[Tensor]], tuple[Tensor, ...]]] = []
+        for (inputs, _, _), batch_weights in zip(self._batches(tokens), slot_weights, strict=True):
+            with torch.no_grad():
+                if self._choose(expected * TRACE_BREAK_EVEN // 4) == "double_backward":
+                    maps.append(symmetric_products(reverse_gradient, parts, [inputs, batch_weights]))
+                    continue
+                try:
+                    maps.append(self._linear("gradient", gradient, route, parts, [inputs, batch_weights]))
+                except (NotImplementedError, RuntimeError) as error:
+                    if "forward AD" not in str(error) and "forward-mode" not in str(error):
+                        raise
+                    self._reverse_only = True
+                    maps.append(symmetric_products(reverse_gradient, parts, [inputs, batch_weights]))
+
+        def product(vector: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+            tangents = self.split(vector.to(self.device, theta.dtype))
+            with torch.no_grad():
+                results = [torch.cat([part.reshape(-1) for part in linear(tangents)]) for linear in maps]
+            self.passes.hvp += tokens.sequences
+            return torch.stack(results).sum(0) if len(results) > 1 else results[0]
+
+        return product
+
+    def token_gradients(self, theta: Float[Tensor, " N"], tokens: TokenSet) -> Float[Tensor, "M N"]:
+        """Every token's own gradient (M, N): for small problems and references only."""
+        weights = self.split(theta.to(self.device))
+        rows = []
+        for index in range(tokens.sequences):
+            inputs = tokens.inputs[index : index + 1].to(self.device)
+            scored = tokens.scored[index].to(self.device)
+            with torch.enable_grad():
+                leaves = [w.detach().requires_grad_() for w in weights]
+                losses = self._losses(leaves, inputs)[0][scored]
+                for loss in losses:
+                    grads = torch.autograd.grad(loss, leaves, retain_graph=True, materialize_grads=True)
+                    rows.append(torch.cat([g.reshape(-1) for g in grads]))
+        self.passes.forward += tokens.sequences
+        self.passes.backward += tokens.count
+        return torch.stack(rows)

@@ -1,0 +1,247 @@
+"""Recording the series this toolkit reads from other people's training loops.
+
+Three ways: :class:`PlainRecorder` in a loop of one's own (three lines), a ``transformers``
+TrainerCallback, a Lightning callback (package ``lightning``, optional). All write what
+:mod:`polca_edit.training` writes: ``step-*.safetensors``, ``state-*.safetensors`` and
+``series.json``, which ``polca_edit.checkpoints.series.open_series`` opens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from polca_edit.checkpoints.series import SERIES_SCHEMA, SeriesFolder, write_json, write_tensors
+from polca_edit.parameters import ParameterSpace
+from polca_edit.training import optimiser_tensors
+
+
+class PlainRecorder:
+    """Records a plain loop.
+
+    ::
+
+        recorder = PlainRecorder("run/checkpoints", model, optimiser, every=20)
+        for batch in loader:
+            ...                      # forward, backward, optimiser.step()
+            recorder.step()
+        recorder.finish(data_seed=0)
+
+    The initial weights are written at once, weights after every ``every`` calls of :meth:`step`,
+    optimiser state after every ``state_every``. ``series.json`` is rewritten after each weight
+    file, so a run that is stopped leaves a series that opens.
+    """
+
+    def __init__(
+        self,
+        directory: Path | str,
+        module: nn.Module,
+        optimiser: torch.optim.Optimizer | None = None,
+        *,
+        every: int = 20,
+        state_every: int | None = None,
+        steps: Sequence[int] | None = None,
+        include: Sequence[str] = ("*",),
+        first_step: int = 0,
+    ) -> None:
+        """Prepare the directory and write the weights as they are.
+
+        Args:
+            directory: a new or empty directory.
+            module: the model being trained.
+            optimiser: for learning rate, weight decay and state; may come later (see ``optimiser``).
+            every: steps between recorded weights.
+            state_every: steps between recorded optimiser states; default ten times ``every``.
+            steps: record weights at exactly these steps instead.
+            include: patterns of parameter names (adapters only: ``("*lora_*",)``).
+            first_step: steps the model has behind it.
+
+        Raises:
+            ValueError: for a directory that holds a series already, or a spacing below one.
+        """
+        if every < 1 or (state_every is not None and state_every < 1):
+            raise ValueError(f"recording spacings must be at least 1, got {every} and {state_every}")
+        self.folder = SeriesFolder(Path(directory))
+        if self.folder.index.exists():
+            raise ValueError(f"'{directory}' holds a recorded series already; choose another directory")
+        self.module = module
+        self.optimiser = optimiser
+        self.space = ParameterSpace.from_module(module, include)
+        self.every = every
+        self.state_every = state_every or 10 * every
+        self.wanted = None if steps is None else set(steps)
+        self.count = first_step
+        self.recorded: list[int] = []
+        self.rates: list[float] = []
+        self.rate: float | None = None
+        self.data_order: dict[str, object] = {}
+        self._write_weights()
+
+    def step(self) -> None:
+        """Note one optimiser step; call it after ``optimiser.step()``."""
+        self.reached(self.count + 1)
+
+    def note_rate(self) -> None:
+        """Keep the rate of the update at hand, for loops whose scheduler moves before we are told."""
+        self.rate = self._group("lr")
+
+    def reached(self, step: int, *, rate_is_current: bool = True) -> None:
+        """Note that the model is now after ``step`` optimiser steps (for loops that count themselves).
+
+        Args:
+            step: steps done.
+            rate_is_current: the optimiser still shows the rate of this update; otherwise
+                :meth:`note_rate` was called before it changed.
+
+        Raises:
+            ValueError: if the step does not increase.
+        """
+        if step <= self.count:
+            raise ValueError(f"steps must increase, got {step} after {self.count}")
+        self.count = step
+        if rate_is_current:
+            self.note_rate()
+        due = step % self.every == 0 if self.wanted is None else step in self.wanted
+        if due:
+            self._write_weights()
+        if step % self.state_every == 0:
+            self._write_state()
+
+    def finish(self, **data_order: object) -> None:
+        """Write the last weights and state, and how the data were drawn (seed, sampler, batch size)."""
+        self.data_order = dict(data_order)
+        if self.count not in self.recorded:
+            self._write_weights()
+        else:
+            self._write_index()
+        if self.count:
+            self._write_state()
+
+    def _group(self, key: str) -> float | None:
+        if self.optimiser is None:
+            return None
+        value = self.optimiser.param_groups[0].get(key)
+        return None if value is None else float(value)
+
+    def _write_weights(self) -> None:
+        values = self.space.unflatten(self.space.read(self.module))
+        write_tensors(self.folder.weights(self.count), values)
+        self.recorded.append(self.count)
+        self.rates.append(math.nan if self.rate is None else self.rate)
+        self._write_index()
+
+    def _write_state(self) -> None:
+        if self.optimiser is not None and not self.folder.state(self.count).exists():
+            tensors = optimiser_tensors(self.module, self.optimiser)
+            write_tensors(self.folder.state(self.count), tensors)
+
+    def _write_index(self) -> None:
+        # At step 0 no update has been made.
+        rates = [0.0 if step == 0 else rate for step, rate in zip(self.recorded, self.rates, strict=True)]
+        known = all(math.isfinite(rate) for rate in rates)
+        write_json(
+            self.folder.index,
+            {
+                "schema": SERIES_SCHEMA,
+                "fingerprint": self.space.fingerprint(),
+                "steps": self.recorded,
+                "learning_rates": rates if known else None,
+                "weight_decay": self._group("weight_decay"),
+                "data_order": self.data_order,
+            },
+        )
+
+
+def trainer_callback(directory: Path | str, **settings: Any) -> Any:
+    """A ``transformers.TrainerCallback`` that records a Trainer run.
+
+    ::
+
+        trainer = Trainer(model, args, ..., callbacks=[trainer_callback("run/checkpoints", every=50)])
+
+    Args:
+        directory: where the series goes.
+        **settings: as for :class:`PlainRecorder` (``every``, ``state_every``, ``steps``, ``include``).
+    """
+    from transformers import TrainerCallback
+
+    class Recording(TrainerCallback):  # type: ignore[misc]
+        """Weights after optimiser steps; data order from the training arguments."""
+
+        recorder: PlainRecorder | None = None
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            self.recorder = PlainRecorder(
+                directory, given["model"], given.get("optimizer"), first_step=state.global_step, **settings
+            )
+
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            # Called after the update and before the scheduler and the counter move on.
+            assert self.recorder is not None
+            if self.recorder.optimiser is None:
+                self.recorder.optimiser = given.get("optimizer")
+            self.recorder.reached(state.global_step + 1)
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            assert self.recorder is not None
+            seed = args.data_seed if args.data_seed is not None else args.seed
+            self.recorder.finish(seed=seed, batch_size=args.train_batch_size, rule="transformers.Trainer")
+
+    return Recording()
+
+
+def lightning_callback(directory: Path | str, **settings: Any) -> Any:
+    """A Lightning callback that records a ``Trainer.fit``.
+
+    Args:
+        directory: where the series goes.
+        **settings: as for :class:`PlainRecorder`.
+
+    Raises:
+        ValueError: without the package ``lightning``.
+    """
+    callback = _lightning_base()
+
+    class Recording(callback):  # type: ignore[misc, valid-type]
+        """Weights after optimiser steps of the wrapped module."""
+
+        recorder: PlainRecorder | None = None
+
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            optimiser = trainer.optimizers[0] if trainer.optimizers else None
+            self.recorder = PlainRecorder(
+                directory, pl_module, optimiser, first_step=trainer.global_step, **settings
+            )
+
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            assert self.recorder is not None
+            self.recorder.note_rate()
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            # With gradient accumulation most batches make no optimiser step.
+            assert self.recorder is not None
+            if trainer.global_step > self.recorder.count:
+                self.recorder.reached(trainer.global_step, rate_is_current=False)
+
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            assert self.recorder is not None
+            self.recorder.finish(rule="lightning.Trainer")
+
+    return Recording()
+
+
+def _lightning_base() -> Callable[..., Any]:
+    try:
+        from lightning.pytorch.callbacks import Callback
+    except ImportError:
+        try:
+            from pytorch_lightning.callbacks import Callback
+        except ImportError as error:
+            raise ValueError("a Lightning callback needs the package 'lightning'; pip install it") from error
+    base: Callable[..., Any] = Callback
+    return base
