@@ -20,7 +20,7 @@ from experiments.config import load_config
 from experiments.run.engines import ray_session
 from experiments.run.stages import Run, open_run, run_stages
 from polca_edit.artifacts import checksum, hardware, versions
-from polca_edit.checkpoints.series import write_json
+from polca_edit.checkpoints.files import write_json
 
 SCHEMA = "polca-edit/engine-overhead/1"
 

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from polca_edit.allocation import coordinates
+from polca_edit.allocation.allocate import coordinates
 from polca_edit.parameters import ParameterSpace
 
 
@@ -70,7 +70,7 @@ class Edit:
         """
         if self.base != other.base:
             raise ValueError("edits compose only on the same base weights; make both for the same checkpoint")
-        from polca_edit.curvature import orthonormalise
+        from polca_edit.derivatives.lanczos import orthonormalise
 
         rows = orthonormalise(torch.cat([self.rows, other.rows]))
         total = self.delta().double() + other.delta().double()

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from polca_edit.checkpoints.series import write_json, write_tensors
+from polca_edit.checkpoints.files import write_json, write_tensors
 from polca_edit.derivatives.objective import PassCount
 
 Record = TypeVar("Record")

@@ -43,7 +43,7 @@ from interventions.removal.spans import (
 )
 from polca_edit.artifacts import hardware, load_record, versions
 from polca_edit.basis.record import Basis
-from polca_edit.checkpoints.series import write_json
+from polca_edit.checkpoints.files import write_json
 from polca_edit.clusters.membership import fit_rule
 from polca_edit.tokens import TokenSet
 

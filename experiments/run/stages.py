@@ -49,14 +49,9 @@ from polca_edit.basis.record import (
     random_basis,
     trajectory_basis,
 )
-from polca_edit.checkpoints.series import (
-    Checkpoints,
-    SeriesFolder,
-    open_directory,
-    open_series,
-    write_atomically,
-    write_json,
-)
+from polca_edit.checkpoints.files import SeriesFolder, write_atomically, write_json
+from polca_edit.checkpoints.opening import open_checkpoints
+from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.clusters.density import ClusterSettings, VectorClusters
 from polca_edit.derivatives.objective import Objective
 from polca_edit.observe import Observation, ObserveSettings, analyse
@@ -151,12 +146,10 @@ class Run:
 
     def checkpoints(self) -> Checkpoints:
         """The run's series (recorded or opened)."""
-        given = self.config.checkpoints
-        if self.task.open_checkpoints is not None:
-            return self.task.open_checkpoints().require()
+        given = self.task.given_checkpoints(self.config)
         if given is not None:
-            return open_directory(self.task.space, given.directory, given.pattern).require()
-        return open_series(self.task.space, self.directory.checkpoints).require()
+            return given.require()
+        return open_checkpoints(self.directory.checkpoints, self.task.space).require()
 
 
 def _spec_key(spec: BasisConfig) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import typer
 from experiments.application import run_application
 from experiments.run.run import execute, settings_from
 from polca_edit.artifacts import RunDirectory, hardware, versions
-from polca_edit.checkpoints.series import write_json
+from polca_edit.checkpoints.files import write_json
 
 SCHEMA = "polca-edit/paper-scale/1"
 
