@@ -15,7 +15,7 @@ from benchmarks.comparisons import allocation_rows, arithmetic_shape, basis_rows
 from benchmarks.growth import float64_errors, growth_rows
 from benchmarks.problems import trained_arithmetic
 from benchmarks.timing import Clock, PeakMemory, Row, Skipped
-from polca_edit.artifacts import hardware, versions
+from experiments.run.machine import hardware, versions
 from polca_edit.checkpoints.series import write_json
 
 QUICK = {"checkpoints": 3, "sums": 32, "d_model": 64, "allocation_d_model": 128, "vectors": 32, "pairs": 5}

@@ -8,7 +8,8 @@ import torch
 from oracles import copied_with, dense_hessian, mean_loss, quadratic_problem, text_tokens, tiny_gpt2, walk
 from torch import nn
 
-from polca_edit.artifacts import Ledger, kept_products, load_record, mapped_rows, save_record
+from experiments.run.parts import Ledger, kept_products, mapped_rows
+from polca_edit.artifacts import load_record, save_record
 from polca_edit.basis.record import (
     Basis,
     BasisCheckpoint,

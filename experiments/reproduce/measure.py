@@ -17,6 +17,7 @@ from torch import Tensor
 
 from experiments.config import Rotation
 from experiments.reproduce.rows import TokenSplits
+from experiments.run.parts import Ledger, kept_parts, spent_on
 from experiments.run.rotated import fit_rotation
 from experiments.run.stages import Run, recorder_of, training_settings
 from interventions.edits import weights_fingerprint
@@ -29,7 +30,7 @@ from polca_edit.allocation.quadrature import (
     fixed_plan,
     measure_nodes,
 )
-from polca_edit.artifacts import Ledger, kept_parts, load_record, save_record, spent_on
+from polca_edit.artifacts import load_record, save_record
 from polca_edit.basis.build import (
     KINDS,
     BasisInputs,

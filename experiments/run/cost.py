@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from experiments.config import BasisConfig, RunConfig
+from experiments.run.machine import peak_rss_bytes
 from experiments.tasks.task import Task, build_task
-from polca_edit.artifacts import peak_rss_bytes
 from polca_edit.derivatives.objective import TRACE_BREAK_EVEN, Objective
 from polca_edit.tokens import TokenSet
 

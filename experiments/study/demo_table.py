@@ -16,7 +16,7 @@ from rich.table import Table
 
 from experiments.application import run_application
 from experiments.report.tables import find_damage, most_selective
-from polca_edit.artifacts import hardware, versions
+from experiments.run.machine import hardware, versions
 from polca_edit.checkpoints.series import write_json
 
 SCHEMA = "polca-edit/demo-table/1"
