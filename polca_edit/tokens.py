@@ -65,10 +65,10 @@ class TokenSet:
     @classmethod
     def from_ids(
         cls,
-        ids: Int[Tensor, "S L"],
+        ids: Tensor,
         *,
         documents: Int[Tensor, " S"] | None = None,
-        scored: Bool[Tensor, "S Lm1"] | None = None,
+        scored: Tensor | None = None,
         skills: Mapping[str, Bool[Tensor, " M"]] | None = None,
     ) -> TokenSet:
         """Next-token prediction on rows of token ids: slot p predicts token p + 1.
