@@ -1,31 +1,55 @@
 """The newcomer's question: which vector takes which skill away, and what else does that cost?
 
 The vector of a skill is chosen on the select split, by the share of headroom that undoing it costs the
-skill less what it costs the worst other skill. Every number shown is that of the evaluate split.
+skill less what it costs the worst other one. A skill that shares tokens with it is judged by its other
+tokens, its *rest*. The numbers shown are those of the evaluate split; rests are known on select alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from rich.console import Console
 
-from experiments.report.formats import MISSING, count, decimal, listed, nats, share
-from experiments.report.records import Agreement, DamageEntry, Summary, read_summary
+from experiments.report.formats import MISSING, count, decimal, nats, share
+from experiments.report.records import Agreement, DamageEntry, Summary
 from experiments.report.tables import Cell, Column, Table, table
-from experiments.report.view import NAMED_F1, SMALL_HEADROOM, read_skills
-from polca_edit.artifacts import RunDirectory
+from experiments.report.view import NAMED_F1, SMALL_HEADROOM, RunView, read_run
+from experiments.run.store import RunDirectory
 
 #: A skill counts as taken away from this share of its headroom on ...
 TAKEN = 0.5
 #: ... and another as left alone up to this one.
 SPARED = 0.1
+#: A rest of fewer tokens is not judged.
+FEWEST = 10
 #: Clusters of a skill, and clusters in all, that the terminal lists.
 PER_SKILL, LISTED = 2, 12
 Outcome = Literal["alone", "with others", "not taken"]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a group of tokens loses when a vector is undone.
+
+    Attributes:
+        group: a skill, or the rest of one.
+        damage: mean loss change, nats per token.
+        share: the same over the group's headroom.
+        split: tokens it was measured on.
+    """
+
+    group: str
+    damage: float
+    share: float
+    split: str
+
+    def __str__(self) -> str:
+        where = ", select split" if self.split == "select" else ""
+        return f"{self.group} {nats(self.damage, 2)} nats ({share(self.share)}{where})"
 
 
 @dataclass(frozen=True)
@@ -33,116 +57,116 @@ class Answer:
     """What the most selective vector of one skill does to it and to others.
 
     Attributes:
-        skill: its name.
         basis: of the vector.
         vector: index in that basis.
-        damage: loss change of the skill's evaluate tokens when the vector is undone, nats.
-        share: the same over the skill's headroom.
-        worst: the other skill that loses the largest share, of those that share no token with it.
-        worst_damage: what that one loses, nats.
-        worst_share: the same over its headroom.
-        joined: skills that do share tokens with it -> their damage, nats.
+        own: what the skill loses.
+        worst: what the other skill, or the rest of one, with the largest share loses.
     """
 
-    skill: str
     basis: str
     vector: int
-    damage: float
-    share: float
-    worst: str | None
-    worst_damage: float | None
-    worst_share: float | None
-    joined: Mapping[str, float]
+    own: Loss
+    worst: Loss | None
+
+    @property
+    def skill(self) -> str:
+        """The skill it is about."""
+        return self.own.group
 
     @property
     def outcome(self) -> Outcome:
         """Whether undoing the vector takes the skill away, and whether it takes that skill alone."""
-        if self.share < TAKEN:
+        if self.own.share < TAKEN:
             return "not taken"
-        return "alone" if (self.worst_share or 0.0) <= SPARED else "with others"
+        return "alone" if self.worst is None or self.worst.share <= SPARED else "with others"
 
     @property
     def sentence(self) -> str:
         """The answer in words."""
-        place, cost = f"{self.basis} v{self.vector}", f"{nats(self.damage, 2)} nats ({share(self.share)})"
-        other = f"{self.worst} {nats(self.worst_damage, 2)} nats ({share(self.worst_share)})"
+        place = f"{self.basis} v{self.vector}"
         if self.outcome == "not taken":
-            told = f"No vector takes {self.skill} away; the most selective one, {place}, costs it {cost}"
-            told += f" and {other}." if self.worst else "."
-        elif self.worst is None:
-            told = f"Undoing {place} costs {self.skill} {cost}; every other skill shares tokens with it."
-        elif self.outcome == "alone":
-            told = f"Undoing {place} costs {self.skill} {cost} and no other skill more than {other}."
-        else:
-            told = f"Undoing {place} costs {self.skill} {cost}, but not it alone: it costs {other}."
-        hurt = [f"{name} {nats(value, 2)}" for name, value in self.joined.items() if value >= SMALL_HEADROOM]
-        return f"{told} Of skills with the same tokens: {listed(hurt)}." if hurt else told
+            return (
+                f"No vector takes {self.skill} away; the one that costs it most, {place}, costs {self.own}."
+            )
+        told = f"Undoing {place} costs {self.own}"
+        if self.worst is None:
+            return f"{told}; there is no other skill."
+        if self.outcome == "alone":
+            return f"{told}, and no other skill loses more than {self.worst}."
+        return f"{told}, but not it alone: {self.worst}."
 
 
-def answers(summary: Summary, skills: Mapping[str, np.ndarray]) -> list[Answer]:
-    """One answer for every known skill that has headroom, in order of their names.
-
-    Args:
-        summary: a run's summary.
-        skills: skill name -> (M,) mask of select tokens, to tell which skills share tokens.
-    """
-    found = (_best(summary, skill, skills) for skill in sorted(skills))
+def answers(view: RunView) -> list[Answer]:
+    """One answer for every known skill that has headroom, in order of their names."""
+    found = (_best(view, skill) for skill in view.skills)
     return [answer for answer in found if answer is not None]
 
 
-def _best(summary: Summary, skill: str, skills: Mapping[str, np.ndarray]) -> Answer | None:
-    joined = {o for o, mask in skills.items() if o != skill and bool((mask & skills[skill]).any())}
-    ranked: list[tuple[float, str, int]] = []
-    for name, analysis in summary.analyses.items():
-        for vector in analysis.vectors:
-            row = analysis.damage_row(vector.vector, None, "select")
-            if row is None or (own := share_of(row, skill)) is None:
+def _best(view: RunView, skill: str) -> Answer | None:
+    ranked: list[tuple[tuple[bool, float, float], str, int]] = []
+    for analysis in view.analyses:
+        for vector in analysis.entry.vectors:
+            change = analysis.damage[vector.vector]
+            own = _loss(view, change, skill, view.skills[skill])
+            if own is None:
                 continue
-            others = [value for _, value in _others(row, skill, joined)]
-            ranked.append((min(own, 1.0) - max([0.0, *others]), name, vector.vector))
+            others = [min(max(loss.share, 0.0), 1.0) for loss, _ in _others(view, change, skill)]
+            ranked.append((_selectivity(own.share, others), analysis.name, vector.vector))
     # The first of equals: bases and vectors keep their order.
-    for _, name, index in sorted(ranked, key=lambda entry: -entry[0]):
-        row = summary.analyses[name].damage_row(index, None, "evaluate")
-        if row is not None and share_of(row, skill) is not None:
-            return _answer(row, skill, name, joined)
+    for _, name, index in sorted(ranked, key=lambda entry: entry[0], reverse=True):
+        row = view.summary.analyses[name].damage_row(index, None, "evaluate")
+        own = None if row is None else evaluate_loss(row, skill)
+        if row is not None and own is not None:
+            return Answer(name, index, own, _worst(view, row, name, skill))
     return None
 
 
-def _answer(row: DamageEntry, skill: str, basis: str, joined: Iterable[str]) -> Answer:
-    own = share_of(row, skill)
-    worst = max(_others(row, skill, joined), key=lambda pair: pair[1], default=None)
-    return Answer(
-        skill,
-        basis,
-        row.vector,
-        row.groups[skill],
-        own if own is not None else 0.0,
-        worst[0] if worst else None,
-        row.groups[worst[0]] if worst else None,
-        worst[1] if worst else None,
-        {name: row.groups[name] for name in sorted(joined) if name in row.groups},
-    )
+def _selectivity(own: float, others: Sequence[float]) -> tuple[bool, float, float]:
+    """How vectors of a skill are ranked: taken first, then by the worst other loss, then by the mean."""
+    if own < TAKEN:
+        return False, own, 0.0
+    return True, min(own, 1.0) - max(others, default=0.0), -sum(others)
 
 
-def _others(row: DamageEntry, skill: str, joined: Iterable[str]) -> list[tuple[str, float]]:
-    """Skills without a token of this one, with the shares they lose."""
-    apart = set(row.groups) - {skill, *joined}
-    shares = ((name, share_of(row, name)) for name in sorted(apart))
-    return [(name, value) for name, value in shares if value is not None]
+def _worst(view: RunView, row: DamageEntry, basis: str, skill: str) -> Loss | None:
+    """The largest loss elsewhere: of whole skills on the evaluate split, of rests on the select split."""
+    change = next(a for a in view.analyses if a.name == basis).damage[row.vector]
+    found = [
+        loss if is_rest else evaluate_loss(row, loss.group) for loss, is_rest in _others(view, change, skill)
+    ]
+    return max((loss for loss in found if loss is not None), key=lambda loss: loss.share, default=None)
 
 
-def share_of(row: DamageEntry, skill: str) -> float | None:
-    """Damage over headroom; None where the skill has no headroom to speak of."""
+def _others(view: RunView, change: np.ndarray, skill: str) -> Iterator[tuple[Loss, bool]]:
+    """Other skills on the select split; one that shares tokens with this one by its rest."""
+    own = view.skills[skill]
+    for name, mask in view.skills.items():
+        is_rest = bool((mask & own).any())
+        if name == skill or (is_rest and (mask & ~own).sum() < FEWEST):
+            continue
+        loss = _loss(view, change, f"rest of {name}" if is_rest else name, mask & ~own)
+        if loss is not None:
+            yield loss, is_rest
+
+
+def _loss(view: RunView, change: np.ndarray, group: str, mask: np.ndarray) -> Loss | None:
+    room = float(view.headroom[mask].mean())
+    damage = float(change[mask].mean())
+    return None if room < SMALL_HEADROOM else Loss(group, damage, damage / room, "select")
+
+
+def evaluate_loss(row: DamageEntry, skill: str) -> Loss | None:
+    """What a skill loses on the evaluate split; None where it has no headroom to speak of."""
     room = row.group_headroom.get(skill)
     if skill not in row.groups or room is None or room < SMALL_HEADROOM:
         return None
-    return row.groups[skill] / room
+    return Loss(skill, row.groups[skill], row.groups[skill] / room, row.split)
 
 
 # -- the tables -----------------------------------------------------------------------------------
 
 OUTCOMES: dict[Outcome, tuple[str, str]] = {
-    "alone": ("yes, it alone", "good"),
+    "alone": ("yes, alone", "good"),
     "with others": ("with others", "mixed"),
     "not taken": ("no", "soft"),
 }
@@ -153,30 +177,35 @@ def answers_table(found: Sequence[Answer], hues: Mapping[str, str]) -> Table:
     rows = []
     for a in found:
         words, look = OUTCOMES[a.outcome]
-        worst = (
-            MISSING if a.worst is None else f"{a.worst} {nats(a.worst_damage, 2)} ({share(a.worst_share)})"
-        )
+        worst = Cell(MISSING, look="detail")
+        if a.worst is not None:
+            hue = hues.get(a.worst.group.removeprefix("rest of "))
+            told = f"{a.worst.group} {nats(a.worst.damage, 2)} ({share(a.worst.share)})"
+            note = f"{a.worst.split} split"
+            worst = Cell(told, sort=a.worst.share, look="detail", colour=hue, note=note)
         rows.append(
             [
                 Cell(a.skill, colour=hues.get(a.skill), look="strong"),
                 Cell(words, look=look),
-                f"{a.basis} v{a.vector}",
-                nats_cell(a.damage, 2),
-                share_cell(a.share),
-                Cell(worst, sort=a.worst_share, colour=hues.get(a.worst or "")),
+                Cell(f"{a.basis} v{a.vector}", look="detail"),
+                Cell(nats(a.own.damage, 2), sort=a.own.damage, look="detail"),
+                share_cell(a.own.share, "detail"),
+                worst,
                 Cell(a.sentence, look="sentence"),
             ]
         )
+    taken = (
+        f"yes from {share(TAKEN)} of headroom on; alone while no other skill loses more than {share(SPARED)}"
+    )
     columns = (
         Column("skill", left=True),
-        Column("taken away?", left=True, note=f"yes from {share(TAKEN)} of what was learned on; alone while "
-               f"no other skill loses more than {share(SPARED)}"),
+        Column("taken away?", left=True, note=taken),
         Column("vector undone", left=True),
         Column("damage (nats)", note="mean loss change of the skill's evaluate tokens"),
         Column("of headroom", note="damage over the loss that undoing all training would cost"),
-        Column("worst other skill", left=True, note="of the skills that share no token with it"),
+        Column("worst other skill", left=True, note="a skill with the same tokens counts by its rest"),
         Column("in words", left=True),
-    )  # fmt: skip
+    )
     return table(columns, rows, "Which vector takes which skill away (evaluate split)", look="cards")
 
 
@@ -305,9 +334,9 @@ def print_summary(directory: RunDirectory, console: Console) -> None:
     Raises:
         ValueError: if the run is not finished.
     """
-    summary = read_summary(directory.path)
-    console.print(bases_table(summary).terminal())
-    console.print(clusters_table(summary).terminal())
-    found = answers(summary, read_skills(directory))
+    view = read_run(directory)
+    console.print(bases_table(view.summary).terminal())
+    console.print(clusters_table(view.summary).terminal())
+    found = answers(view)
     if found:
         console.print(answers_table(found, {}).terminal())

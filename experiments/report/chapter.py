@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from experiments.report import figures, figures_damage
 from experiments.report.answers import agreement_cells, count_cell, nats_cell, share_cell
-from experiments.report.figures_damage import DosePanel, Map
-from experiments.report.formats import MISSING, decimal, highlighted, number
+from experiments.report.figures_damage import DosePanel, cell_text, largest_of
+from experiments.report.formats import MISSING, decimal, highlighted, number, share
 from experiments.report.style import Drawing
 from experiments.report.tables import Cell, Column, Table, table
 from experiments.report.view import AnalysisView, ClusterView, Curves, RunView, exact_combinations
@@ -20,7 +22,6 @@ MOST_COLUMNS = 12
 MOST_CONTEXTS = 6
 MOST_DOSED_VECTORS = 4
 MOST_SKILLS = 16
-MOST_ROWS = 40
 TOKENS_PER_CLUSTER = 10
 
 
@@ -34,7 +35,8 @@ class Chapter:
         vectors: table of its vectors.
         clusters: table of the listed clusters on the select split.
         transferred: the same on the evaluate split, by rules.
-        undone: damage of the most damaging vectors on both splits; None where no skill is known.
+        on_skills: map of the damage of every vector on every skill, beside random directions.
+        on_clusters: map of the damage of every vector on every listed cluster; None without clusters.
         contexts: cluster title -> tokens nearest its medoid.
         drawings: figures by kind.
     """
@@ -44,7 +46,8 @@ class Chapter:
     vectors: Table
     clusters: Table
     transferred: Table
-    undone: Table | None
+    on_skills: Table
+    on_clusters: Table | None
     contexts: Mapping[str, Table]
     drawings: Mapping[str, Drawing]
 
@@ -62,7 +65,8 @@ def chapter(view: RunView, analysis: AnalysisView, hues: Mapping[str, str]) -> C
         vectors_table(analysis),
         clusters_table(listed, starts, hues),
         transferred_table(listed, hues),
-        undone_table(view, analysis) if view.skills else None,
+        skills_map(view, analysis),
+        clusters_map(analysis, listed[:MOST_COLUMNS]) if listed else None,
         {cluster.title: contexts_table(view, analysis, cluster, own) for cluster, own in pairs},
         drawings(view, analysis, listed, curves, hues),
     )
@@ -163,17 +167,54 @@ def transferred_table(listed: Sequence[ClusterView], hues: Mapping[str, str]) ->
     return table(columns, rows)
 
 
-def undone_table(view: RunView, analysis: AnalysisView) -> Table:
-    """Damage of the most damaging vectors on every skill, on the split they were picked on and the other."""
+def skills_map(view: RunView, analysis: AnalysisView) -> Table:
+    """Damage of every vector on all tokens of both splits, on every skill, and what chance costs."""
     skills = view.common_skills(MOST_COLUMNS)
+    raw, relative = analysis.skill_damage(skills)
+    largest = largest_of(raw)
     rows = []
-    for vector in analysis.most_damaging(MOST_DOSED_VECTORS):
-        for split in ("select", "evaluate"):
-            row = analysis.entry.damage_row(vector, None, split)
-            if row is not None:
-                cells = [nats_cell(row.on_target), *(nats_cell(row.groups.get(skill)) for skill in skills)]
-                rows.append([Cell(f"v{vector}"), Cell(split), *cells])
-    return table([Column("vector", left=True), Column("split", left=True), "all tokens", *skills], rows)
+    for v, values, shares in zip(analysis.entry.vectors, raw, relative, strict=True):
+        everything = [analysis.entry.damage_row(v.vector, None, split) for split in ("select", "evaluate")]
+        drawn = analysis.entry.random_controls(v.vector, None)
+        means = [c.on_target_mean for c in drawn if c.on_target_mean is not None]
+        most = [c.on_target_max for c in drawn if c.on_target_max is not None]
+        rows.append(
+            [
+                Cell(v.title, sort=v.vector),
+                *(nats_cell(None if row is None else row.on_target) for row in everything),
+                nats_cell(float(np.mean(means)) if means else None),
+                nats_cell(max(most, default=None)),
+                *(map_cell(value, part, largest) for value, part in zip(values, shares, strict=True)),
+            ]
+        )
+    columns = [
+        Column("vector", left=True), "all tokens", "all tokens, evaluate",
+        Column("random directions, mean", note="of the same size, over all tokens"),
+        Column("random directions, largest", note="of the same size, over all tokens"), *skills,
+    ]  # fmt: skip
+    return table(columns, rows)
+
+
+def clusters_map(analysis: AnalysisView, columns: Sequence[ClusterView]) -> Table:
+    """Damage of every vector on every given cluster; a cluster's own vector is framed."""
+    raw, relative = analysis.cluster_damage(columns)
+    largest = largest_of(raw)
+    rows = []
+    for v, values, shares in zip(analysis.entry.vectors, raw, relative, strict=True):
+        cells = [
+            map_cell(value, part, largest, "own" if cluster.vector == v.vector else "")
+            for value, part, cluster in zip(values, shares, columns, strict=True)
+        ]
+        rows.append([Cell(v.title, sort=v.vector), *cells])
+    return table([Column("vector", left=True), *(c.heading for c in columns)], rows)
+
+
+def map_cell(value: float, part: float, largest: float, look: str = "") -> Cell:
+    """Damage in nats, shaded by its size; its share of the headroom is shown on request."""
+    if not np.isfinite(value):
+        return Cell(MISSING)
+    note = f"{share(part)} of headroom" if np.isfinite(part) else "too little headroom for a share"
+    return Cell(cell_text(value), sort=float(value), look=look, note=note, shade=float(value) / largest)
 
 
 def contexts_table(view: RunView, analysis: AnalysisView, cluster: ClusterView, curves: Curves) -> Table:
@@ -217,36 +258,10 @@ def drawings(
         if view.skills:
             sets = exact_combinations(view.skills)
             add("composition", figures.COMPOSITION_CAPTION, figures.composition(sets, listed, hues))
-    for kind, (caption, figure) in _maps(analysis, listed[:MOST_COLUMNS], skills, hues).items():
-        add(kind, caption, figure)
     doses = _vector_panels(analysis, skills, hues)
     if doses:
         caption = figures_damage.VECTOR_DOSE_CAPTION.format(count=len(doses))
         add("doses-vectors", caption, figures_damage.dose_curves(doses))
-    return made
-
-
-def _maps(
-    analysis: AnalysisView, columns: Sequence[ClusterView], skills: Sequence[str], hues: Mapping[str, str]
-) -> dict[str, tuple[str, figures.Figure]]:
-    """Maps of damage against clusters and against skills, with their captions."""
-    names = [v.title for v in analysis.entry.vectors]
-    framed = {c.vector for c in columns}
-    rows = sorted(framed | set(analysis.most_damaging(MOST_ROWS - len(framed))))
-    shown = [names[v] for v in rows]
-    rest = f" Showing {len(rows)} of {len(names)} vectors." if len(rows) < len(names) else ""
-    made = {}
-    if columns:
-        raw, relative = analysis.cluster_damage(columns)
-        own = [(rows.index(c.vector), index) for index, c in enumerate(columns)]
-        titles = [cluster.heading for cluster in columns]
-        by_title = {c.heading: hues[c.skill] for c in columns if c.skill is not None and c.skill in hues}
-        figure = figures_damage.damage_matrix(Map(raw[rows], shown, titles, by_title, own), relative[rows])
-        made["damage-clusters"] = (figures_damage.CLUSTER_DAMAGE_CAPTION + rest, figure)
-    if skills:
-        raw, relative = analysis.skill_damage(skills)
-        figure = figures_damage.damage_matrix(Map(raw[rows], shown, skills, hues), relative[rows])
-        made["damage-skills"] = (figures_damage.SKILL_DAMAGE_CAPTION + rest, figure)
     return made
 
 

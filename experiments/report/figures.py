@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.figure import Figure
 
 from experiments.report.formats import count, decimal, share
 from experiments.report.records import BasisEntry, LossChange, LossParts
@@ -20,6 +20,8 @@ from experiments.report.style import (
     SAND,
     SLATE,
     WIDTH,
+    Panel,
+    fixed_panels,
     lighter,
     new_figure,
     styled,
@@ -47,6 +49,8 @@ COMPOSITION_CAPTION = (
     "What the clusters hold. Tokens are counted by their exact set of skills; the top bar is the whole "
     "select split."
 )
+#: A pair of curves above one another.
+CURVE_PANEL = Panel(width=WIDTH / 4, height=3.5, left=0.62, right=0.1, below=0.5, above=0.35)
 
 
 @styled()
@@ -132,23 +136,17 @@ def cluster_curves(
     shown: Sequence[ClusterView], curves: Sequence[Curves], tau: int, hues: Mapping[str, str]
 ) -> Figure:
     """Per cluster: projected loss above, exact loss of the same tokens below; mean and 10-90 % band."""
-    columns = min(4, len(shown))
-    rows = -(-len(shown) // columns)
-    figure = new_figure(0.4 + 3.5 * rows, WIDTH * max(columns, 2) / 4)
-    blocks = figure.subfigures(rows, columns, squeeze=False)
+    figure, grid = fixed_panels(len(shown), CURVE_PANEL, most=4, halves=2)
     for index, (view, own) in enumerate(zip(shown, curves, strict=True)):
-        _curve_pair(blocks.flat[index], view, own, tau, hues)
-        if index % columns == 0:
-            for axes, words in zip(blocks.flat[index].axes, ("projected loss", "exact loss"), strict=True):
-                axes.set_ylabel(f"{words}\n(nats)")
+        upper, lower = grid[index]
+        _curve_pair(upper, lower, view, own, tau, hues.get(view.skill or "", SLATE))
+        if index % 4 == 0:
+            upper.set_ylabel("projected loss\n(nats)")
+            lower.set_ylabel("exact loss\n(nats)")
     return figure
 
 
-def _curve_pair(
-    block: SubFigure, view: ClusterView, curves: Curves, tau: int, hues: Mapping[str, str]
-) -> None:
-    upper, lower = block.subplots(2, 1, sharex=True)
-    hue = hues.get(view.skill or "", SLATE)
+def _curve_pair(upper: Axes, lower: Axes, view: ClusterView, curves: Curves, tau: int, hue: str) -> None:
     for axes, paths, colour in ((upper, curves.projected, hue), (lower, curves.exact, INK)):
         low, high = np.percentile(paths, (10, 90), axis=0)
         axes.fill_between(curves.steps, low, high, color=colour, alpha=0.18, linewidth=0)
@@ -161,7 +159,10 @@ def _curve_pair(
     )
     upper.set_title(cluster_heading(view), fontsize=9, color=hue if view.skill else INK)
     lower.set_xlabel(f"step (start {curves.starts.mean():.0f})")
-    lower.set_ylim(bottom=0)
+    upper.tick_params(labelbottom=False)
+    lower.set(ylim=(0, None), xlim=upper.get_xlim())
+    for axes in (upper, lower):
+        axes.locator_params(nbins=4)
 
 
 def cluster_heading(view: ClusterView) -> str:

@@ -11,7 +11,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
 from experiments.report.formats import decimal, nats
 from experiments.report.records import ControlEntry
@@ -33,19 +32,8 @@ from experiments.report.view import AnalysisView, ClusterView
 SMALLEST_SCALE = 0.1
 
 OVERVIEW_CAPTION = (
-    "What undoing each vector costs each skill on the {split} tokens: mean loss change in nats per token. "
+    "What undoing each vector costs each skill on the evaluate tokens: mean loss change in nats per token. "
     "Red: the loss rises. A row with a single red cell is a vector that takes one skill and leaves the rest."
-)
-CLUSTER_DAMAGE_CAPTION = (
-    "Damage: mean loss change of the cluster's tokens (columns) when the whole movement along a vector "
-    "(rows) is undone in the trained model. Red: the loss rises. Left in nats per token; right as a share "
-    "of the headroom, the loss that going back to the reference checkpoint would cost those tokens (grey "
-    "where it is below 0.05 nats). Framed: the cluster's own vector."
-)
-SKILL_DAMAGE_CAPTION = (
-    "Damage of every vector (rows) on all tokens of a skill (columns): mean loss change when the whole "
-    "movement along the vector is undone in the trained model. Red: the loss rises. Left in nats per token, "
-    "right as a share of the skill's headroom."
 )
 CLUSTER_DOSE_CAPTION = (
     "Damage when a part of the movement along the cluster's own vector is undone: dose 0 leaves the model "
@@ -61,77 +49,36 @@ VECTOR_DOSE_CAPTION = (
 )
 
 
-@dataclass(frozen=True)
-class Map:
-    """A signed map of vectors against groups of tokens.
-
-    Attributes:
-        values: (K, C) damage.
-        rows: names of the vectors.
-        columns: names of the groups.
-        hues: column name -> colour of its letters, where it is a skill's.
-        own: framed cells.
-    """
-
-    values: np.ndarray
-    rows: Sequence[str]
-    columns: Sequence[str]
-    hues: Mapping[str, str]
-    own: Sequence[tuple[int, int]] = ()
-
-
 @styled()
-def damage_overview(shown: Map) -> Figure:
-    """One map in nats, half a page wide."""
-    figure = new_figure(min(1.5 + 0.2 * len(shown.rows), 12.0), WIDTH / 2)
+def damage_map(
+    values: np.ndarray, rows: Sequence[str], columns: Sequence[str], hues: Mapping[str, str]
+) -> Figure:
+    """Signed map of (K, C) damage of vectors on groups of tokens, half a page wide."""
+    figure = new_figure(min(1.5 + 0.2 * len(rows), 12.0), WIDTH / 2)
     axes = figure.subplots()
-    _map(figure, axes, shown, largest_of(shown.values), clipped=False)
-    return figure
-
-
-@styled()
-def damage_matrix(raw: Map, relative: np.ndarray) -> Figure:
-    """(K, C) damage in nats on the left and over the headroom on the right."""
-    figure = new_figure(min(1.6 + 0.27 * len(raw.rows), 14.0))
-    left, right = figure.subplots(1, 2, sharey=True)
-    _map(figure, left, raw, largest_of(raw.values), clipped=False)
-    shares = Map(relative, raw.rows, raw.columns, raw.hues, raw.own)
-    _map(figure, right, shares, 1.0, clipped=True)
-    left.set_title("damage (nats per token)")
-    right.set_title("damage over headroom")
-    right.tick_params(labelleft=False)
+    # The largest size sets the scale: both signs share it, so that white is always zero.
+    largest = largest_of(values)
+    shades = matplotlib.colormaps["RdBu_r"].with_extremes(bad=PALE)
+    scale = Normalize(-largest, largest)
+    image = axes.imshow(np.ma.masked_invalid(values), cmap=shades, norm=scale, aspect="auto")
+    figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02, aspect=max(20.0, 1.2 * len(values)))
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    if values.size <= 400:
+        for (row, column), value in np.ndenumerate(values):
+            ink = "white" if np.isfinite(value) and abs(value) > 0.6 * largest else FIXED_INK
+            told = cell_text(value)
+            axes.text(column, row, told, ha="center", va="center", fontsize=7.5, color=ink)
+    axes.set_xticks(range(len(columns)), columns, rotation=50, ha="right", rotation_mode="anchor")
+    for tick, name in zip(axes.get_xticklabels(), columns, strict=True):
+        tick.set_color(hues.get(name, INK))
+    axes.set_yticks(range(len(rows)), rows)
     return figure
 
 
 def largest_of(values: np.ndarray) -> float:
-    """The largest size sets the scale: both signs share it, so that white is always zero."""
+    """The largest size in a map, the scale of its shades."""
     return max(float(np.nanmax(np.abs(values), initial=0.0)), 1e-6)
-
-
-def _map(figure: Figure, axes: Axes, shown: Map, largest: float, *, clipped: bool) -> None:
-    values = shown.values
-    shades = matplotlib.colormaps["RdBu_r"].with_extremes(bad=PALE)
-    image = axes.imshow(
-        np.ma.masked_invalid(values), cmap=shades, norm=Normalize(-largest, largest), aspect="auto"
-    )
-    scale = max(20.0, 1.2 * len(values))
-    extend = "both" if clipped else "neither"
-    figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02, aspect=scale, extend=extend)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    if len(values) <= 40 and values.shape[1] <= 12:
-        for (row, column), value in np.ndenumerate(values):
-            dark = np.isfinite(value) and abs(value) > 0.6 * largest
-            ink = "white" if dark else FIXED_INK
-            axes.text(column, row, cell_text(value), ha="center", va="center", fontsize=7.5, color=ink)
-    for row, column in shown.own:
-        place = (column - 0.47, row - 0.46)
-        axes.add_patch(Rectangle(place, 0.94, 0.92, fill=False, edgecolor=FIXED_INK, linewidth=1.3))
-    names = [textwrap.fill(name, 28, break_long_words=False) for name in shown.columns]
-    axes.set_xticks(range(len(names)), names, rotation=50, ha="right", rotation_mode="anchor")
-    for tick, name in zip(axes.get_xticklabels(), shown.columns, strict=True):
-        tick.set_color(shown.hues.get(name, INK))
-    axes.set_yticks(range(len(shown.rows)), shown.rows)
 
 
 def cell_text(value: float) -> str:
@@ -209,6 +156,7 @@ def _dose_panel(axes: Axes, panel: DosePanel) -> None:
         told = f"headroom {nats(panel.headroom, 2)}"
         axes.text(0.03, 0.97, told, transform=axes.transAxes, va="top", color=GREY, fontsize=8)
     axes.set_ylim(bottom, top)
+    axes.locator_params(nbins=5)
     axes.set_title(textwrap.fill(panel.title, 34, break_long_words=False), fontsize=9)
 
 

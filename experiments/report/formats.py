@@ -26,17 +26,16 @@ def nats(value: float | None, digits: int = 3) -> str:
 
 
 def share(value: float | None) -> str:
-    """A share in percent, with enough digits to tell a small one from zero.
+    r"""A share in percent, with enough digits to tell a small one from zero.
 
     >>> share(0.9985), share(0.0006), share(0.0), share(2.187), share(None)
-    ('99.9 %', '0.06 %', '0 %', '219 %', '–')
+    ('99.9\xa0%', '0.06\xa0%', '0\xa0%', '219\xa0%', '–')
     """
     if value is None:
         return MISSING
     size = abs(100 * value)
-    return (
-        _printed(f"{100 * value:.{0 if size >= 99.95 else 1}f}" if size >= 1 else f"{100 * value:.2g}") + " %"
-    )
+    style = ".2g" if size < 1 else ".1f" if size < 99.95 else ".0f"
+    return _printed(f"{100 * value:{style}}") + "\N{NO-BREAK SPACE}%"
 
 
 def decimal(value: float | None, digits: int = 2) -> str:

@@ -9,11 +9,11 @@ from rich.console import Console
 
 from experiments.report.answers import count_cell
 from experiments.report.formats import count, decimal, highlighted
-from experiments.report.records import read_json
 from experiments.report.sections import Block, Section, paragraph
 from experiments.report.tables import Cell, Column, Table, table
 from experiments.run.label_records import EXACT_LOSS, BasisLabels, ClusterLabel, TagRecord, label_files
-from polca_edit.artifacts import RunDirectory
+from experiments.run.store import RunDirectory
+from polca_edit.artifacts import load_record
 
 #: Clusters whose contexts are shown, and rows the terminal shows.
 MOST_CONTEXTS, MOST_ROWS = 12, 8
@@ -21,7 +21,7 @@ MOST_CONTEXTS, MOST_ROWS = 12, 8
 
 def read_labels(directory: RunDirectory) -> dict[str, BasisLabels]:
     """Basis (or ``exact_loss``) -> labels of a run, empty where none were made."""
-    return {name: read_json(path, BasisLabels) for name, path in label_files(directory.path).items()}
+    return {name: load_record(BasisLabels, path) for name, path in label_files(directory.path).items()}
 
 
 def label_section(directory: RunDirectory) -> Section | None:

@@ -24,21 +24,22 @@ from experiments.report.answers import (
     bases_table,
     cluster_answers_table,
 )
-from experiments.report.chapter import MOST_CURVES, MOST_ROWS, MOST_SKILLS, chapter
-from experiments.report.figures_damage import Map
+from experiments.report.chapter import MOST_COLUMNS, MOST_CURVES, MOST_SKILLS, chapter
 from experiments.report.formats import count, decimal, listed, nats, number, share
 from experiments.report.labels import label_section
 from experiments.report.sections import Section, sections_of
 from experiments.report.style import Drawing, colours, theme_css
 from experiments.report.tables import Cell, Column, Table, table
 from experiments.report.view import NAMED_F1, RunView, read_run
-from polca_edit.artifacts import RunDirectory
-from polca_edit.checkpoints.series import write_atomically
+from experiments.run.store import RunDirectory
+from polca_edit.checkpoints.files import write_atomically
 
 TASKS = {
     "arithmetic": "adding two three-digit numbers (the four digits of the answer are scored)",
     "text": "predicting the next token of a text",
 }
+#: Vectors of all bases together in the first map.
+MOST_ROWS = 40
 STAGES = ("train", "basis", "projections", "clusters", "damage", "evaluate")
 PASSES = ("forward", "backward", "tangent", "hvp")
 
@@ -72,7 +73,7 @@ def write_report(
     names = [d.name for d in drawn]
     if len(set(names)) != len(names):
         raise ValueError(f"every figure of a report needs its own title, got {sorted(names)}; rename one")
-    found = answers(view.summary, view.skills)
+    found = answers(view)
     page = environment().get_template("report.html.j2").render(
         view=view,
         summary=view.summary,
@@ -87,7 +88,10 @@ def write_report(
         bases=bases_table(view.summary),
         cost=cost_table(view),
         facts=facts(view),
-        bounds={"taken": TAKEN, "spared": SPARED, "named": NAMED_F1, "curves": MOST_CURVES},
+        bounds={
+            "taken": TAKEN, "spared": SPARED, "named": NAMED_F1, "curves": MOST_CURVES,
+            "columns": MOST_COLUMNS,
+        },
     )  # fmt: skip
     write_figures(directory / "figures", drawn)
     path = directory / "report.html"
@@ -156,9 +160,9 @@ def _skills_found(found: Sequence[Answer]) -> Markup:
         kind: [a.skill for a in found if a.outcome == kind] for kind in ("alone", "with others", "not taken")
     }
     alone, shared, held = by["alone"], by["with others"], by["not taken"]
-    text = Markup("<b>{}.</b> ").format(
-        f"{len(alone)} of {len(found)} skills can be taken away alone by undoing one direction"
-        + (f": {listed(alone)}" if alone else "")
+    names = f": {listed(alone)}" if alone else ""
+    text = Markup("<b>{} of {} skills can be taken away alone by undoing one direction{}.</b> ").format(
+        len(alone), len(found), names
     )
     if shared:
         text += f"With {listed(shared)}, other skills go too. "
@@ -185,14 +189,12 @@ def overview(view: RunView, hues: Mapping[str, str]) -> list[Drawing]:
     curves = figures.training_losses(first.steps, first.losses, groups, hues, tau)
     made = [Drawing("training", caption, curves)]
     if names:
-        shown, told = overview_map(view, names, hues)
-        caption = figures_damage.OVERVIEW_CAPTION.format(split="evaluate") + told
-        made.append(Drawing("damage-overview", caption, figures_damage.damage_overview(shown)))
+        made.append(overview_map(view, names, hues))
     return made
 
 
-def overview_map(view: RunView, skills: Sequence[str], hues: Mapping[str, str]) -> tuple[Map, str]:
-    """Damage of the most damaging vectors of all bases on the evaluate split, and what is left out."""
+def overview_map(view: RunView, skills: Sequence[str], hues: Mapping[str, str]) -> Drawing:
+    """Damage of the most damaging vectors of all bases on every skill, on the evaluate split."""
     most = max(MOST_ROWS // len(view.analyses), 1)
     rows, values, total = [], [], 0
     for analysis in view.analyses:
@@ -202,7 +204,8 @@ def overview_map(view: RunView, skills: Sequence[str], hues: Mapping[str, str]) 
         rows += [f"{analysis.name} v{v}" for v in kept]
         values.append(raw[kept])
     told = f" Showing {len(rows)} of {total} vectors." if len(rows) < total else ""
-    return Map(np.concatenate(values), rows, skills, hues), told
+    figure = figures_damage.damage_map(np.concatenate(values), rows, skills, hues)
+    return Drawing("damage-overview", figures_damage.OVERVIEW_CAPTION + told, figure)
 
 
 # -- cost and versions ----------------------------------------------------------------------------

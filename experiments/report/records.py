@@ -7,52 +7,14 @@ records with further keys can still be read.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import cattrs
 import yaml
 
-from polca_edit.artifacts import RunDirectory
-
-Record = TypeVar("Record")
-_CONVERTER = cattrs.Converter()
-
-
-def structured(value: object, kind: type[Record], source: str) -> Record:
-    """JSON values as a record.
-
-    Args:
-        value: what ``json.loads`` gave.
-        kind: frozen dataclass, or a tuple or mapping of such.
-        source: where the values come from, for the message.
-
-    Raises:
-        ValueError: if a key is missing or of another type.
-    """
-    try:
-        return _CONVERTER.structure(value, kind)
-    except cattrs.BaseValidationError as error:
-        reasons = "; ".join(cattrs.transform_error(error))
-        raise ValueError(
-            f"'{source}' must hold a {getattr(kind, '__name__', kind)} ({reasons}); write it again with "
-            "this version"
-        ) from error
-
-
-def read_json(path: Path, kind: type[Record]) -> Record:
-    """A JSON file as a record.
-
-    Raises:
-        ValueError: if it is not JSON or holds something else.
-    """
-    try:
-        value: Any = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"'{path}' must be JSON ({error}); write it again") from error
-    return structured(value, kind, str(path))
+from experiments.run.store import RunDirectory
+from polca_edit.artifacts import from_plain, load_record
 
 
 @dataclass(frozen=True)
@@ -322,10 +284,18 @@ class TrainingFile:
 
 
 @dataclass(frozen=True)
+class DamageFile:
+    """``damage`` of config.yaml: the checkpoint that headroom is counted from, by index."""
+
+    reference: int = 0
+
+
+@dataclass(frozen=True)
 class ConfigFile:
     """What the report says of config.yaml."""
 
     breakthrough_delta: int = 100
+    damage: DamageFile = DamageFile()
     training: TrainingFile | None = None
     checkpoints: Any = None
 
@@ -344,17 +314,18 @@ def read_summary(directory: Path) -> Summary:
     file = directory / "summary.json"
     if not file.exists():
         raise ValueError(f"'{directory}' must hold a finished run (summary.json); run 'polca-edit run' first")
-    return read_json(file, Summary)
+    return load_record(Summary, file)
 
 
 def read_run_file(directory: RunDirectory) -> RunFile:
     """run.json, empty where there is none."""
     path = directory / "run.json"
-    return read_json(path, RunFile) if path.exists() else RunFile()
+    return load_record(RunFile, path) if path.exists() else RunFile()
 
 
 def read_config(directory: RunDirectory) -> ConfigFile:
     """config.yaml, its defaults where there is none."""
     path = directory / "config.yaml"
     values = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.exists() else {}
-    return structured(values, ConfigFile, str(path))
+    config: ConfigFile = from_plain(ConfigFile, values)
+    return config

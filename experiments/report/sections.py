@@ -14,10 +14,11 @@ from markupsafe import Markup
 
 from experiments.report.answers import share_cell
 from experiments.report.formats import MISSING, decimal, nats, share
-from experiments.report.records import Summary, VerdictEntry, read_json
+from experiments.report.records import Summary, VerdictEntry
 from experiments.report.style import Drawing
 from experiments.report.tables import Cell, Column, Table, table
-from polca_edit.artifacts import RunDirectory
+from experiments.run.store import RunDirectory
+from polca_edit.artifacts import load_record
 
 
 class Block(Protocol):
@@ -93,7 +94,7 @@ def removal_section(directory: RunDirectory) -> Section | None:
     rows = [
         _removal_cells(path, removal)
         for path in sorted((directory / "edits").glob("*.result.json"))
-        for removal in read_json(path, RemovalFile).removals
+        for removal in load_record(RemovalFile, path).removals
     ]
     if not rows:
         return None
@@ -289,6 +290,6 @@ def sections_of(directory: RunDirectory, summary: Summary) -> Iterator[Section]:
         yield causal
     file = directory / "discovery.json"
     if file.exists():
-        yield discovery_section(read_json(file, Discovery))
+        yield discovery_section(load_record(Discovery, file))
     if (removals := removal_section(directory)) is not None:
         yield removals

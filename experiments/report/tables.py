@@ -9,6 +9,9 @@ import rich.table
 from markupsafe import Markup, escape
 from rich.text import Text
 
+#: From this shade on letters are white.
+DEEP = 0.55
+
 
 @dataclass(frozen=True)
 class Column:
@@ -35,6 +38,7 @@ class Cell:
         look: CSS classes.
         colour: of a dot before the text.
         note: shown when the pointer rests on it.
+        shade: of a map, from -1 (blue) over nothing to 1 (red).
     """
 
     text: str
@@ -42,6 +46,7 @@ class Cell:
     look: str = ""
     colour: str | None = None
     note: str = ""
+    shade: float | None = None
 
 
 @dataclass(frozen=True)
@@ -140,10 +145,25 @@ def _heading(column: Column) -> str:
 def _html_cell(cell: Cell, column: Column) -> str:
     look = f"{'l ' if column.left else ''}{cell.look}".strip()
     sort = "" if cell.sort is None else f' data-sort="{cell.sort!r}"'
-    dot = "" if cell.colour is None else f'<span class="dot" style="background:{cell.colour}"></span>'
-    classes = f' class="{escape(look)}"' if look else ""
+    text = escape(cell.text)
+    if cell.colour is not None:
+        first, space, rest = text.partition(" ")
+        dot = f'<span class="dot" style="background:{cell.colour}"></span>'
+        text = Markup(f'<span class="joined">{dot}{first}</span>{space}{rest}')
+    shade = _shade(cell.shade)
+    if cell.shade is not None and abs(cell.shade) > DEEP:
+        look += " deep"
+    classes = f' class="{escape(look.strip())}"' if look else ""
     label = f' data-label="{escape(column.heading)}"'
-    return f"<td{classes}{label}{sort}{_note(cell.note)}>{dot}{escape(cell.text)}</td>"
+    return f"<td{classes}{label}{sort}{shade}{_note(cell.note)}>{text}</td>"
+
+
+def _shade(value: float | None) -> str:
+    """Background of a map's cell; the paper shows through small values, in every theme."""
+    if value is None:
+        return ""
+    colour = "178,24,43" if value > 0 else "33,102,172"
+    return f' style="background:rgba({colour},{min(abs(value), 1.0):.2f})"'
 
 
 def _note(text: str) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from experiments.report.records import (
@@ -23,8 +24,9 @@ from experiments.report.records import (
     read_run_file,
     read_summary,
 )
+from experiments.run.store import RunDirectory
 from polca_edit.allocation.allocate import Allocation, Projections, Rule, allocate
-from polca_edit.artifacts import RunDirectory, load_record
+from polca_edit.artifacts import load_record
 from polca_edit.clusters.breakthroughs import breakthrough_start, fitting_delta
 
 #: Below this many nats a headroom is too small to divide by.
@@ -169,6 +171,7 @@ class RunView:
         config: config.yaml.
         tokens: one row per scored select token.
         skills: skill name -> (M,) tokens that have it.
+        headroom: (M,) loss that going back to the reference checkpoint would cost each token, nats.
         analyses: one per basis.
     """
 
@@ -178,6 +181,7 @@ class RunView:
     config: ConfigFile
     tokens: pd.DataFrame
     skills: Mapping[str, np.ndarray]
+    headroom: np.ndarray
     analyses: tuple[AnalysisView, ...]
 
     def common_skills(self, most: int) -> list[str]:
@@ -242,26 +246,29 @@ def read_run(directory: RunDirectory) -> RunView:
         raise ValueError(
             f"'{directory.path}' must hold tokens.parquet beside summary.json; run 'polca-edit run' again"
         )
-    tokens = pd.read_parquet(table)
+    tokens, config = pd.read_parquet(table), read_config(directory)
+    analyses = tuple(_analysis(directory, name, entry, tokens) for name, entry in summary.analyses.items())
+    losses = analyses[0].losses
     return RunView(
         directory,
         summary,
         read_run_file(directory),
-        read_config(directory),
+        config,
         tokens,
         skill_masks(list(tokens["skills"])),
-        tuple(_analysis(directory, name, entry, tokens) for name, entry in summary.analyses.items()),
+        losses[config.damage.reference].astype(np.float64) - losses[-1],
+        analyses,
     )
 
 
 def _analysis(directory: RunDirectory, name: str, entry: Analysis, tokens: pd.DataFrame) -> AnalysisView:
-    projections = load_record(Projections, directory.projections(name))
+    # The rest of the file can be large; curves() reads it for the clusters that are drawn.
+    with safe_open(directory.projections(name), framework="np") as stored:
+        steps, losses = stored.get_tensor("steps"), stored.get_tensor("losses")
     columns = [f"damage:{name}:{vector.vector}" for vector in entry.vectors]
     damage = np.stack([tokens[column].to_numpy(dtype=np.float64) for column in columns])
     views = [_cluster(name, entry, cluster, tokens) for cluster in entry.clusters]
-    return AnalysisView(
-        name, entry, projections.steps.numpy(), projections.losses.numpy(), by_interest(views), damage
-    )
+    return AnalysisView(name, entry, steps, losses, by_interest(views), damage)
 
 
 def by_interest(views: Sequence[ClusterView]) -> tuple[ClusterView, ...]:
@@ -296,12 +303,6 @@ def skill_masks(lists: Sequence[str]) -> dict[str, np.ndarray]:
     """
     found = [{name for name in text.split(",") if name} for text in lists]
     return {name: np.array([name in own for own in found]) for name in sorted(set().union(*found))}
-
-
-def read_skills(directory: RunDirectory) -> dict[str, np.ndarray]:
-    """The skill masks of a run alone; empty where the run has no tokens.parquet."""
-    path = directory / "tokens.parquet"
-    return skill_masks(list(pd.read_parquet(path, columns=["skills"])["skills"])) if path.exists() else {}
 
 
 def exact_combinations(skills: Mapping[str, np.ndarray], most: int = 9) -> dict[str, np.ndarray]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 
 import torch
 from torch import Tensor
@@ -17,9 +16,8 @@ from experiments.run.label_records import (
 )
 from experiments.run.stages import ClusterRecord, Run, load_observation
 from polca_edit.allocation.allocate import Projections, allocate, project
-from polca_edit.artifacts import load_record
+from polca_edit.artifacts import load_record, save_record
 from polca_edit.basis.record import Basis
-from polca_edit.checkpoints.series import write_json
 from polca_edit.clusters.comparators import cluster_both
 from polca_edit.clusters.density import ClusterSettings, VectorClusters, cluster_trajectories
 from polca_edit.clusters.labels import LABEL_AUC, distinct, overlap, rule_label, tag_label, transferred_auc
@@ -132,5 +130,5 @@ def write_labels(run: Run) -> dict[str, BasisLabels]:
     result = {spec.label: label_clusters(run, spec.label) for spec in run.config.bases}
     result[EXACT_LOSS] = label_exact_losses(run)
     for name, labels in result.items():
-        write_json(run.directory.path / "labels" / f"{name}.json", asdict(labels))
+        save_record(run.directory.path / "labels" / f"{name}.json", labels)
     return result
