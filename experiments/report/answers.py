@@ -219,26 +219,17 @@ def cluster_answers_table(summary: Summary) -> Table:
             if chosen is None or judged is None or chosen.on_target is None:
                 continue
             margin = chosen.on_target - max(chosen.off_target_worst or 0.0, 0.0)
-            rule = next(
-                (c.rule for c in analysis.evaluate_clusters if (c.vector, c.cluster) == place), MISSING
-            )
-            ranked.append((margin, name, judged, rule))
+            rules = (c.rule for c in analysis.evaluate_clusters if (c.vector, c.cluster) == place)
+            ranked.append((margin, name, judged, next(rules, MISSING)))
     ranked.sort(key=lambda entry: -entry[0])
     rows: list[list[Cell | str]] = []
     for _, name, row, rule in ranked[:LISTED]:
         room = row.headroom if row.headroom is not None and row.headroom >= SMALL_HEADROOM else None
         part = None if room is None or row.on_target is None else row.on_target / room
-        damage = [nats_cell(value) for value in (row.on_target, row.off_target, row.off_target_worst)]
-        place = f"{name} v{row.vector}·c{row.cluster}"
+        own, *others = (nats_cell(value) for value in (row.on_target, row.off_target, row.off_target_worst))
+        vector = f"{name} v{row.vector}"
         rows.append(
-            [
-                place,
-                f"{name} v{row.vector}",
-                damage[0],
-                share_cell(part),
-                *damage[1:],
-                Cell(rule, look="rule"),
-            ]
+            [f"{vector}·c{row.cluster}", vector, own, share_cell(part), *others, Cell(rule, look="rule")]
         )
     columns = (
         Column("cluster", left=True), Column("vector undone", left=True), "damage (nats)", "of headroom",

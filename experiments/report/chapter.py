@@ -79,7 +79,13 @@ def vectors_table(analysis: AnalysisView) -> Table:
     """Every vector with its origin, size and residual, and what clustering made of it."""
     entry = analysis.entry
     size = "squared singular value" if entry.basis.kind == "trajectory" else "eigenvalue"
-    columns = ["vector", "taken at step", size, "eigen-residual", Column("kept", left=True)]
+    columns: list[Column | str] = [
+        "vector",
+        "taken at step",
+        size,
+        "eigen-residual",
+        Column("kept", left=True),
+    ]
     columns += ["dropped tokens", "outliers", "clusters"]
     rows = []
     for v in entry.vectors:
@@ -113,7 +119,7 @@ def clusters_table(
     listed: Sequence[ClusterView], starts: Mapping[str, float], hues: Mapping[str, str]
 ) -> Table:
     """Clusters on the select split: agreement with skills, breakthrough, damage of their own vector."""
-    columns = [
+    columns: list[Column | str] = [
         Column("cluster", left=True), "tokens", SKILL, "F1", "homogeneity", "recall",
         "recall (clustered only)", "lift", "breakthrough", Column("hidden", left=True),
         "damage on its tokens", "on all others", "worst other cluster", "headroom",
@@ -121,9 +127,9 @@ def clusters_table(
     rows = []
     for c in listed:
         row, start = c.at_one, starts.get(c.name)
-        damage = (None,) * 4
+        damage: list[float | None] = [None] * 4
         if row is not None:
-            damage = (row.on_target, row.off_target, row.off_target_worst, row.headroom)
+            damage = [row.on_target, row.off_target, row.off_target_worst, row.headroom]
         keys = ("homogeneity", "recall_all", "recall_paper", "lift")
         rows.append(
             [
@@ -142,7 +148,7 @@ def clusters_table(
 
 def transferred_table(listed: Sequence[ClusterView], hues: Mapping[str, str]) -> Table:
     """Clusters on the evaluate split, where a rule that saw no loss says which tokens belong."""
-    columns = [
+    columns: list[Column | str] = [
         Column("cluster", left=True), Column("rule", left=True), "rule AUC", "tokens", SKILL, "homogeneity",
         "recall", "lift", "damage on its tokens", "on all others", "headroom",
     ]  # fmt: skip
@@ -187,7 +193,7 @@ def skills_map(view: RunView, analysis: AnalysisView) -> Table:
                 *(map_cell(value, part, largest) for value, part in zip(values, shares, strict=True)),
             ]
         )
-    columns = [
+    columns: list[Column | str] = [
         Column("vector", left=True), "all tokens", "all tokens, evaluate",
         Column("random directions, mean", note="of the same size, over all tokens"),
         Column("random directions, largest", note="of the same size, over all tokens"), *skills,

@@ -144,9 +144,8 @@ def _dose_panel(axes: Axes, panel: DosePanel) -> None:
         )
     for name, values in panel.lines.items():
         known = [np.nan if value is None else value for value in values]
-        style = {"marker": "o", "markersize": 2.8, "linewidth": 1.4, "label": name}
-        line = "--" if name.startswith("all other") else "-"
-        axes.plot(panel.doses, known, line, color=panel.hues.get(name, INK), **style)
+        line, hue = "--" if name.startswith("all other") else "-", panel.hues.get(name, INK)
+        axes.plot(panel.doses, known, line, color=hue, marker="o", markersize=2.8, lw=1.4, label=name)
     # Noise must not fill a panel, and a headroom far above must not flatten the curves.
     bottom, top = min(axes.get_ylim()[0], -SMALLEST_SCALE / 4), max(axes.get_ylim()[1], SMALLEST_SCALE)
     if panel.headroom is not None and panel.headroom < 2.5 * top:

@@ -39,8 +39,8 @@ def survival_figure(table: Mapping[str, Survival]) -> Figure:
             height = row + 0.27 - 0.54 * index / max(1, len(factors) - 1)
             shares = list(entry.levels[factor].values())
             label = factor if row == 0 else None
-            style = {"color": hues[factor], "markersize": 3.5, "linewidth": 0.8, "zorder": 2}
-            axes.plot(shares, [height] * len(shares), "o-", label=label, **style)
+            at = [height] * len(shares)
+            axes.plot(shares, at, "o-", label=label, color=hues[factor], markersize=3.5, lw=0.8, zorder=2)
     axes.set_yticks(range(len(table)), list(table)[::-1])
     axes.set_xlim(-0.02, 1.02)
     axes.set_xlabel("share of branches in which the conclusion holds (bar: all; dots: levels of one factor)")

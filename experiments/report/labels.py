@@ -11,7 +11,14 @@ from experiments.report.answers import count_cell
 from experiments.report.formats import count, decimal, highlighted
 from experiments.report.sections import Block, Section, paragraph
 from experiments.report.tables import Cell, Column, Table, table
-from experiments.run.label_records import EXACT_LOSS, BasisLabels, ClusterLabel, TagRecord, label_files
+from experiments.run.label_records import (
+    EXACT_LOSS,
+    BasisLabels,
+    ClusterLabel,
+    TagRecord,
+    TransferredLabel,
+    label_files,
+)
 from experiments.run.store import RunDirectory
 from polca_edit.artifacts import load_record
 
@@ -56,7 +63,7 @@ def counted(basis: str, found: BasisLabels) -> str:
 def labels_table(entries: Sequence[ClusterLabel], title: str = "") -> Table:
     """One line per cluster: its rule, how well it holds, and its tags where the tokens have some."""
     gold = any(entry.tags is not None for entry in entries)
-    columns = [
+    columns: list[Column | str] = [
         Column("vector:cluster", left=True), "tokens", Column("rule", left=True), "AUC", "AUC shuffled",
         "coverage", "precision", "support",
     ]  # fmt: skip
@@ -71,6 +78,26 @@ def labels_table(entries: Sequence[ClusterLabel], title: str = "") -> Table:
         cells.append(count_cell(entry.support))
         rows.append([*cells, *_tag_cells(entry.tags)] if gold else cells)
     return table(columns, rows, title)
+
+
+def transferred_table(rows: Sequence[TransferredLabel]) -> Table:
+    """How well each cluster's rule holds on another text."""
+    columns = (
+        Column("basis", left=True), Column("vector:cluster", left=True), "AUC", "AUC on the other text",
+        "tokens there", Column("rule", left=True),
+    )  # fmt: skip
+    cells: list[list[Cell | str]] = [
+        [
+            row.basis,
+            f"{row.vector}:{row.cluster}",
+            Cell(decimal(row.auc), sort=row.auc),
+            Cell(decimal(row.auc_transferred), sort=row.auc_transferred),
+            count_cell(row.tokens),
+            row.rule,
+        ]
+        for row in rows
+    ]
+    return table(columns, cells, "Do the labels hold on the other text?")
 
 
 def _tag_cells(tags: TagRecord | None) -> list[Cell]:

@@ -188,7 +188,7 @@ def overview(view: RunView, hues: Mapping[str, str]) -> list[Drawing]:
         caption += f" Showing {len(names)} of {len(view.skills)} skills, the commonest, here and below."
     curves = figures.training_losses(first.steps, first.losses, groups, hues, tau)
     made = [Drawing("training", caption, curves)]
-    if names:
+    if names and any(analysis.most_damaging(1) for analysis in view.analyses):
         made.append(overview_map(view, names, hues))
     return made
 
@@ -222,7 +222,14 @@ def cost_table(view: RunView) -> Table:
         passes = {kind: value / unit for kind, value in stage.passes.items()}
         rows.append([Cell(name), *_cost_cells(stage.seconds, passes, stage.peak_rss_bytes)])
     cost = view.summary.cost
-    heads = [Column("stage", left=True), "seconds", "forward", "backward", "tangent", "Hessian products"]
+    heads: list[Column | str] = [
+        Column("stage", left=True),
+        "seconds",
+        "forward",
+        "backward",
+        "tangent",
+        "Hessian products",
+    ]
     made = table([*heads, "peak memory (GB)"], rows)
     total = (Cell("together"), *_cost_cells(cost.seconds, cost.passes, cost.peak_rss_bytes))
     return Table(made.columns, made.rows, total=total)

@@ -252,8 +252,15 @@ def timeline_table(rows: Sequence[WindowRow]) -> Table:
 
 def found_table(rows: Sequence[FoundCluster]) -> Table:
     """Interventional clusters beside the nearest known skill."""
-    columns = ["cluster", "tokens", Column("nearest skill", left=True), "homogeneity", "recall", "lift"]
-    cells = [
+    columns: list[Column | str] = [
+        "cluster",
+        "tokens",
+        Column("nearest skill", left=True),
+        "homogeneity",
+        "recall",
+        "lift",
+    ]
+    cells: list[list[Cell | str]] = [
         [
             row.name,
             Cell(str(row.tokens), sort=row.tokens),
@@ -267,11 +274,11 @@ def found_table(rows: Sequence[FoundCluster]) -> Table:
 
 def axes_table(rows: Sequence[AxisRow]) -> Table:
     """Skill axes with what undoing them costs the skill and the worst other one."""
-    columns = [
+    columns: list[Column | str] = [
         Column("span", left=True), Column("skill", left=True), "damage (nats)", "of headroom",
         Column("worst other skill", left=True), "its share",
     ]  # fmt: skip
-    cells = [
+    cells: list[list[Cell | str]] = [
         [
             row.basis, row.skill, Cell(nats(row.damage), sort=row.damage), share_cell(row.share),
             row.worst or MISSING, share_cell(row.worst_share),

@@ -198,7 +198,7 @@ class Drawing:
         """The drawing as a data URI that follows the reader's light or dark theme."""
         buffer = io.BytesIO()
         with self._laid_out("none"):
-            FigureCanvasSVG(self.figure).print_svg(buffer, metadata={"Date": None})
+            FigureCanvasSVG(self.figure).print_svg(buffer, metadata={"Date": None})  # type: ignore[no-untyped-call]
         text = themed(buffer.getvalue().decode())
         return Markup("data:image/svg+xml;base64," + base64.b64encode(text.encode()).decode())
 
@@ -207,7 +207,7 @@ class Drawing:
         buffer = io.BytesIO()
         with self._laid_out("white"):
             self.figure.set_dpi(DOTS)
-            FigureCanvasAgg(self.figure).print_png(buffer, metadata={"Software": None})
+            FigureCanvasAgg(self.figure).print_png(buffer, metadata={"Software": None})  # type: ignore[no-untyped-call]
         return buffer.getvalue()
 
     def write_png(self, path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -194,7 +195,7 @@ class RunView:
             return []
         vectors = sorted({view.vector for view in shown})
         projections = load_record(Projections, self.directory.projections(shown[0].basis))
-        rule = self.summary.analyses[shown[0].basis].basis.rule
+        rule = cast(Rule, self.summary.analyses[shown[0].basis].basis.rule)
         paths = allocate_only(projections, vectors, rule).projected_loss()
         steps = projections.steps
         delta = fitting_delta(self.config.breakthrough_delta, steps)
