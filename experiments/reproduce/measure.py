@@ -20,6 +20,7 @@ from experiments.reproduce.rows import TokenSplits
 from experiments.run.parts import Ledger, kept_parts, spent_on
 from experiments.run.rotated import fit_rotation
 from experiments.run.stages import Run, recorder_of, training_settings
+from experiments.tasks import arithmetic
 from interventions.edits import weights_fingerprint
 from polca_edit.allocation.allocate import CheckpointSlopes, Projections, project
 from polca_edit.allocation.quadrature import (
@@ -35,9 +36,9 @@ from polca_edit.basis.build import (
     KINDS,
     BasisInputs,
     build_basis,
-    output_logits,
     recorded_second_moments,
 )
+from polca_edit.basis.hessian import EigenSettings
 from polca_edit.basis.path import odd_checkpoints
 from polca_edit.basis.record import Basis, capture
 from polca_edit.basis.rotate import allocation_matrices
@@ -131,9 +132,9 @@ def basis_inputs(run: Run, checkpoints: Checkpoints) -> BasisInputs:
         run.objective,
         odd_checkpoints(checkpoints),
         run.task.splits.curvature,
-        output_logits if run.config.task == "arithmetic" else None,
+        EigenSettings(tolerance=0.05, max_products=24, seed=run.config.seed),
+        arithmetic.output_logits if run.config.task == "arithmetic" else None,
         recorded_second_moments(recorder.folder, run.task.space, run.config.training.betas[1]),
-        run.config.seed,
     )
 
 

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from experiments.config import BasisConfig, RunConfig
 from experiments.run.machine import peak_rss_bytes
 from experiments.tasks.task import Task, build_task
-from polca_edit.derivatives.objective import TRACE_BREAK_EVEN, Objective
+from polca_edit.derivatives.objective import Objective
+from polca_edit.derivatives.routes import TRACE_BREAK_EVEN
 from polca_edit.tokens import TokenSet
 
 #: Lanczos products per basis checkpoint at tolerance 1e-2 with a warm start, and how many fewer the

@@ -7,7 +7,8 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,7 @@ from experiments.run.machine import hardware, peak_rss_bytes, versions
 from experiments.run.parts import Ledger, kept_parts, kept_products, mapped_rows, part_path
 from experiments.run.rotated import turned
 from experiments.run.store import RunDirectory, StageRecord
+from experiments.tasks import arithmetic
 from experiments.tasks.task import Task, build_task
 from polca_edit.allocation.allocate import (
     CheckpointSlopes,
@@ -32,13 +34,10 @@ from polca_edit.allocation.allocate import (
     second_order_terms,
 )
 from polca_edit.artifacts import checksum, key_of, load_record, save_record
-from polca_edit.basis.record import (
-    Basis,
-    BasisCheckpoint,
-    hessian_basis,
-    random_basis,
-    trajectory_basis,
-)
+from polca_edit.basis import build
+from polca_edit.basis.hessian import BasisCheckpoint, EigenSettings, Keeping
+from polca_edit.basis.path import odd_checkpoints
+from polca_edit.basis.record import Basis
 from polca_edit.checkpoints.files import SeriesFolder, write_atomically, write_json
 from polca_edit.checkpoints.opening import open_checkpoints
 from polca_edit.checkpoints.series import Checkpoints
@@ -341,7 +340,7 @@ def basis_checkpoints(run: Run, checkpoints: Checkpoints, spec: BasisConfig) -> 
             "lower vectors or raise per_checkpoint"
         )
     if spec.placement == "equal":
-        return checkpoints.subset([round((i + 1) * (len(checkpoints) - 1) / count) for i in range(count)])
+        return checkpoints.spaced(count)
     sample = run.task.splits.curvature
     means = [
         float(run.objective.losses(checkpoints[i], sample).double().mean()) for i in range(len(checkpoints))
@@ -401,74 +400,54 @@ def _rotated_basis(run: Run, stage: str, spec: BasisConfig) -> None:
 def build_basis(run: Run, spec: BasisConfig, checkpoints: Checkpoints, parts: Path) -> Basis:
     """The basis a config section asks for."""
     mask = None if spec.include == ("*",) else run.task.space.mask(spec.include)
-    generator = torch.Generator().manual_seed(run.config.seed)
-    size = run.task.space.size
-    if spec.kind == "random":
-        return random_basis(size, spec.vectors, generator, mask=mask)
-    if spec.kind == "trajectory":
-        return trajectory_basis(checkpoints, spec.vectors, mask=mask)
-    if spec.kind == "hessian":
-        chosen = basis_checkpoints(run, checkpoints, spec)
-        ledger = Ledger(parts, run.objective.passes)
-        keep = kept_parts(parts, BasisCheckpoint, ledger)
-        budget = round(run.config.basis_memory_gb * 1e9)
-        large = spec.vectors * size * 4 > budget
-        finished = [load_record(BasisCheckpoint, p) for p in sorted(parts.glob("part-*.safetensors"))]
-        bar = tqdm(
-            total=len(chosen), initial=len(finished), desc=f"basis {spec.label}", disable=None, leave=False
-        )
-        queue = list(finished)
-
-        def note(part: BasisCheckpoint) -> BasisCheckpoint:
-            # Written through the keeping map, so that cost and part survive together.
-            index = len(queue)
-            list(keep(lambda _: part, [index]))
-            shutil.rmtree(parts / f"products-{index:05d}", ignore_errors=True)
-            queue.append(part if not large else load_record(BasisCheckpoint, part_path(parts, index)))
-            bar.update()
-            return queue[-1]
-
-        basis = hessian_basis(
-            run.objective,
-            chosen,
-            run.task.splits.curvature,
-            generator=generator,
-            k=spec.per_checkpoint,
-            tolerance=spec.tolerance,
-            max_products=spec.max_products,
-            mask=mask,
-            finished=finished,
-            on_checkpoint=note,
-            keep_products=lambda index, product: kept_products(
-                parts / f"products-{index:05d}", product, ledger
-            ),
-            rows_in_memory=budget,
-            allocate=(lambda count, width: mapped_rows(parts / "rows.bin", count, width)) if large else None,
-            kind=spec.kind,
-        )
-        bar.close()
-        return dataclasses.replace(basis[: spec.vectors], products=basis.products)
-    return _further_basis(run, spec, checkpoints)
-
-
-def _further_basis(run: Run, spec: BasisConfig, checkpoints: Checkpoints) -> Basis:
-    """A basis by its name in ``basis_kinds``, from the odd checkpoints."""
-    from polca_edit.basis import build
-    from polca_edit.basis.path import odd_checkpoints
-
+    settings = EigenSettings(spec.per_checkpoint, spec.tolerance, spec.max_products, run.config.seed, mask)
     folder = SeriesFolder(run.directory.checkpoints)
     inputs = build.BasisInputs(
         run.objective,
-        odd_checkpoints(checkpoints),
+        checkpoints if spec.kind in build.FROM_THE_WHOLE_SERIES else odd_checkpoints(checkpoints),
         run.task.splits.curvature,
-        build.output_logits if run.config.task == "arithmetic" else None,
+        settings,
+        arithmetic.output_logits if run.config.task == "arithmetic" else None,
         build.recorded_second_moments(folder, run.task.space, run.config.training.betas[1]),
-        run.config.seed,
-        spec.tolerance,
-        spec.max_products,
-        None if spec.include == ("*",) else run.task.space.mask(spec.include),
     )
-    return build.build_basis(spec.kind, inputs, spec.vectors)
+    if spec.kind != "hessian":
+        return build.build_basis(spec.kind, inputs, spec.vectors)
+    chosen = basis_checkpoints(run, checkpoints, spec)
+    chosen = chosen.subset(range(min(inputs.places(spec.vectors), len(chosen))))
+    count = min(spec.vectors, len(chosen) * spec.per_checkpoint)
+    with kept_basis(run, spec, len(chosen), parts) as keeping:
+        inputs = dataclasses.replace(inputs, checkpoints=chosen, keeping=keeping)
+        return build.build_basis(spec.kind, inputs, count)
+
+
+@contextmanager
+def kept_basis(run: Run, spec: BasisConfig, places: int, parts: Path) -> Iterator[Keeping]:
+    """Hooks that keep every finished checkpoint and product of a basis on disk, with a progress bar."""
+    ledger = Ledger(parts, run.objective.passes)
+    keep = kept_parts(parts, BasisCheckpoint, ledger)
+    budget = round(run.config.basis_memory_gb * 1e9)
+    large = spec.vectors * run.task.space.size * 4 > budget
+    finished = [load_record(BasisCheckpoint, p) for p in sorted(parts.glob("part-*.safetensors"))]
+    queue = list(finished)
+    bar = tqdm(total=places, initial=len(finished), desc=f"basis {spec.label}", disable=None, leave=False)
+
+    def note(part: BasisCheckpoint) -> BasisCheckpoint:
+        # Written through the keeping map, so that cost and part survive together.
+        index = len(queue)
+        list(keep(lambda _: part, [index]))
+        shutil.rmtree(parts / f"products-{index:05d}", ignore_errors=True)
+        queue.append(part if not large else load_record(BasisCheckpoint, part_path(parts, index)))
+        bar.update()
+        return queue[-1]
+
+    with bar:
+        yield Keeping(
+            finished=finished,
+            on_checkpoint=note,
+            products=lambda index, product: kept_products(parts / f"products-{index:05d}", product, ledger),
+            rows_in_memory=budget,
+            allocate=(lambda count, width: mapped_rows(parts / "rows.bin", count, width)) if large else None,
+        )
 
 
 def _projections(run: Run, stage: str) -> None:
