@@ -15,8 +15,9 @@ import torch
 from oracles import quadratic_problem, walk
 
 from experiments.config import load_config
+from experiments.run.driver import run_stages
 from experiments.run.engines import Blocks, local_slopes
-from experiments.run.stages import open_run, run_stages
+from experiments.run.run import open_run
 from polca_edit.allocation.allocate import slopes_at
 from polca_edit.artifacts import checksum
 from polca_edit.basis.record import random_basis

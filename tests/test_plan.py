@@ -14,7 +14,8 @@ import polca_edit.checkpoints.files as files
 from experiments.cli import app
 from experiments.config import RunConfig, parse_config
 from experiments.run import cost as planning
-from experiments.run.stages import open_run, run_stages
+from experiments.run.driver import run_stages
+from experiments.run.run import open_run
 from experiments.run.summary import write_summary
 
 #: d_model and layers: about 14,000, 54,000 and 160,000 parameters.

@@ -12,7 +12,8 @@ from markupsafe import escape
 
 from experiments.report.page import Section
 from experiments.report.tokens import nearest_to_medoid
-from experiments.run.stages import ClusterRecord, Run, load_observation
+from experiments.run.run import Run
+from experiments.run.stages.clusters import ClusterRecord, load_observation
 from experiments.run.store import RunDirectory
 from polca_edit.allocation.allocate import Projections, allocate, project
 from polca_edit.artifacts import load_record
