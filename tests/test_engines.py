@@ -55,14 +55,7 @@ def projected(out: Path, **overrides: object) -> tuple[dict[str, str], dict[str,
     }
     run = open_run(load_config("smoke", values), out, lambda text: None)
     stages = ["train", "basis:trajectory", "basis:random", "projections"]
-    import experiments.run.stages as pipeline
-
-    names = pipeline.stage_names
-    pipeline.stage_names = lambda config: stages
-    try:
-        run_stages(run)
-    finally:
-        pipeline.stage_names = names
+    run_stages(run, stages=stages)
     record = json.loads((out / "stages" / "projections.json").read_text())
     return {p.name: checksum(p) for p in sorted((out / "projections").glob("*.safetensors"))}, record[
         "passes"

@@ -149,7 +149,7 @@ def _hessian(run: Run, spec: BasisConfig, chosen: Checkpoints, parts: Path) -> B
         kind=spec.kind,
     )
     bar.close()
-    return dataclasses.replace(basis.subset(range(min(spec.vectors, len(basis)))), products=basis.products)
+    return dataclasses.replace(basis[: spec.vectors], products=basis.products)
 
 
 def basis_checkpoints(run: Run, checkpoints: Checkpoints, spec: BasisConfig) -> Checkpoints:

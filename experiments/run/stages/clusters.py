@@ -68,5 +68,4 @@ def load_clusters(run: Run, label: str) -> list[VectorClusters]:
 def load_observation(run: Run, label: str) -> Observation:
     """Allocation and clusters of a basis, recomputed from stored projections (seconds, no model)."""
     projections = load_record(Projections, run.directory.projections(label))
-    outputs = run.task.splits.select.output_of if run.config.clusters.by_output else None
-    return analyse(projections, run.settings(), outputs)
+    return analyse(projections, run.task.splits.select, run.settings())
