@@ -24,7 +24,7 @@ from experiments.run.stages import evaluate as evaluate_stage
 from experiments.run.summary import read_summary, summary_schema, write_summary
 from interventions.damage import EvaluatedSplit
 from polca_edit import artifacts, training
-from polca_edit.checkpoints import series as checkpoint_files
+from polca_edit.checkpoints import files as checkpoint_files
 
 
 def quiet(_: str) -> None:
