@@ -20,7 +20,7 @@ from polca_edit.checkpoints.opening import open_checkpoints
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.clusters.density import ClusterSettings
 from polca_edit.derivatives.objective import Objective
-from polca_edit.observe import ObserveSettings
+from polca_edit.observation import ObserveSettings
 
 Say = Callable[[str], None]
 

@@ -16,6 +16,7 @@ import jsonschema
 import numpy as np
 
 from experiments.run.keys import stage_names
+from experiments.run.label_records import BasisLabels
 from experiments.run.run import Run
 from experiments.run.stages.clusters import load_observation
 from experiments.run.stages.damage_rows import DamageRecord
@@ -38,7 +39,7 @@ from polca_edit.artifacts import from_plain, load_record, to_plain
 from polca_edit.basis.record import Basis, capture, random_walk_capture
 from polca_edit.checkpoints.files import write_json
 from polca_edit.clusters.density import VectorClusters, skill_scores
-from polca_edit.observe import Observation
+from polca_edit.observation import Observation
 from polca_edit.tokens import TokenSet
 
 AGREEMENT = ("homogeneity", "recall_all", "recall_paper", "lift")
@@ -168,16 +169,16 @@ def _with_found_label(file: Path, entry: ClusterEntry) -> ClusterEntry:
     """Where no skill is known, the cluster is called what the labelling found (held-out numbers)."""
     if entry.label is not None or not file.exists():
         return entry
-    for found in json.loads(file.read_text())["clusters"]:
-        if (found["vector"], found["cluster"]) == (entry.vector, entry.cluster) and found["counts"]:
-            name, base = found["rule"][:90], found["base_rate"]
+    for found in load_record(BasisLabels, file).clusters:
+        if (found.vector, found.cluster) == (entry.vector, entry.cluster) and found.counts:
+            name = found.rule
             return replace(
                 entry,
                 label=name,
-                label_support=found["support"],
-                homogeneity={name: found["precision"]},
-                recall_all={name: found["coverage"]},
-                lift={name: found["precision"] / base if base else 0.0},
+                label_support=found.support,
+                homogeneity={name: found.precision},
+                recall_all={name: found.coverage},
+                lift={name: found.precision / found.base_rate if found.base_rate else 0.0},
             )
     return entry
 

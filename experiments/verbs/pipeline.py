@@ -38,12 +38,12 @@ def execute(
         the summary's plain values, None for a dry run.
     """
     from experiments.config import load_config
+    from experiments.report.answers import print_summary
+    from experiments.report.labels import print_labels
     from experiments.report.page import write_report
-    from experiments.report.sections import extra_sections
-    from experiments.report.tables import print_summary
     from experiments.run.driver import run_stages
     from experiments.run.keys import stage_names
-    from experiments.run.labelling import describe_labels, write_labels
+    from experiments.run.labels import write_labels
     from experiments.run.run import open_run
     from experiments.run.summary import write_summary
 
@@ -64,11 +64,10 @@ def execute(
     run_stages(opened, redo or ())
     labels = write_labels(opened) if opened.task.name == "text" else {}
     summary = write_summary(opened)
-    page = write_report(opened.directory, say, extra_sections(opened.directory))
+    page = write_report(opened.directory, say)
     say(f"  {'total':<24} {time.perf_counter() - started:7.1f} s")
-    print_summary(summary, console)
-    if labels:
-        say(describe_labels(labels))
+    print_summary(opened.directory, console)
+    print_labels(labels, console)
     say(f"Report: {page}")
     return summary
 

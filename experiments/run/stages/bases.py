@@ -18,7 +18,8 @@ from experiments.run.stages.rotated import turned
 from experiments.run.stages.training import trained_series
 from polca_edit.allocation.allocate import Projections
 from polca_edit.artifacts import load_record, save_record
-from polca_edit.basis.build import BasisInputs, build_kind, output_logits, recorded_second_moments
+from polca_edit.basis import build
+from polca_edit.basis.build import BasisInputs, output_logits, recorded_second_moments
 from polca_edit.basis.path import odd_checkpoints
 from polca_edit.basis.record import Basis, BasisCheckpoint, hessian_basis, random_basis, trajectory_basis
 from polca_edit.checkpoints.files import SeriesFolder
@@ -94,7 +95,7 @@ def build_basis(run: Run, spec: BasisConfig, checkpoints: Checkpoints, parts: Pa
     inputs = dataclasses.replace(
         basis_inputs(run, checkpoints), tolerance=spec.tolerance, max_products=spec.max_products, mask=mask
     )
-    return build_kind(spec.kind, inputs, spec.vectors)
+    return build.build_basis(spec.kind, inputs, spec.vectors)
 
 
 def basis_inputs(run: Run, checkpoints: Checkpoints) -> BasisInputs:

@@ -11,7 +11,7 @@ from experiments.run.run import Run
 from polca_edit.allocation.allocate import Projections
 from polca_edit.artifacts import load_record, save_record
 from polca_edit.clusters.density import VectorClusters
-from polca_edit.observe import Observation, analyse
+from polca_edit.observation import Observation, analyse
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from experiments.config import RunConfig
 from experiments.run.run import Run
 from polca_edit.checkpoints.files import SeriesFolder, write_json
 from polca_edit.checkpoints.series import Checkpoints
-from polca_edit.training import Recorder, TrainingSettings, train
+from polca_edit.training import SeriesWriter, TrainingSettings, train
 
 
 def training_settings(config: RunConfig) -> TrainingSettings:
@@ -23,10 +23,10 @@ def training_settings(config: RunConfig) -> TrainingSettings:
     return TrainingSettings(t.steps, t.learning_rate, t.weight_decay, t.betas, t.warmup, t.decay, config.seed)
 
 
-def recorder_of(run: Run) -> Recorder:
+def recorder_of(run: Run) -> SeriesWriter:
     """Where and when the run's weights are kept."""
     t = run.config.training
-    return Recorder(SeriesFolder(run.directory.checkpoints), run.task.space, t.recorded, t.state_every)
+    return SeriesWriter(SeriesFolder(run.directory.checkpoints), run.task.space, t.recorded, t.state_every)
 
 
 def trained_series(run: Run) -> Checkpoints:
