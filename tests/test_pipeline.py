@@ -268,7 +268,7 @@ def test_every_preset_is_valid() -> None:
 def test_inspect_prints_a_table_and_json(finished: tuple[Path, dict]) -> None:
     code, output = invoke("inspect", str(finished[0]))
     assert code == 0
-    assert "explained share" in output
+    assert "How much of the loss change each basis accounts for" in output
     code, output = invoke("inspect", str(finished[0]), "--json")
     assert json.loads(output) == read_summary(finished[0])
 
