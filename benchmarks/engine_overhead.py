@@ -21,7 +21,7 @@ from experiments.run.engines import ray_session
 from experiments.run.machine import hardware, versions
 from experiments.run.stages import Run, open_run, run_stages
 from polca_edit.artifacts import checksum
-from polca_edit.checkpoints.series import write_json
+from polca_edit.checkpoints.files import write_json
 
 SCHEMA = "polca-edit/engine-overhead/1"
 

@@ -19,7 +19,7 @@ from cattrs.preconf.json import make_converter
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from polca_edit.checkpoints.series import write_json, write_tensors
+from polca_edit.checkpoints.files import write_json, write_tensors
 
 Record = TypeVar("Record")
 

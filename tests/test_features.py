@@ -8,7 +8,7 @@ from polca_edit import features
 from polca_edit.allocation.allocate import project
 from polca_edit.basis.path import parameter_axes_basis
 from polca_edit.basis.record import random_basis
-from polca_edit.checkpoints.series import Checkpoints
+from polca_edit.checkpoints.opening import open_checkpoints
 from polca_edit.derivatives.objective import Objective
 from polca_edit.models import TransformerShape, build_small_transformer
 from polca_edit.parameters import ParameterSpace, call_with
@@ -22,12 +22,12 @@ def problem():
     module = build_small_transformer(SHAPE, 0).double()
     space = ParameterSpace.from_module(module)
     tokens = make_data(10, 10, 10, 4, 0).splits.select
-    objective = Objective(module, space, token_loss, batch_size=6)
+    objective = Objective(module, token_loss, space, batch_size=6)
     generator = torch.Generator().manual_seed(0)
     thetas = [space.read(module)]
     for _ in range(3):
         thetas.append(thetas[-1] + 0.05 * torch.randn(space.size, generator=generator, dtype=torch.float64))
-    checkpoints = Checkpoints.in_memory(space, (0, 2, 5, 9), thetas)
+    checkpoints = open_checkpoints(thetas, space, steps=(0, 2, 5, 9))
     dense = torch.stack([objective.token_gradients(theta, tokens) for theta in thetas])
     return objective, checkpoints, tokens, dense
 

@@ -44,7 +44,7 @@ from interventions.removal.spans import (
 )
 from polca_edit.artifacts import load_record
 from polca_edit.basis.record import Basis
-from polca_edit.checkpoints.series import write_json
+from polca_edit.checkpoints.files import write_json
 from polca_edit.clusters.membership import fit_rule
 from polca_edit.tokens import TokenSet
 

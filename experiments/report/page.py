@@ -27,7 +27,7 @@ from experiments.report.records import (
 )
 from experiments.report.tokens import exact_combinations, nearest_to_medoid
 from experiments.run.store import RunDirectory
-from polca_edit.checkpoints.series import write_atomically
+from polca_edit.checkpoints.files import write_atomically
 
 MOST_CURVES = 8
 MOST_CLUSTERS = 24

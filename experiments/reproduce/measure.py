@@ -41,7 +41,8 @@ from polca_edit.basis.build import (
 from polca_edit.basis.path import odd_checkpoints
 from polca_edit.basis.record import Basis, capture
 from polca_edit.basis.rotate import allocation_matrices
-from polca_edit.checkpoints.series import Checkpoints, write_json
+from polca_edit.checkpoints.files import write_json
+from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.derivatives.objective import PassCount
 from polca_edit.tokens import TokenSet
 from polca_edit.training import train

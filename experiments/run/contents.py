@@ -13,7 +13,7 @@ from pathlib import Path
 
 from experiments.config import RunConfig
 from polca_edit.artifacts import checksum, from_plain, key_of, to_plain
-from polca_edit.checkpoints.series import write_json
+from polca_edit.checkpoints.files import write_json
 
 #: Beginnings of file names in a checkpoint folder that no result depends on.
 BESIDE_THE_WEIGHTS = ("optimizer", "scheduler", "scaler", "rng_state", "training_args", "events.out", ".")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from polca_edit.artifacts import load_record, save_record
-from polca_edit.checkpoints.series import write_tensors
+from polca_edit.checkpoints.files import write_tensors
 from polca_edit.derivatives.objective import PassCount
 
 Record = TypeVar("Record")

@@ -39,14 +39,9 @@ from polca_edit.basis.record import (
     random_basis,
     trajectory_basis,
 )
-from polca_edit.checkpoints.series import (
-    Checkpoints,
-    SeriesFolder,
-    open_directory,
-    open_series,
-    write_atomically,
-    write_json,
-)
+from polca_edit.checkpoints.files import SeriesFolder, write_atomically, write_json
+from polca_edit.checkpoints.opening import open_checkpoints
+from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.clusters.density import ClusterSettings, VectorClusters
 from polca_edit.derivatives.objective import Objective
 from polca_edit.observe import Observation, ObserveSettings, analyse
@@ -153,12 +148,10 @@ class Run:
 
     def checkpoints(self) -> Checkpoints:
         """The run's series (recorded or opened)."""
-        given = self.config.checkpoints
-        if self.task.open_checkpoints is not None:
-            return self.task.open_checkpoints().require()
+        given = self.task.given_checkpoints(self.config)
         if given is not None:
-            return open_directory(self.task.space, given.directory, given.pattern).require()
-        return open_series(self.task.space, self.directory.checkpoints).require()
+            return given.require()
+        return open_checkpoints(self.directory.checkpoints, self.task.space).require()
 
 
 def _spec_key(spec: BasisConfig) -> dict[str, Any]:
@@ -454,9 +447,7 @@ def build_basis(run: Run, spec: BasisConfig, checkpoints: Checkpoints, parts: Pa
             kind=spec.kind,
         )
         bar.close()
-        return dataclasses.replace(
-            basis.subset(range(min(spec.vectors, len(basis)))), products=basis.products
-        )
+        return dataclasses.replace(basis[: spec.vectors], products=basis.products)
     return _further_basis(run, spec, checkpoints)
 
 
@@ -516,5 +507,4 @@ def _clusters(run: Run, stage: str) -> None:
 def load_observation(run: Run, label: str) -> Observation:
     """Allocation and clusters of a basis, recomputed from stored projections (seconds, no model)."""
     projections = load_record(Projections, run.directory.projections(label))
-    outputs = run.task.splits.select.output_of if run.config.clusters.by_output else None
-    return analyse(projections, run.settings(), outputs)
+    return analyse(projections, run.task.splits.select, run.settings())

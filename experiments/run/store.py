@@ -18,7 +18,7 @@ from typing import TypeVar
 from experiments.run.machine import peak_rss_bytes
 from experiments.run.parts import carried_cost
 from polca_edit.artifacts import checksum, load_record, save_record
-from polca_edit.checkpoints.series import write_json
+from polca_edit.checkpoints.files import write_json
 from polca_edit.derivatives.objective import PassCount
 
 Record = TypeVar("Record")

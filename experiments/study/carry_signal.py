@@ -32,7 +32,8 @@ from interventions.damage import EvaluatedSplit
 from interventions.edits import project_out
 from polca_edit.allocation.allocate import Projections, Rule, allocate, explained_share, second_order_terms
 from polca_edit.basis.record import Basis
-from polca_edit.checkpoints.series import Checkpoints, write_json
+from polca_edit.checkpoints.files import write_json
+from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.clusters.density import ClusterSettings, cluster_trajectories
 
 KINDS = ("hessian", "trajectory", "random")

@@ -18,7 +18,7 @@ from experiments.application import run_application
 from experiments.run.machine import hardware, versions
 from experiments.run.run import execute, settings_from
 from experiments.run.store import RunDirectory
-from polca_edit.checkpoints.series import write_json
+from polca_edit.checkpoints.files import write_json
 
 SCHEMA = "polca-edit/paper-scale/1"
 

@@ -31,7 +31,8 @@ from polca_edit.allocation.allocate import Projections, Rule, project
 from polca_edit.artifacts import load_record, save_record
 from polca_edit.basis.build import build_kind
 from polca_edit.basis.record import Basis
-from polca_edit.checkpoints.series import Checkpoints, write_json
+from polca_edit.checkpoints.files import write_json
+from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.clusters.density import ClusterSettings
 
 KINDS = ("hessian", "shuffled_hessian", "trajectory_secant", "random")
