@@ -18,7 +18,7 @@ from interventions.edits import Edit
 from polca_edit.derivatives.lanczos import orthonormalise
 
 #: Step between two doses of a curve, and how many are tried at the most.
-FACTOR, MOST = 2.0, 24
+FACTOR, MOST = 2.0, 14
 
 
 def total_share(change: Array, headroom: Array) -> float:
@@ -41,7 +41,7 @@ class Curve:
     Attributes:
         doses: (D,) displacements, weight units.
         totals: (D,) total shares, made to rise.
-        changes: (D, M) per-token damage, nats.
+        changes: (D, M) per-token damage, capped at each token's headroom, nats.
     """
 
     doses: Array
@@ -49,9 +49,9 @@ class Curve:
     changes: NDArray[np.float64]
 
     def at(self, level: float) -> Array | None:
-        """(M,) damage where the total share first is ``level``; None if it never is.
+        """(M,) capped damage where the total share first is ``level``; None if it never is.
 
-        Linear between doses and from nothing at dose zero.
+        Linear between doses and from nothing at dose zero; capped first, so that the total is met exactly.
         """
         reached = np.flatnonzero(self.totals >= level)
         if not len(reached):
@@ -125,7 +125,7 @@ class SpanPool:
         def measured(dose: float) -> float:
             edit = Edit(base, row, torch.tensor([-sign * dose], dtype=torch.float64), "in_span")
             change = self.split.changes([edit])[0].numpy()
-            known[dose] = total_share(change, headroom), change
+            known[dose] = total_share(change, headroom), capped(change, headroom)
             return known[dose][0]
 
         dose = start

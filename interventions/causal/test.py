@@ -21,6 +21,9 @@ from polca_edit.clusters.hypotheses import Hypothesis, Unchosen
 from polca_edit.observe import Observation
 from polca_edit.tokens import TokenSet
 
+#: Total shares over which directions of a span are measured: below, curves are straight lines; above, an
+#: edit takes more than half of everything and is not selective whatever it is compared with.
+LEVELS = (0.01, 0.6)
 #: Called with what is done and how much of it: (name, done, of).
 Progress = Callable[[str, int, int], None]
 
@@ -235,8 +238,8 @@ def _fill_pools(bench: Bench, pairs: Sequence[Hypothesis], say: Progress) -> Non
             span,
             settings.rotations,
             settings.seed + 5,
-            lowest=max(0.005, min(known)),
-            highest=min(0.95, 1.1 * max(known)),
+            lowest=max(LEVELS[0], min(known)),
+            highest=min(LEVELS[1], 1.1 * max(known)),
         )
         bench.pools[name] = pool_of
         done = iter(range(1, settings.rotations + 1))
