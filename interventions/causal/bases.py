@@ -18,7 +18,7 @@ from interventions.edits import project_out
 from polca_edit.clusters.hypotheses import Hypothesis
 from polca_edit.clusters.membership import fit_rule
 from polca_edit.derivatives.lanczos import orthonormalise
-from polca_edit.observe import Observation, analyse
+from polca_edit.observation import Observation, analyse
 from polca_edit.tokens import TokenSet
 
 PERMUTATIONS = 999
@@ -164,13 +164,15 @@ def aligned_tokens(
     matrix = share_matrix(changes, bench.headroom, masks)
     own = own_entry(matrix, owner)
     generator = np.random.default_rng(settings.seed + 3)
-    drawn = [own_entry(matrix, generator.permutation(owner)) for _ in range(PERMUTATIONS)]
+    drawn = [own_entry(matrix, generator.permutation(owner).tolist()) for _ in range(PERMUTATIONS)]
     p = rank_p(own, np.array(drawn))
     auc = {
         v: _auc(changes[k], np.any([m for m, o in zip(masks, owner, strict=True) if o == k], axis=0))
         for k, v in enumerate(vectors)
     }
-    rotated = [] if observation is None else _rotated(bench, observation, settings, progress)
+    rotated: list[float] = []
+    if observation is not None and observation.basis is not None:
+        rotated = _rotated(bench, observation, settings, progress)
     rank = rank_p(own, np.array(rotated)) if rotated else None
     if rank is None:
         answer: Answer = "unclear" if p < settings.level else "no"
@@ -195,7 +197,7 @@ def _rotated(
 ) -> list[float]:
     """The statistic of rotated bases: allocated, clustered, described and undone like the basis itself."""
     generator = torch.Generator().manual_seed(settings.seed + 4)
-    size = len(seen.basis)
+    size = seen.projections.gradients.shape[1]
     found = []
     for _ in range(settings.observed_rotations):
         turn = orthonormalise(torch.randn(size, size, generator=generator, dtype=torch.float64))
@@ -229,6 +231,7 @@ def rotated_statistic(
             masks.append(there)
     if len(vectors) < 3:
         return None
+    assert seen.basis is not None
     rows = (turn.to(seen.basis.rows) @ seen.basis.rows)[vectors]
     split = bench.nulls
     changes = list(split.changes(project_out(split, row) for row in rows).numpy())

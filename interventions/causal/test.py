@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from interventions.causal.statistics import Array, Bits, draw_units
 from interventions.damage import EvaluatedSplit, Groups, named_groups
 from interventions.edits import project_out
 from polca_edit.clusters.hypotheses import Hypothesis, Unchosen
-from polca_edit.observe import Observation
+from polca_edit.observation import Observation
 from polca_edit.tokens import TokenSet
 
 #: Total shares over which directions of a span are measured: below, curves are straight lines; above, an
@@ -243,9 +244,11 @@ def _fill_pools(bench: Bench, pairs: Sequence[Hypothesis], say: Progress) -> Non
         )
         bench.pools[name] = pool_of
         done = iter(range(1, settings.rotations + 1))
-        pool_of.fill(
-            lambda name=name, done=done: say(f"directions of {name}", next(done), settings.rotations)
-        )  # type: ignore[misc]
+        pool_of.fill(partial(_told, say, f"directions of {name}", settings.rotations))
+
+
+def _told(say: Progress, name: str, total: int, done: int) -> None:
+    say(name, done, total)
 
 
 def attributed_by(observation: Observation, vectors: Sequence[int], tokens: TokenSet) -> Array | None:
