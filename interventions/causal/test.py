@@ -243,7 +243,6 @@ def _fill_pools(bench: Bench, pairs: Sequence[Hypothesis], say: Progress) -> Non
             highest=min(LEVELS[1], 1.1 * max(known)),
         )
         bench.pools[name] = pool_of
-        done = iter(range(1, settings.rotations + 1))
         pool_of.fill(partial(_told, say, f"directions of {name}", settings.rotations))
 
 
