@@ -83,8 +83,8 @@ def report(directory: Annotated[Path, typer.Argument(help="A run directory.")]) 
     """Draw report.html and the figures again from a run's records; no model is needed."""
     from experiments.report.page import write_report
     from experiments.report.sections import extra_sections
+    from experiments.run.store import RunDirectory
     from experiments.run.summary import read_summary
-    from polca_edit.artifacts import RunDirectory
 
     read_summary(directory)
     opened = RunDirectory(directory)

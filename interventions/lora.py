@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interventions.edit_files import EditFile
-from polca_edit.checkpoints.series import write_json, write_tensors
+from polca_edit.checkpoints.files import write_json, write_tensors
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import nn
 
 from interventions import blocking
 from interventions.blocking import Curve, Hold
-from polca_edit.checkpoints.series import SeriesFolder, read_weights
+from polca_edit.checkpoints.files import SeriesFolder, read_weights
 from polca_edit.derivatives.lanczos import orthonormalise
 from polca_edit.parameters import ParameterSpace
 from polca_edit.training import Recorder, TrainingSettings, train
@@ -126,8 +126,7 @@ def test_branch_skip_puts_a_window_back_and_trains_on(recorded) -> None:
     start = blocking.open_branch_point(folder, space, 8)
     earlier = space.flatten(read_weights(folder.weights(4)))
     row = orthonormalise(torch.randn(1, space.size, generator=torch.Generator().manual_seed(2)))
-    edit = edits.branch_skip(start.theta, earlier, row)
-    assert edit.operator == "branch_skip"
+    edit = edits.rollback(edits.Movement(start.theta, earlier), row, rewind=True)
     skipped = blocking.edited(start, edit)
     assert skipped.step == start.step == 8
     assert skipped.optimiser_state is start.optimiser_state

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
 
-from experiments.removal.apply import apply, apply_edit, edited_tensors, undo_edit, weight_files
+from experiments.removal.apply import apply, apply_edit, edited_tensors, undo_edit
 from interventions.edit_files import load_edit, paths_of, save_edit
-from interventions.edits import displace, from_delta, weights_fingerprint
+from interventions.edits import Movement, displace, from_delta, weights_fingerprint
 from interventions.lora import export_lora, factors
 from polca_edit.parameters import ParameterSpace
 from tests.oracles import tiny_gpt2
@@ -38,7 +38,9 @@ def random_edit(module: nn.Module, size: float = 0.5):
     rows = torch.linalg.qr(torch.randn(space.size, 3, generator=torch.Generator().manual_seed(1)))[
         0
     ].T.contiguous()
-    return displace(space.read(module), rows, [size, -size, 2 * size], "test", basis="random"), space
+    theta = space.read(module)
+    place = Movement(theta, theta)
+    return displace(place, rows, [size, -size, 2 * size], "test", basis="random"), space
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -111,7 +113,7 @@ def test_apply_then_undo_gives_the_original_bytes(kind: str, model: Small, tmp_p
     file = load_edit(tmp_path / "edit")
     survival = apply_edit(file, given, tmp_path / "edited")
     assert survival.share == pytest.approx(1.0, abs=1e-6)
-    from polca_edit.checkpoints.series import read_weights
+    from polca_edit.checkpoints.files import read_weights, weight_files
 
     edited = read_weights(tmp_path / "edited" if given.is_dir() else tmp_path / "edited" / given.name)
     torch.testing.assert_close(space.flatten(edited), edit.apply(space.read(model)))
@@ -149,7 +151,7 @@ def test_wrong_models_are_refused(model: Small, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="shape"):
         apply_edit(file, tmp_path / "shape.safetensors", tmp_path / "a")
     assert not (tmp_path / "a").exists()
-    with pytest.raises(ValueError, match="does not exist"):
+    with pytest.raises(ValueError, match="must exist"):
         apply_edit(file, tmp_path / "nowhere", tmp_path / "a")
 
 

@@ -21,7 +21,8 @@ from interventions.removal.rivals import masked_loss
 from interventions.removal.searches import GroupCurvature, group_curvature
 from interventions.removal.spans import Span, span_by_tensor, stacked_displacements
 from polca_edit.basis.record import hessian_basis, trajectory_basis
-from polca_edit.checkpoints.series import Checkpoints, read_weights, write_tensors
+from polca_edit.checkpoints.files import read_weights, write_tensors
+from polca_edit.checkpoints.opening import open_checkpoints
 from polca_edit.derivatives.lanczos import orthonormalise
 from polca_edit.derivatives.objective import Objective
 from polca_edit.models import TransformerShape, build_small_transformer
@@ -200,7 +201,7 @@ def _build(seed: int, settings: BedSettings, path: Path, say: Callable[[str], No
     trained = copy.deepcopy(module)
     train(trained, data.batch_loss, settings.training, after_step=record)
     say(f"  seed {seed}: trained {settings.training.steps} steps, {len(steps)} checkpoints")
-    checkpoints = Checkpoints.in_memory(space, steps, thetas)
+    checkpoints = open_checkpoints(thetas, space, steps=steps)
     objective = Objective(module, space, arithmetic.token_loss, batch_size=settings.curvature_sample)
     sample = data.splits.curvature.select(torch.arange(settings.curvature_sample))
     count = settings.hessian_vectors

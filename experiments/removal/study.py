@@ -38,10 +38,10 @@ from experiments.removal.bed import (
     with_own_digits,
 )
 from experiments.removal.methods import OUR_METHODS, RIVALS, Effort, Found, methods_for, run_method
+from experiments.run.machine import hardware, versions
 from interventions.removal.measures import RefitResult, SkillOutputs, chance, refit_damage, relearn
 from interventions.removal.problem import Limits, RemovalProblem, Shares, mean_by_group, shares_of, token_nll
-from polca_edit.artifacts import hardware, versions
-from polca_edit.checkpoints.series import write_json
+from polca_edit.checkpoints.files import write_json
 from polca_edit.models import TransformerShape
 from polca_edit.tokens import TokenSet
 from polca_edit.training import TrainingSettings

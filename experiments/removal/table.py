@@ -16,7 +16,7 @@ import typer
 from experiments.application import run_application
 from experiments.removal.bed import REQUIRED
 from experiments.removal.study import finite, matched_damage
-from polca_edit.checkpoints.series import write_atomically, write_json
+from polca_edit.checkpoints.files import write_atomically, write_json
 
 
 def merged(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
