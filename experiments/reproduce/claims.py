@@ -103,9 +103,7 @@ def judge_claim(claim: Claim, parts: Sequence[Mapping[str, CarryScores]]) -> Jud
         status = "not testable"
     elif held in (0, len(known)):
         status = "reproduced" if held else "not reproduced"
-    return JudgedClaim(
-        claim.text, claim.column, claim.published, tuple(pairs), held, len(known), status
-    )
+    return JudgedClaim(claim.text, claim.column, claim.published, tuple(pairs), held, len(known), status)
 
 
 def judge_claims(rows: Sequence[BasisRow], features: Sequence[FeatureRow]) -> tuple[JudgedClaim, ...]:

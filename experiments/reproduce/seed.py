@@ -71,7 +71,9 @@ def turned(measured: Measured, rotation: Rotation, splits: TokenSplits, seed: in
     )
 
 
-def basis_row(kind: str, rotation: str, measured: Measured, splits: TokenSplits, scoring: Scoring) -> BasisRow:
+def basis_row(
+    kind: str, rotation: str, measured: Measured, splits: TokenSplits, scoring: Scoring
+) -> BasisRow:
     """One row of the table of bases."""
     basis, residuals = measured.basis, measured.basis.residuals
     known = residuals[~residuals.isnan()]

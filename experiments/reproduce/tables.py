@@ -184,4 +184,6 @@ def claims_table(claims: Sequence[JudgedClaim]) -> Table:
         count = f" ({row.held} of {row.seeds} seeds)" if row.seeds else ""
         rows.append([row.claim, paper, ours or "–", row.status + count])
     headings = ("claim", "paper", "ours, by seed", "verdict")
-    return table([Column(name, left=True) for name in headings], rows, "What the paper says, and what we find")
+    return table(
+        [Column(name, left=True) for name in headings], rows, "What the paper says, and what we find"
+    )

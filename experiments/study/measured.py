@@ -10,6 +10,7 @@ from typing import Literal, TypeVar
 
 import torch
 
+from experiments.run import stages
 from experiments.run.parts import Ledger, kept_parts
 from experiments.run.stages import Run, recorder_of
 from interventions.edits import weights_fingerprint
@@ -49,6 +50,13 @@ class OnSelect:
 def cost(spent: Mapping[str, float], sequences: int) -> float:
     """Work in forward passes over ``sequences`` sequences."""
     return sum(PASS_COST[kind] * spent[kind] for kind in PASS_COST) / sequences
+
+
+def trained(run: Run) -> Checkpoints:
+    """The run's recorded series, trained (or resumed) first unless this config has recorded it."""
+    if not run.directory.finished("train", run.key("train")):
+        stages._train(run, "train")
+    return run.checkpoints()
 
 
 def basis_inputs(run: Run, checkpoints: Checkpoints) -> BasisInputs:
@@ -119,9 +127,7 @@ def projected(
     )
 
 
-def on_select(
-    run: Run, checkpoints: Checkpoints, counts: Mapping[str, int], say: Say
-) -> dict[str, OnSelect]:
+def on_select(run: Run, checkpoints: Checkpoints, counts: Mapping[str, int], say: Say) -> dict[str, OnSelect]:
     """Bases by kind and their projections on select, kept in the store.
 
     Args:
@@ -149,7 +155,9 @@ def on_select(
     }
 
 
-def second_order(run: Run, checkpoints: Checkpoints, basis: Basis, *measured: Projections) -> list[Projections]:
+def second_order(
+    run: Run, checkpoints: Checkpoints, basis: Basis, *measured: Projections
+) -> list[Projections]:
     """The same projections with the mean terms of Eq. 6, taken on a part of the curvature sample."""
     curvature = run.task.splits.curvature
     sample = curvature.select(torch.arange(min(CURVATURE_SUMS, curvature.sequences)))

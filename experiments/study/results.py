@@ -10,7 +10,7 @@ from experiments.report.tables import Table
 from experiments.run.machine import hardware, versions
 from experiments.run.run import console
 from polca_edit.artifacts import to_plain
-from polca_edit.checkpoints.series import write_atomically, write_json
+from polca_edit.checkpoints.files import write_atomically, write_json
 
 
 def publish(
