@@ -183,7 +183,5 @@ def claims_table(claims: Sequence[JudgedClaim]) -> Table:
         ours = ", ".join(" : ".join(decimal(value) for value in pair) for pair in row.ours)
         count = f" ({row.held} of {row.seeds} seeds)" if row.seeds else ""
         rows.append([row.claim, paper, ours or "–", row.status + count])
-    headings = ("claim", "paper", "ours, by seed", "verdict")
-    return table(
-        [Column(name, left=True) for name in headings], rows, "What the paper says, and what we find"
-    )
+    headings = [Column(name, left=True) for name in ("claim", "paper", "ours, by seed", "verdict")]
+    return table(headings, rows, "What the paper says, and what we find")

@@ -19,6 +19,7 @@ from experiments.report.formats import decimal, nats, share
 from experiments.report.records import (
     Agreement,
     Analysis,
+    ClusterEntry,
     DamageEntry,
     Summary,
     read_run_file,
@@ -61,15 +62,6 @@ BOUNDS, SMALLEST = Fit(0.9, 0.3, 1.5), 0.05
 
 
 @dataclass(frozen=True)
-class SplitDamage:
-    """What undoing a vector costs a cluster and all other tokens on one split, nats per token."""
-
-    on_target: float | None
-    off_target: float | None
-    headroom: float | None
-
-
-@dataclass(frozen=True)
 class BestCluster:
     """The cluster nearest to all bounds for a skill other than the easy one, chosen on select.
 
@@ -83,7 +75,6 @@ class BestCluster:
         select: agreement where it was chosen.
         evaluate: agreement of the tokens that its rule assigns; None where it assigns none.
         rule_auc: of that rule.
-        damage: split -> cost of undoing its vector.
     """
 
     basis: str
@@ -95,7 +86,6 @@ class BestCluster:
     select: Fit
     evaluate: Fit | None
     rule_auc: float | None
-    damage: dict[str, SplitDamage | None]
 
 
 @dataclass(frozen=True)
@@ -191,27 +181,22 @@ def best_cluster(summary: Summary) -> BestCluster | None:
                 fit = Fit.of(entry, skill)
                 rank = reached(fit, size), fit.homogeneity * fit.recall_all
                 if best is None or rank > best[0]:
-                    place = name, entry.vector, entry.cluster
-                    best = rank, _described(analysis, place, skill, fit, size)
+                    best = rank, _described(name, analysis, entry, skill, size)
     return best[1] if best else None
 
 
-def _described(
-    analysis: Analysis, place: tuple[str, int, int], skill: str, fit: Fit, size: float
-) -> BestCluster:
-    name, *pair = place
-    again = next((c for c in analysis.evaluate_clusters if [c.vector, c.cluster] == pair), None)
-    rows = {split: analysis.damage_row(*pair, split) for split in ("select", "evaluate")}
+def _described(name: str, analysis: Analysis, entry: ClusterEntry, skill: str, size: float) -> BestCluster:
+    fit, place = Fit.of(entry, skill), (entry.vector, entry.cluster)
+    again = next((c for c in analysis.evaluate_clusters if (c.vector, c.cluster) == place), None)
     return BestCluster(
         name,
-        *pair,
+        *place,
         skill,
         reached(fit, size) == 1.0,
         size,
         fit,
         Fit.of(again, skill) if again else None,
         again.rule_auc if again else None,
-        {s: row and SplitDamage(row.on_target, row.off_target, row.headroom) for s, row in rows.items()},
     )
 
 
@@ -314,12 +299,10 @@ def demo_table(
     )
     tables = [seeds_table(rows)]
     show(tables)
-    typer.echo(
-        f"cluster bounds met by {found.clusters_met} of {len(rows)} seeds, vector bounds by {found.vectors_met}"
-    )
-    publish(
-        json_, "demo-table/2", load_config(runs[0] / "config.yaml"), [r.seed for r in rows], found, tables
-    )
+    met = f"cluster bounds met by {found.clusters_met} of {len(rows)} seeds"
+    typer.echo(f"{met}, vector bounds by {found.vectors_met}")
+    config = load_config(runs[0] / "config.yaml")
+    publish(json_, "demo-table/2", config, [row.seed for row in rows], found, tables)
 
 
 if __name__ == "__main__":

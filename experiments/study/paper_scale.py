@@ -80,9 +80,8 @@ def paper_scale(
     )
     tables = [stages_table(stages)]
     show(tables)
-    publish(
-        json_ or out / "timing.json", "paper-scale/2", load_config(preset, overrides), [seed], found, tables
-    )
+    config = load_config(preset, overrides)
+    publish(json_ or out / "timing.json", "paper-scale/2", config, [seed], found, tables)
 
 
 if __name__ == "__main__":
