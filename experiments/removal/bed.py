@@ -202,7 +202,7 @@ def _build(seed: int, settings: BedSettings, path: Path, say: Callable[[str], No
     train(trained, data.batch_loss, settings.training, after_step=record)
     say(f"  seed {seed}: trained {settings.training.steps} steps, {len(steps)} checkpoints")
     checkpoints = open_checkpoints(thetas, space, steps=steps)
-    objective = Objective(module, space, arithmetic.token_loss, batch_size=settings.curvature_sample)
+    objective = Objective(module, arithmetic.token_loss, space, batch_size=settings.curvature_sample)
     sample = data.splits.curvature.select(torch.arange(settings.curvature_sample))
     count = settings.hessian_vectors
     chosen = checkpoints.subset([round((i + 1) * (len(steps) - 1) / count) for i in range(count)])
