@@ -134,7 +134,7 @@ def outcome(projections: Projections, branch: Branch, tokens: TokenSet, base: Ob
     """Explained share, best carry cluster (by homogeneity) and breakthroughs of one basis in one branch."""
     chosen = range(min(branch.vectors, projections.gradients.shape[1]))
     settings = replace(base, rule=branch.rule, clusters=branch.settings(base.clusters))
-    seen = analyse(thinned(projections, branch.stride, chosen), settings, tokens.output_of)
+    seen = analyse(thinned(projections, branch.stride, chosen), tokens, settings)
     scores = eligible_clusters(seen.clusters, tokens, SMALLEST)
     totals, hidden = seen.allocation.totals(), list(seen.hidden.values())
     return Outcome(
