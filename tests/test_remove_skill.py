@@ -28,6 +28,7 @@ from experiments.removal.bed import (
 from experiments.removal.methods import Effort, finalists, settings_of
 from experiments.removal.study import Study, finite, matched_damage, restricted_to, run_study
 from experiments.tasks.arithmetic import SKILLS, first_and_second, token_set
+from polca_edit.artifacts import from_plain
 from polca_edit.models import TransformerShape
 from polca_edit.training import TrainingSettings
 
@@ -151,9 +152,10 @@ def test_study_end_to_end(folder: Path, tmp_path: Path) -> None:
     ] == [8]
     assert {curve["data"] for curve in result["relearning"]} == set(remove_skill.RELEARNING)
     json.dumps(finite(result), allow_nan=False)
-    from experiments.report.figures_removal import draw_removal
+    from experiments.report.figures_removal import RemovalCurves, draw_removal
 
-    assert all(path.stat().st_size > 1000 for path in draw_removal(finite(result), tmp_path))
+    curves = from_plain(RemovalCurves, finite(result))
+    assert all(path.stat().st_size > 1000 for path in draw_removal(curves, tmp_path))
     # The judged numbers are those of the edit itself: none of the original model's weights changed.
     again = run_study(replace(study, methods=("layer rollback",)), [0], workers=1, folder=folder)
     first = next(row for row in result["rows"] if row["method"] == "layer rollback")

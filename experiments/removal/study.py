@@ -41,6 +41,7 @@ from experiments.removal.methods import OUR_METHODS, RIVALS, Effort, Found, meth
 from experiments.run.machine import hardware, versions
 from interventions.removal.measures import RefitResult, SkillOutputs, chance, refit_damage, relearn
 from interventions.removal.problem import Limits, RemovalProblem, Shares, mean_by_group, shares_of, token_nll
+from polca_edit.artifacts import from_plain
 from polca_edit.checkpoints.files import write_json
 from polca_edit.models import TransformerShape
 from polca_edit.tokens import TokenSet
@@ -501,9 +502,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     result = run_study(chosen, list(seeds), workers=given.workers, folder=given.keep, save=save)
     if given.figures is not None:
-        from experiments.report.figures_removal import draw_removal
+        from experiments.report.figures_removal import RemovalCurves, draw_removal
 
-        draw_removal(result, given.figures)
+        draw_removal(from_plain(RemovalCurves, result), given.figures)
     met = sum(
         any(r["met"] for r in result["rows"] if r["ours"] and (r["seed"], r["skill"]) == key)
         for key in {(r["seed"], r["skill"]) for r in result["rows"]}

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from experiments.removal.bed import GROUPS, SKILL_GROUPS, allowed_sums, arithmetic_logits, assign_groups
 from experiments.report.page import write_report
-from experiments.report.sections import extra_sections
 from experiments.run.machine import hardware, versions
 from experiments.run.stages import ClusterRecord, Run, load_run
 from experiments.tasks import arithmetic
@@ -317,7 +316,7 @@ def remove(
     write_json(written.with_suffix(".result.json"), record)
     typer.echo(f"Edit: {written}")
     if written.parent == run / "edits" and (run / "summary.json").exists():
-        write_report(opened.directory, lambda _: None, extra_sections(opened.directory))
+        write_report(opened.directory, lambda _: None)
 
 
 def in_order(

@@ -175,7 +175,7 @@ def _with_found_label(file: Path, entry: dict[str, Any]) -> dict[str, Any]:
     place = (entry["vector"], entry["cluster"])
     for found in json.loads(file.read_text())["clusters"]:
         if (found["vector"], found["cluster"]) == place and found["counts"]:
-            name, base = found["rule"][:90], found["base_rate"]
+            name, base = found["rule"], found["base_rate"]
             return {
                 **entry,
                 "label": name,
