@@ -30,6 +30,7 @@ from experiments.study.results import publish, show
 from interventions.damage import EvaluatedSplit
 from interventions.edits import project_out
 from polca_edit.allocation.allocate import Rule, allocate, explained_share
+from polca_edit.basis.record import Basis
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.clusters.comparators import SkillScore
 from polca_edit.clusters.density import cluster_trajectories
@@ -51,10 +52,15 @@ class SignalRow:
         rule: of the allocation.
         scaled: whether trajectories are divided by their own maximum.
         explained_share: attributed over exact change.
-        best: the most homogeneous eligible cluster on select, None without one.
+        guarded: denominators of Eq. 6 that were too small to divide by.
+        vector: of the most homogeneous eligible cluster on select; None, as all below, without one.
+        tokens: in the cluster.
+        homogeneity: of the cluster.
+        recall_all: of the cluster.
+        recall_paper: of the cluster.
+        f1: of the cluster.
         damage: cost of undoing the net movement along its vector, nats.
         displacement: size of that movement, weight units.
-        guarded: denominators of Eq. 6 that were too small to divide by.
     """
 
     seed: int
@@ -63,10 +69,15 @@ class SignalRow:
     rule: str
     scaled: bool
     explained_share: float | None
-    best: SkillScore | None
-    damage: GroupDamage | None
-    displacement: float | None
     guarded: int
+    vector: int | None = None
+    tokens: int | None = None
+    homogeneity: float | None = None
+    recall_all: float | None = None
+    recall_paper: float | None = None
+    f1: float | None = None
+    damage: GroupDamage | None = None
+    displacement: float | None = None
 
 
 @dataclass(frozen=True)
@@ -88,20 +99,32 @@ def signal_rows(
         paths, totals = allocation.projected_loss(), allocation.totals()
         for scaled in (False, True):
             clusters = cluster_trajectories(paths, replace(base, scaled=scaled))
-            best = next(iter(eligible_clusters(clusters, tokens, min_share)), None)
-            edit = None if best is None else project_out(split, measured.basis.rows[best.vector])
-            yield SignalRow(
+            row = SignalRow(
                 run.config.seed,
                 kind,
                 recorded * multiple,
                 rule,
                 scaled,
                 explained_share(totals["attributed"], totals["exact"]),
-                best,
-                None if edit is None else group_damage(split.damage(edit).change, tokens),
-                None if edit is None else edit.norm,
                 allocation.guarded,
             )
+            best = next(iter(eligible_clusters(clusters, tokens, min_share)), None)
+            yield row if best is None else _with_cluster(row, best, measured.basis, split)
+
+
+def _with_cluster(row: SignalRow, best: SkillScore, basis: Basis, split: EvaluatedSplit) -> SignalRow:
+    edit = project_out(split, basis.rows[best.vector])
+    return replace(
+        row,
+        vector=best.vector,
+        tokens=best.tokens,
+        homogeneity=best.homogeneity,
+        recall_all=best.recall_all,
+        recall_paper=best.recall_paper,
+        f1=best.f1,
+        damage=group_damage(split.damage(edit).change, split.tokens),
+        displacement=edit.norm,
+    )
 
 
 def seed_rows(
@@ -121,9 +144,7 @@ def signal_table(rows: Sequence[SignalRow]) -> Table:
     numbers = ("explained", "homogeneity", "recall", "F1", "carry", "no carry", "other places")
     lines = []
     for row in rows:
-        best, damage = row.best, row.damage
-        values = [row.explained_share]
-        values += [best.homogeneity, best.recall_paper, best.f1] if best else [None] * 3
+        damage, values = row.damage, [row.explained_share, row.homogeneity, row.recall_paper, row.f1]
         values += [damage.carry, damage.no_carry, damage.other_places] if damage else [None] * 3
         shape = "scaled" if row.scaled else "raw"
         lines.append(
