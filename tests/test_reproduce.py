@@ -49,7 +49,7 @@ from polca_edit.checkpoints.opening import open_checkpoints
 from polca_edit.clusters.density import ClusterSettings
 from polca_edit.derivatives.objective import Objective
 from polca_edit.models import TransformerShape, build_small_transformer
-from polca_edit.observe import ObserveSettings
+from polca_edit.observation import ObserveSettings
 from polca_edit.parameters import ParameterSpace
 
 torch.set_num_threads(1)

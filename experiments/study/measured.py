@@ -16,7 +16,7 @@ from experiments.run.stages import Run, recorder_of
 from interventions.edits import weights_fingerprint
 from polca_edit.allocation.allocate import CheckpointSlopes, Projections, project, second_order_terms
 from polca_edit.artifacts import load_record, save_record
-from polca_edit.basis.build import BasisInputs, build_kind, output_logits, recorded_second_moments
+from polca_edit.basis.build import BasisInputs, build_basis, output_logits, recorded_second_moments
 from polca_edit.basis.path import odd_checkpoints
 from polca_edit.basis.record import Basis
 from polca_edit.checkpoints.series import Checkpoints
@@ -140,7 +140,7 @@ def on_select(run: Run, checkpoints: Checkpoints, counts: Mapping[str, int], say
     sequences = run.task.splits.select.sequences
     for kind, count in counts.items():
         started, name = time.perf_counter(), f"study/bases/{kind}-{count}"
-        build = functools.partial(build_kind, kind, inputs, count)
+        build = functools.partial(build_basis, kind, inputs, count)
         key = run.key_for(name, checkpoints.steps)
         bases.append(run.directory.kept(name, key, Basis, build, run.objective.passes))
         prices.append(cost(spent_on(run, name), sequences))

@@ -16,7 +16,7 @@ from experiments.report.figures_robustness import Survival
 from experiments.study.carry import eligible_clusters
 from polca_edit.allocation.allocate import Projections, Rule, explained_share
 from polca_edit.clusters.density import ClusterSettings
-from polca_edit.observe import ObserveSettings, analyse
+from polca_edit.observation import ObserveSettings, analyse
 from polca_edit.tokens import TokenSet
 
 #: What varies: settings of a branch, then of the run.
