@@ -29,9 +29,10 @@ from experiments.reproduce.rows import (
 )
 from experiments.reproduce.tables import Reproduction, reproduction_tables, spread
 from experiments.reproduce.verb import run_reproduction
-from experiments.run.stages import open_run
+from experiments.run.run import open_run
+from experiments.run.stages.training import trained_series
 from experiments.study.carry import GroupDamage, counted_places, group_damage
-from experiments.study.measured import on_select, trained
+from experiments.study.measured import on_select
 from experiments.study.multiverse import (
     FACTORS,
     Branch,
@@ -266,7 +267,7 @@ def _opened(folder, **changes):
 def recorded(tmp_path_factory):
     """A trained smoke run, to be copied."""
     folder = tmp_path_factory.mktemp("smoke") / "run"
-    trained(_opened(folder))
+    trained_series(_opened(folder))
     return folder
 
 
@@ -331,7 +332,7 @@ def test_another_learning_rate_trains_and_projects_again(copied, tmp_path):
 
     def slopes(folder, **changes):
         run = _opened(folder, **changes)
-        found = on_select(run, trained(run), {"random": 2}, _silent)["random"].projections.gradients
+        found = on_select(run, trained_series(run), {"random": 2}, _silent)["random"].projections.gradients
         return found, run.objective.passes.forward
 
     folder = copied("run")
@@ -349,7 +350,7 @@ def test_another_learning_rate_trains_and_projects_again(copied, tmp_path):
 def test_an_interrupted_measurement_goes_on_where_it_stopped(copied, monkeypatch):
     def opened(folder):
         run = _opened(folder)
-        return run, trained(run)
+        return run, trained_series(run)
 
     whole = measure_bases(*opened(copied("whole")), SETTINGS, _silent)
     broken = copied("broken")
@@ -388,7 +389,7 @@ def test_bases_alone_with_a_fixed_rule(copied):
     """A fixed rule gives nearly the adaptive shares; no table is made besides the bases."""
     settings = replace(SETTINGS, kinds=("loss_weighted",), rotated=("loss_weighted",))
     run = _opened(copied("adaptive"))
-    measured = measure_bases(run, trained(run), settings, _silent)["loss_weighted"]
+    measured = measure_bases(run, trained_series(run), settings, _silent)["loss_weighted"]
     adaptive = loss_shares(allocate(measured.evaluate, "quadrature"), run.task.splits.evaluate)
     said: list[str] = []
     fixed = replace(settings, rule="gauss3", tables=False)

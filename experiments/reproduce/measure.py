@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from experiments.reproduce.rows import Scoring
-from experiments.run.stages import Run
+from experiments.run.run import Run
 from experiments.study.measured import Say, fingerprints, kept_projections, on_select, projected
 from polca_edit.allocation.allocate import Projections
 from polca_edit.allocation.quadrature import FixedRule, NodeSlopes, adaptive_plan, fixed_plan, measure_nodes

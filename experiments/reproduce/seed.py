@@ -26,10 +26,11 @@ from experiments.reproduce.rows import (
     carry_columns,
     loss_shares,
 )
-from experiments.run.rotated import fit_rotation
-from experiments.run.stages import Run
+from experiments.run.run import Run
+from experiments.run.stages.rotated import fit_rotation
+from experiments.run.stages.training import trained_series
 from experiments.study.carry import CARRY
-from experiments.study.measured import Say, second_order, trained
+from experiments.study.measured import Say, second_order
 from polca_edit.allocation.allocate import allocate
 from polca_edit.basis.rotate import allocation_matrices
 
@@ -112,7 +113,7 @@ def basis_rows(
 def measure_seed(run: Run, settings: ReproductionSettings, say: Say) -> SeedTables:
     """All tables of one seed."""
     started = time.perf_counter()
-    checkpoints = trained(run)
+    checkpoints = trained_series(run)
     measured = measure_bases(run, checkpoints, settings, say)
     rows = tuple(basis_rows(run, measured, settings, say))
     features: tuple[FeatureRow, ...] = ()

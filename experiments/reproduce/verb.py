@@ -12,14 +12,13 @@ from typing import Annotated, Any, cast, get_args
 
 import typer
 
-from experiments.application import run_application
+from experiments.application import run_application, say, settings_from
 from experiments.config import load_config
 from experiments.reproduce.claims import judge_claims
 from experiments.reproduce.measure import ReproductionSettings
 from experiments.reproduce.seed import SeedTables, seed_tables
 from experiments.reproduce.tables import Reproduction, reproduction_tables
-from experiments.run.run import say, settings_from
-from experiments.run.stages import open_run
+from experiments.run.run import open_run
 from experiments.study.measured import Say
 from experiments.study.results import publish, show
 from polca_edit.allocation.quadrature import FixedRule

@@ -17,14 +17,14 @@ from typing import Annotated
 
 import typer
 
-from experiments.application import run_application
+from experiments.application import run_application, say
 from experiments.config import load_config
 from experiments.report.formats import decimal
 from experiments.report.tables import Column, Table, table
-from experiments.run.run import say
-from experiments.run.stages import Run, open_run
+from experiments.run.run import Run, open_run
+from experiments.run.stages.training import trained_series
 from experiments.study.carry import GroupDamage, eligible_clusters, group_damage
-from experiments.study.measured import OnSelect, Say, on_select, second_order, trained
+from experiments.study.measured import OnSelect, Say, on_select, second_order
 from experiments.study.multiverse import thinned
 from experiments.study.results import publish, show
 from interventions.damage import EvaluatedSplit
@@ -170,7 +170,7 @@ def carry_signal(
     for seed in range(seeds):
         config = load_config(preset, {**spacing, "seed": seed, "bases": [{"kind": "trajectory"}]})
         run = open_run(config, out / preset / f"seed{seed}", say)
-        rows.extend(seed_rows(run, trained(run), vectors, min_share, say))
+        rows.extend(seed_rows(run, trained_series(run), vectors, min_share, say))
         tables = [signal_table(rows)]
         publish(json_, "carry-signal/2", config, range(seed + 1), Signal(tuple(rows)), tables)
     show(tables)

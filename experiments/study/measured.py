@@ -10,14 +10,13 @@ from typing import Literal, TypeVar
 
 import torch
 
-from experiments.run import stages
 from experiments.run.parts import Ledger, kept_parts
-from experiments.run.stages import Run, recorder_of
+from experiments.run.run import Run
+from experiments.run.stages.bases import basis_inputs
 from interventions.edits import weights_fingerprint
 from polca_edit.allocation.allocate import CheckpointSlopes, Projections, project, second_order_terms
 from polca_edit.artifacts import load_record, save_record
-from polca_edit.basis.build import BasisInputs, build_basis, output_logits, recorded_second_moments
-from polca_edit.basis.path import odd_checkpoints
+from polca_edit.basis.build import build_basis
 from polca_edit.basis.record import Basis
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.tokens import TokenSet
@@ -50,25 +49,6 @@ class OnSelect:
 def cost(spent: Mapping[str, float], sequences: int) -> float:
     """Work in forward passes over ``sequences`` sequences."""
     return sum(PASS_COST[kind] * spent[kind] for kind in PASS_COST) / sequences
-
-
-def trained(run: Run) -> Checkpoints:
-    """The run's recorded series, trained (or resumed) first unless this config has recorded it."""
-    if not run.directory.finished("train", run.key("train")):
-        stages._train(run, "train")
-    return run.checkpoints()
-
-
-def basis_inputs(run: Run, checkpoints: Checkpoints) -> BasisInputs:
-    """Odd checkpoints and the curvature sample."""
-    return BasisInputs(
-        run.objective,
-        odd_checkpoints(checkpoints),
-        run.task.splits.curvature,
-        output_logits if run.config.task == "arithmetic" else None,
-        recorded_second_moments(recorder_of(run).folder, run.task.space, run.config.training.betas[1]),
-        run.config.seed,
-    )
 
 
 def spent_on(run: Run, name: str) -> Mapping[str, float]:

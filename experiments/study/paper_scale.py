@@ -15,13 +15,13 @@ from typing import Annotated
 
 import typer
 
-from experiments.application import run_application
+from experiments.application import run_application, settings_from
 from experiments.config import load_config
 from experiments.report.formats import number
 from experiments.report.tables import Table, table
-from experiments.run.run import execute, settings_from
 from experiments.run.store import RunDirectory, StageRecord
 from experiments.study.results import publish, show
+from experiments.verbs.pipeline import execute
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments.application import console
 from experiments.config import RunConfig
 from experiments.report.tables import Table
 from experiments.run.machine import hardware, versions
-from experiments.run.run import console
 from polca_edit.artifacts import to_plain
 from polca_edit.checkpoints.files import write_atomically, write_json
 

@@ -15,14 +15,14 @@ from typing import Annotated, Any
 
 import typer
 
-from experiments.application import run_application
+from experiments.application import run_application, say
 from experiments.config import RunConfig, load_config
 from experiments.report.figures_robustness import Survival, draw_survival
 from experiments.report.formats import share
 from experiments.report.tables import Table, table
-from experiments.run.run import say
-from experiments.run.stages import Run, open_run
-from experiments.study.measured import on_select, trained
+from experiments.run.run import Run, open_run
+from experiments.run.stages.training import trained_series
+from experiments.study.measured import on_select
 from experiments.study.multiverse import BranchResult, branches, conclusions, outcome, survival
 from experiments.study.results import publish, show
 from polca_edit.allocation.allocate import Projections, Rule
@@ -102,7 +102,7 @@ def robustness(
     for shape, config in plans:
         say(f"{shape}, seed {config.seed}")
         run = open_run(config, out / preset / f"{shape.replace(' ', '-')}-seed{config.seed}", say)
-        checkpoints = trained(run)
+        checkpoints = trained_series(run)
         measured = on_select(run, checkpoints, dict.fromkeys(KINDS, vectors), say)
         projections = {kind: own.projections for kind, own in measured.items()}
         results.extend(run_branches(run, projections, strides_of(checkpoints), shape))
