@@ -80,7 +80,10 @@ class Control:
     @property
     def passed(self) -> bool:
         """Yes where yes is true and no where no is true."""
-        return self.planted.word in ("selective", "carrier") and self.twin.word not in ("selective", "carrier")
+        return self.planted.word in ("selective", "carrier") and self.twin.word not in (
+            "selective",
+            "carrier",
+        )
 
 
 def positive_control(
@@ -127,7 +130,8 @@ def _tested(
     rows = orthonormalise(torch.cat([basis.rows, (moved - theta)[None].to(basis.rows)]))
     chooser = EvaluatedSplit(loss, ends, select.tokens)
     shares = [
-        chooser.damage(project_out(chooser, row)).share_by({"planted": select.member})["planted"] for row in rows
+        chooser.damage(project_out(chooser, row)).share_by({"planted": select.member})["planted"]
+        for row in rows
     ]
     chosen = int(torch.tensor(shares).nan_to_num(-torch.inf).argmax())
     split = EvaluatedSplit(loss, ends, unseen.tokens)

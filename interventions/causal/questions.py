@@ -235,9 +235,7 @@ def adjusted(found: Sequence[Pooled]) -> list[float | None]:
     return result
 
 
-def sentence_of(
-    pair: Hypothesis, found: Pooled, word: Word, smallest: float, floor: float
-) -> str:
+def sentence_of(pair: Hypothesis, found: Pooled, word: Word, smallest: float, floor: float) -> str:
     """One plain sentence a row."""
     name, group = pair.moved, pair.group.name
     damage, share = found.damage, found.share.estimate
