@@ -24,7 +24,6 @@ from experiments.report.figures_removal import RemovalCurves, draw_removal
 from experiments.report.figures_robustness import Survival, draw_survival
 from experiments.report.formats import highlighted, nats, share
 from experiments.report.page import write_report
-from experiments.report.records import ClusterEntry, read_summary
 from experiments.report.sections import (
     AxisRow,
     Discovery,
@@ -44,7 +43,8 @@ from experiments.report.view import (
     read_run,
 )
 from experiments.run.store import RunDirectory
-from experiments.run.summary import summary_schema
+from experiments.run.summary.records import ClusterEntry, read_summary
+from experiments.run.summary.write import summary_schema
 from polca_edit.allocation.allocate import Projections, allocate
 from polca_edit.artifacts import from_plain, save_record, to_plain
 from polca_edit.clusters.medoid import nearest_to_medoid
