@@ -20,7 +20,7 @@ Found = tuple[float, Tensor]
 def missing(package: str) -> str | None:
     """Why a rival cannot run, or None."""
     if importlib.util.find_spec(package) is None:
-        return f"python package '{package}' is not installed (pip install --no-deps, see docs/results)"
+        return f"python package '{package}' is not installed; docs/results/README.md has the command"
     return None
 
 

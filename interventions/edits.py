@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from polca_edit.allocation import coordinates
+from polca_edit.allocation.allocate import coordinates
 from polca_edit.parameters import ParameterSpace
 
 
