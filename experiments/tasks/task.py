@@ -36,6 +36,7 @@ class Task:
         unseen: (sequences, seed) -> tokens that neither training nor a split has used; None where the task
             cannot know (opened checkpoints) or has no more to draw (texts).
         tags: gold part-of-speech tags of the select tokens, where the text has them.
+        data: sums with what training may draw; None for other tasks.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Task:
     open_checkpoints: Callable[[], Checkpoints] | None = None
     unseen: Callable[[int, int], TokenSet] | None = None
     tags: GoldTags | None = None
+    data: arithmetic.ArithmeticData | None = None
 
     def objective(self, config: RunConfig) -> Objective:
         """The derivatives of this task's loss."""
@@ -110,6 +112,7 @@ def _arithmetic(config: RunConfig) -> Task:
         unseen=None
         if config.checkpoints
         else lambda sums, seed: data.unseen(sums, config.training.steps, seed),
+        data=data,
     )
 
 
