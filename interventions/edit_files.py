@@ -46,12 +46,16 @@ def save_edit(path: Path, edit: Edit, space: ParameterSpace) -> Path:
     """Write an edit; returns the JSON's path.
 
     Raises:
-        ValueError: if the edit does not live in the space.
+        ValueError: if the edit does not live in the space, or is not finite.
     """
     if edit.rows.shape[1] != space.size:
         raise ValueError(
             f"an edit must have one entry per parameter, got {edit.rows.shape[1]} for {space.size}; "
             "pass the space it was made in"
+        )
+    if not bool(torch.isfinite(edit.rows).all()) or not bool(torch.isfinite(edit.coordinates).all()):
+        raise ValueError(
+            f"an edit must be finite, this one ({edit.operator}) has NaN or infinity; did its fit diverge?"
         )
     tensors, description = paths_of(path)
     write_tensors(tensors, {"rows": edit.rows, "coordinates": edit.coordinates.double()})

@@ -1,7 +1,8 @@
 """Edits: weights in, weights out. Every operator is a constructor of :class:`Edit`.
 
-theta' = theta_base + sum_j z_j b_j. Operator names and numbers (O1 ...) follow the causal
-protocol; theta_ref is a reference checkpoint, B_J the chosen rows, P_J = B_J' B_J.
+theta' = theta + sum_j z_j b_j. A :class:`Movement` says what was recorded between two checkpoints and
+which weights are edited; an operator takes it and orthonormal rows B_J, with P_J = B_J' B_J, and
+returns the coordinates z. Operator numbers (O1 ...) in docstrings are those of the causal protocol.
 """
 
 from __future__ import annotations
@@ -10,18 +11,94 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from polca_edit.allocation.allocate import coordinates
+from polca_edit.basis.record import Basis
+from polca_edit.derivatives.lanczos import orthonormalise
 from polca_edit.parameters import ParameterSpace
 
 
 def weights_fingerprint(theta: Float[Tensor, " N"]) -> str:
     """SHA-256 of a flat weight vector's bytes."""
     return hashlib.sha256(theta.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Movement:
+    """What training did between two checkpoints, and the weights in which it is undone.
+
+    Attributes:
+        theta: (N,) weights that are edited.
+        start: (N,) weights at the start of the window.
+        end: (N,) weights at its end; None where the window ends at ``theta``.
+    """
+
+    theta: Float[Tensor, " N"]
+    start: Float[Tensor, " N"]
+    end: Float[Tensor, " N"] | None = None
+
+    @cached_property
+    def base(self) -> str:
+        """Fingerprint of ``theta``, hashed once however many edits are made."""
+        return weights_fingerprint(self.theta)
+
+    @cached_property
+    def source(self) -> str:
+        """Fingerprint of ``start``, the base of a transplant."""
+        return weights_fingerprint(self.start)
+
+    @cached_property
+    def displacement(self) -> Float[Tensor, " N"]:
+        """End minus start."""
+        return (self.theta if self.end is None else self.end) - self.start
+
+    def along(self, rows: Float[Tensor, "k N"]) -> Float[Tensor, " k"]:
+        """Displacement along orthonormal rows, float64."""
+        return coordinates(rows, self.displacement)
+
+
+@runtime_checkable
+class HasMovement(Protocol):
+    """Anything that knows its movement, above all an evaluated split."""
+
+    @property
+    def movement(self) -> Movement:
+        """The movement between the two ends."""
+
+
+Place = Movement | HasMovement
+Rows = Basis | Tensor
+
+
+def movement_of(place: Place) -> Movement:
+    """The movement itself, or that of a split."""
+    return place if isinstance(place, Movement) else place.movement
+
+
+def rows_of(rows: Rows) -> Float[Tensor, "k N"]:
+    """Orthonormal rows of a basis or a tensor; one vector (N,) is one row.
+
+    Raises:
+        ValueError: for rows that are not orthonormal (P_J would be no projection).
+    """
+    if isinstance(rows, Basis):
+        return rows.rows
+    rows = rows[None] if rows.ndim == 1 else rows
+    if len(rows):
+        gram = rows @ rows.T
+        error = float((gram - torch.eye(len(rows), dtype=gram.dtype, device=gram.device)).abs().max())
+        if not error <= 1e-3:
+            raise ValueError(
+                f"rows of an edit must be orthonormal, |B B' - I| is {error:.3g}; "
+                "pass a Basis, or rows from torch.linalg.qr"
+            )
+    return rows
 
 
 @dataclass(frozen=True)
@@ -54,9 +131,20 @@ class Edit:
         """Number of rows."""
         return self.rows.shape[0]
 
+    @cached_property
+    def key(self) -> str:
+        """Hash of base, rows and coordinates: two edits with one key move the same weights alike."""
+        digest = hashlib.sha256(self.base.encode())
+        active = self.coordinates != 0
+        for tensor in (self.rows[active], self.coordinates[active]):
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
     def delta(self) -> Float[Tensor, " N"]:
         """The movement as a flat vector, in the rows' dtype."""
-        return (self.coordinates.to(self.rows) @ self.rows) if self.rank else torch.zeros(self.rows.shape[1])
+        if not self.rank:
+            return torch.zeros(self.rows.shape[1], dtype=self.rows.dtype)
+        return self.coordinates.to(self.rows) @ self.rows
 
     def scaled(self, dose: float) -> Edit:
         """The same edit with every coordinate times ``dose``."""
@@ -70,8 +158,6 @@ class Edit:
         """
         if self.base != other.base:
             raise ValueError("edits compose only on the same base weights; make both for the same checkpoint")
-        from polca_edit.curvature import orthonormalise
-
         rows = orthonormalise(torch.cat([self.rows, other.rows]))
         total = self.delta().double() + other.delta().double()
         return Edit(
@@ -97,11 +183,19 @@ class Edit:
             raise ValueError(
                 f"an edit of {self.rows.shape[1]} parameters cannot edit {theta.shape[0]}; another model?"
             )
-        if weights_fingerprint(theta) != self.base:
+        self.require_base(weights_fingerprint(theta))
+        return self.moved(theta)
+
+    def require_base(self, fingerprint: str) -> None:
+        """Nothing where the fingerprint is the base's.
+
+        Raises:
+            ValueError: for the fingerprint of other weights.
+        """
+        if fingerprint != self.base:
             raise ValueError(
                 "an edit only applies to the weights it was made for; these differ, load that checkpoint"
             )
-        return self.moved(theta)
 
     def moved(self, theta: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
         """Theta + delta without the fingerprint check; zero coordinates add nothing at all."""
@@ -112,12 +206,18 @@ class Edit:
 
 
 @contextmanager
-def applied(module: nn.Module, space: ParameterSpace, edit: Edit) -> Iterator[nn.Module]:
+def applied(module: nn.Module, edit: Edit, space: ParameterSpace | None = None) -> Iterator[nn.Module]:
     """The edited module within the block; afterwards every weight is back bit for bit.
 
+    Args:
+        module: holds the weights the edit was made for.
+        edit: what is done to them.
+        space: which parameters the edit is of; all trainable ones by default.
+
     Raises:
-        ValueError: if the module does not hold the weights the edit was made for.
+        ValueError: if the module does not hold those weights.
     """
+    space = space or ParameterSpace.from_module(module)
     with space.substituted(module, edit.apply(space.read(module))):
         yield module
 
@@ -125,125 +225,92 @@ def applied(module: nn.Module, space: ParameterSpace, edit: Edit) -> Iterator[nn
 def from_delta(
     base: str, moved: Float[Tensor, " N"], operator: str, *, provenance: dict[str, object] | None = None
 ) -> Edit:
-    """A rank-one edit from any movement (rivals outside the span included)."""
+    """A rank-one edit from any movement (rivals outside the span included); rank zero for none at all."""
     size = moved.double().norm()
-    unit = moved / size.clamp_min(1e-300).to(moved)
-    return Edit(base, unit[None], size[None], operator, provenance=provenance or {})
+    kept = provenance or {}
+    if float(size) == 0.0:
+        return Edit(base, moved.new_zeros(0, moved.shape[0]), size.new_zeros(0), operator, provenance=kept)
+    # Divided in float64: a float32 movement below 1e-38 would divide by zero otherwise.
+    unit = (moved.double() / size).to(moved)
+    return Edit(base, unit[None], size[None], operator, provenance=kept)
 
 
-def project_out(
-    theta: Float[Tensor, " N"],
-    reference: Float[Tensor, " N"],
-    rows: Float[Tensor, "k N"],
-    **provenance: object,
-) -> Edit:
-    """O1: theta - P_J (theta - theta_ref), the net movement along the rows undone."""
-    return reverse(theta, reference, rows, 1.0, operator="project_out", **provenance)
+def project_out(place: Place, rows: Rows, **provenance: object) -> Edit:
+    """O1: theta - P_J (end - start), the movement of the window along the rows undone.
+
+    Args:
+        place: a movement, or a split that has one.
+        rows: (k, N) orthonormal, or a basis.
+        **provenance: kept with the edit.
+
+    >>> import torch
+    >>> movement = Movement(torch.tensor([3.0, 4.0]), torch.zeros(2))
+    >>> project_out(movement, torch.tensor([[1.0, 0.0]])).apply(movement.theta).tolist()
+    [0.0, 4.0]
+    """
+    return reverse(place, rows, 1.0, operator="project_out", **provenance)
 
 
 def reverse(
-    theta: Float[Tensor, " N"],
-    reference: Float[Tensor, " N"],
-    rows: Float[Tensor, "k N"],
-    dose: float,
-    *,
-    operator: str = "reverse",
-    **provenance: object,
+    place: Place, rows: Rows, dose: float, *, operator: str = "reverse", **provenance: object
 ) -> Edit:
-    """O2: theta - dose P_J (theta - theta_ref); 0 is nothing, 1 is O1, 2 a reflection."""
-    back = -coordinates(rows, theta - reference) * dose
-    return Edit(weights_fingerprint(theta), rows, back, operator, dose, dict(provenance))
+    """O2: theta - dose P_J (end - start); 0 is nothing, 1 is O1, 2 a reflection."""
+    movement, rows = movement_of(place), rows_of(rows)
+    return Edit(movement.base, rows, -movement.along(rows) * dose, operator, dose, dict(provenance))
 
 
-def rollback_subtract(
-    theta: Float[Tensor, " N"],
-    start: Float[Tensor, " N"],
-    end: Float[Tensor, " N"],
-    rows: Float[Tensor, "k N"],
-    **provenance: object,
-) -> Edit:
-    """O3a: theta - P_J (theta_t2 - theta_t1), one window's movement undone."""
-    return Edit(
-        weights_fingerprint(theta),
-        rows,
-        -coordinates(rows, end - start),
-        "rollback_subtract",
-        1.0,
-        dict(provenance),
-    )
+def rollback(place: Place, rows: Rows | None = None, *, rewind: bool = False, **provenance: object) -> Edit:
+    """O3: the window's movement undone in theta, whole or along rows.
 
-
-def rollback_rewind(
-    theta: Float[Tensor, " N"], start: Float[Tensor, " N"], rows: Float[Tensor, "k N"], **provenance: object
-) -> Edit:
-    """O3b: theta - P_J (theta - theta_t1), the coordinates put back to the window's start."""
-    return reverse(theta, start, rows, 1.0, operator="rollback_rewind", **provenance)
-
-
-def branch_skip(
-    theta: Float[Tensor, " N"], start: Float[Tensor, " N"], rows: Float[Tensor, "k N"], **provenance: object
-) -> Edit:
-    """O3c: theta_t2 - P_J (theta_t2 - theta_t1), made at t2; training goes on from the edited weights."""
-    return reverse(theta, start, rows, 1.0, operator="branch_skip", **provenance)
+    Args:
+        place: the window.
+        rows: (k, N); None undoes the movement at full rank.
+        rewind: put the coordinates back to the window's start, later movement along the rows included
+            (O3b: theta - P_J (theta - start)) instead of subtracting the window's (O3a).
+        **provenance: kept with the edit.
+    """
+    movement = movement_of(place)
+    back = Movement(movement.theta, movement.start) if rewind else movement
+    name = "rollback_rewind" if rewind else "rollback"
+    if rows is None:
+        return from_delta(movement.base, -back.displacement, name, provenance=dict(provenance))
+    rows = rows_of(rows)
+    return Edit(movement.base, rows, -back.along(rows), name, 1.0, dict(provenance))
 
 
 def transplant(
-    source: Float[Tensor, " N"], theta: Float[Tensor, " N"], rows: Float[Tensor, "k N"], **provenance: object
+    place: Place, rows: Rows, *, outside: bool = False, size: float = 1.0, **provenance: object
 ) -> Edit:
-    """O4: theta_s + P_J (theta - theta_s), an edit of the early weights theta_s (sufficiency)."""
-    return Edit(
-        weights_fingerprint(source),
-        rows,
-        coordinates(rows, theta - source),
-        "transplant",
-        1.0,
-        dict(provenance),
+    """O4: start + P_J (end - start), an edit of the early weights (sufficiency).
+
+    Args:
+        place: the window; its start is what is edited.
+        rows: (k, N) orthonormal, or a basis.
+        outside: insert everything but the movement along the rows instead (O4').
+        size: factor on what is inserted.
+        **provenance: kept with the edit.
+    """
+    movement, rows = movement_of(place), rows_of(rows)
+    along = movement.along(rows)
+    if not outside:
+        return Edit(movement.source, rows, along * size, "transplant", size, dict(provenance))
+    moved = movement.displacement.double() - along @ rows.double()
+    edit = from_delta(
+        movement.source, moved.to(movement.theta), "transplant_outside", provenance=dict(provenance)
     )
+    return edit if size == 1.0 else edit.scaled(size)
 
 
 def displace(
-    theta: Float[Tensor, " N"],
-    rows: Float[Tensor, "k N"],
+    place: Place,
+    rows: Rows,
     shift: Float[Tensor, " k"] | Sequence[float],
     operator: str,
     **provenance: object,
 ) -> Edit:
     """Any coordinates along any rows: random controls, optimised edits."""
     z = torch.as_tensor(shift, dtype=torch.float64)
-    return Edit(weights_fingerprint(theta), rows, z, operator, 1.0, dict(provenance))
-
-
-def complement(
-    source: Float[Tensor, " N"], theta: Float[Tensor, " N"], rows: Float[Tensor, "k N"], **provenance: object
-) -> Edit:
-    """O4': theta_s + (I - P_J)(theta - theta_s) as an edit of theta; equals O1 with reference theta_s."""
-    return reverse(theta, source, rows, 1.0, operator="complement", **provenance)
-
-
-def movement_outside(
-    source: Float[Tensor, " N"], theta: Float[Tensor, " N"], rows: Float[Tensor, "k N"], **provenance: object
-) -> Edit:
-    """Edit of the early weights theta_s that inserts everything but the movement along the rows.
-
-    The weights reached are those of :func:`complement`; as an edit of theta_s it measures the gain.
-    """
-    moved = (theta - source).double()
-    moved = moved - coordinates(rows, moved) @ rows.double()
-    size = moved.norm()
-    unit = (moved / size.clamp_min(1e-300)).to(theta)[None]
-    return Edit(weights_fingerprint(source), unit, size[None], "movement_outside", 1.0, dict(provenance))
-
-
-def amplify(
-    theta: Float[Tensor, " N"],
-    start: Float[Tensor, " N"],
-    end: Float[Tensor, " N"],
-    rows: Float[Tensor, "k N"],
-    strength: float,
-) -> Edit:
-    """O5'': theta + strength P_J (theta_t2 - theta_t1), a planned movement made early or once more."""
-    shift = coordinates(rows, end - start) * strength
-    return Edit(weights_fingerprint(theta), rows, shift, "amplify", strength, {})
+    return Edit(movement_of(place).base, rows_of(rows), z, operator, 1.0, dict(provenance))
 
 
 def composed(edits: Sequence[Edit]) -> Edit:

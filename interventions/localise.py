@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Bool
-from torch import Tensor
+from torch import Tensor, nn
 
 from interventions.causal.statistics import Bits
 from interventions.damage import EvaluatedSplit
@@ -78,36 +78,120 @@ def tensors(space: ParameterSpace) -> list[Component]:
     return found
 
 
-def heads(space: ParameterSpace, count: int) -> list[Component]:
-    """One part per attention head: its rows of query, key, value and its columns of the output map.
+@dataclass(frozen=True)
+class HeadLayout:
+    """How attention is cut into heads.
 
-    Works for separate projection matrices named query/key/value/out (or q_proj ... o_proj). The
-    output bias belongs to no head.
+    Attributes:
+        count: query heads.
+        shared: key and value heads; fewer than ``count`` where queries share them.
+    """
+
+    count: int
+    shared: int
+
+
+def head_layout(module: nn.Module) -> HeadLayout:
+    """The heads a model says it has, from its own config.
 
     Raises:
-        ValueError: if no such matrices are found.
+        ValueError: for a model whose config names no heads.
+    """
+    config = getattr(module, "config", None) or getattr(module, "cfg", None) or getattr(module, "shape", None)
+    for name in ("num_attention_heads", "n_head", "n_heads", "heads"):
+        count = getattr(config, name, None)
+        if isinstance(count, int):
+            shared = getattr(config, "num_key_value_heads", None) or getattr(
+                config, "n_key_value_heads", None
+            )
+            return HeadLayout(count, shared or count)
+    raise ValueError(
+        "heads are read off the model's config, this one names none; pass HeadLayout(count, shared)"
+    )
+
+
+#: Output maps whose heads are columns (Linear, (out, in)); GPT-2's Conv1D keeps them as rows.
+WRITES = re.compile(r"(?:attn|attention)\.(?:out|o_proj|out_proj|dense)\.weight$")
+READS = re.compile(r"(?:query|q_proj|key|k_proj|value|v_proj)\.(?:weight|bias)$")
+SHARED = re.compile(r"(?:key|k_proj|value|v_proj)\.(?:weight|bias)$")
+#: Fused projections: NeoX keeps query, key and value of one head together, GPT-2 all queries first.
+FUSED_BY_HEAD = re.compile(r"query_key_value\.(?:weight|bias)$")
+FUSED_BY_KIND = re.compile(r"attn\.c_attn\.(?:weight|bias)$")
+CONV_WRITES = re.compile(r"attn\.c_proj\.weight$")
+OTHER_FUSED = re.compile(r"(?:qkv|qkv_proj|Wqkv|c_attn|query_key_value)\.(?:weight|bias)$")
+
+
+def heads(space: ParameterSpace, layout: HeadLayout) -> list[Component]:
+    """One part per attention head: its part of query, key and value and its part of the output map.
+
+    Separate projections (query ... out, q_proj ... o_proj), NeoX's fused ``query_key_value`` and GPT-2's
+    ``c_attn`` are known. Keys and values that several queries share belong to each of them. The output
+    bias belongs to no head.
+
+    Raises:
+        ValueError: for projections that are not known, or sizes that the heads do not divide.
     """
     found: dict[tuple[int, int], Tensor] = {}
+    roles: set[str] = set()
     for name, (start, stop), shape in zip(space.names, space.offsets.values(), space.shapes, strict=True):
-        reads = re.search(r"(query|key|value|q_proj|k_proj|v_proj)\.(weight|bias)$", name)
-        writes = re.search(r"attn\.(out|o_proj)\.weight$", name)
-        if not (reads or writes):
+        role = _role(name)
+        if role is None:
             continue
-        for head in range(count):
+        roles.add("write" if "write" in role else "read")
+        for head in range(layout.count):
             part = torch.zeros(shape, dtype=torch.bool)
-            width = (shape[0] if reads else shape[1]) // count
-            lines = slice(head * width, (head + 1) * width)
-            if reads:
-                part[lines] = True
-            else:
-                part[:, lines] = True
+            _mark(part, role, head, layout, name)
             mask = found.setdefault((layer_of(name), head), torch.zeros(space.size, dtype=torch.bool))
             mask[start:stop] |= part.reshape(-1)
-    if not found:
+    if roles != {"read", "write"}:
         raise ValueError(
-            "heads need separate query, key, value and output matrices, none were found; localise by layer"
+            "heads need query, key, value and output matrices of a known layout, found "
+            f"{sorted(roles) or 'none'}; localise by layer and kind instead"
         )
     return [Component(layer, f"head {head}", mask) for (layer, head), mask in sorted(found.items())]
+
+
+def _role(name: str) -> str | None:
+    """How a parameter is cut into heads; None for one that is not.
+
+    Raises:
+        ValueError: for a fused projection of unknown order.
+    """
+    for role, pattern in (
+        ("by head", FUSED_BY_HEAD),
+        ("by kind", FUSED_BY_KIND),
+        ("conv write", CONV_WRITES),
+        ("write", WRITES),
+        ("shared", SHARED),
+        ("own", READS),
+    ):
+        if pattern.search(name):
+            return role
+    if OTHER_FUSED.search(name):
+        raise ValueError(f"the order of heads in '{name}' is not known; localise by layer and kind instead")
+    return None
+
+
+def _mark(part: Tensor, role: str, head: int, layout: HeadLayout, name: str) -> None:
+    """Set the entries of one head in one parameter."""
+    if role == "by kind" and part.ndim == 2:
+        part = part.T  # Conv1D keeps (in, out)
+    if role == "write":
+        part = part.T
+    count = layout.shared if role == "shared" else layout.count
+    pieces = 3 * layout.count if role == "by kind" else count
+    if len(part) % pieces:
+        raise ValueError(
+            f"'{name}' has {len(part)} rows of heads, which {pieces} do not divide; is the head count right?"
+        )
+    width = len(part) // pieces
+    if role == "by kind":
+        for kind in range(3):
+            first = (kind * layout.count + head) * width
+            part[first : first + width] = True
+        return
+    own = head * layout.shared // layout.count if role == "shared" else head
+    part[own * width : (own + 1) * width] = True
 
 
 @dataclass(frozen=True)

@@ -126,8 +126,7 @@ def test_branch_skip_puts_a_window_back_and_trains_on(recorded) -> None:
     start = blocking.open_branch_point(folder, space, 8)
     earlier = space.flatten(read_weights(folder.weights(4)))
     row = orthonormalise(torch.randn(1, space.size, generator=torch.Generator().manual_seed(2)))
-    edit = edits.branch_skip(start.theta, earlier, row)
-    assert edit.operator == "branch_skip"
+    edit = edits.rollback(edits.Movement(start.theta, earlier), row, rewind=True)
     skipped = blocking.edited(start, edit)
     assert skipped.step == start.step == 8
     assert skipped.optimiser_state is start.optimiser_state

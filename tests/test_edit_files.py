@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from experiments.removal.apply import apply, apply_edit, edited_tensors, undo_edit, weight_files
 from interventions.edit_files import EditFile, load_edit, paths_of, save_edit
-from interventions.edits import displace, from_delta, weights_fingerprint
+from interventions.edits import Movement, displace, from_delta, weights_fingerprint
 from interventions.lora import export_lora, factors, transposed_weights
 from polca_edit.parameters import ParameterSpace
 from tests.oracles import tiny_gpt2
@@ -39,7 +39,9 @@ def random_edit(module: nn.Module, size: float = 0.5):
     rows = torch.linalg.qr(torch.randn(space.size, 3, generator=torch.Generator().manual_seed(1)))[
         0
     ].T.contiguous()
-    return displace(space.read(module), rows, [size, -size, 2 * size], "test", basis="random"), space
+    theta = space.read(module)
+    place = Movement(theta, theta)
+    return displace(place, rows, [size, -size, 2 * size], "test", basis="random"), space
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

@@ -22,22 +22,21 @@ def projector(rows: torch.Tensor) -> torch.Tensor:
 
 def test_every_operator_has_its_formula(world: dict[str, torch.Tensor]) -> None:
     rows, start, early, late, theta = (world[k] for k in ("rows", "start", "early", "late", "theta"))
-    p = projector(rows)
+    p, eye = projector(rows), torch.eye(12, dtype=torch.float64)
+    whole, window = edits.Movement(theta, start), edits.Movement(theta, early, late)
     cases = [
-        (edits.project_out(theta, start, rows), theta, theta - p @ (theta - start)),
-        (edits.reverse(theta, start, rows, 0.25), theta, theta - 0.25 * p @ (theta - start)),
-        (edits.reverse(theta, start, rows, -0.5), theta, theta + 0.5 * p @ (theta - start)),
-        (edits.rollback_subtract(theta, early, late, rows), theta, theta - p @ (late - early)),
-        (edits.rollback_rewind(theta, early, rows), theta, theta - p @ (theta - early)),
-        (edits.transplant(start, theta, rows), start, start + p @ (theta - start)),
-        (edits.complement(start, theta, rows), theta, start + (torch.eye(12).double() - p) @ (theta - start)),
-        (
-            edits.movement_outside(start, theta, rows),
-            start,
-            start + (torch.eye(12).double() - p) @ (theta - start),
-        ),
-        (edits.amplify(theta, early, late, rows, 0.5), theta, theta + 0.5 * p @ (late - early)),
-        (edits.displace(theta, rows, [1.0, 0.0, -2.0], "any"), theta, theta + rows[0] - 2 * rows[2]),
+        (edits.project_out(whole, rows), theta, theta - p @ (theta - start)),
+        (edits.reverse(whole, rows, 0.25), theta, theta - 0.25 * p @ (theta - start)),
+        (edits.reverse(whole, rows, -0.5), theta, theta + 0.5 * p @ (theta - start)),
+        (edits.project_out(window, rows), theta, theta - p @ (late - early)),
+        (edits.rollback(window, rows), theta, theta - p @ (late - early)),
+        (edits.rollback(window, rows, rewind=True), theta, theta - p @ (theta - early)),
+        (edits.rollback(window), theta, theta - (late - early)),
+        (edits.rollback(window, rewind=True), theta, early),
+        (edits.transplant(whole, rows), start, start + p @ (theta - start)),
+        (edits.transplant(window, rows), early, early + p @ (late - early)),
+        (edits.transplant(whole, rows, outside=True), start, start + (eye - p) @ (theta - start)),
+        (edits.displace(whole, rows, [1.0, 0.0, -2.0], "any"), theta, theta + rows[0] - 2 * rows[2]),
     ]
     for edit, base, expected in cases:
         torch.testing.assert_close(edit.apply(base), expected, rtol=0, atol=1e-12)
@@ -46,44 +45,45 @@ def test_every_operator_has_its_formula(world: dict[str, torch.Tensor]) -> None:
 def test_windows_add_up_to_the_whole(world: dict[str, torch.Tensor]) -> None:
     rows, start, early, late, theta = (world[k] for k in ("rows", "start", "early", "late", "theta"))
     parts = [
-        edits.rollback_subtract(theta, a, b, rows) for a, b in ((start, early), (early, late), (late, theta))
+        edits.rollback(edits.Movement(theta, a, b), rows)
+        for a, b in ((start, early), (early, late), (late, theta))
     ]
-    whole = edits.project_out(theta, start, rows)
+    whole = edits.project_out(edits.Movement(theta, start), rows)
     torch.testing.assert_close(edits.composed(parts).delta(), whole.delta(), rtol=0, atol=1e-12)
 
 
 def test_zero_dose_double_application_order_and_sign(world: dict[str, torch.Tensor]) -> None:
     rows, start, theta = world["rows"], world["start"], world["theta"]
-    assert torch.equal(edits.reverse(theta, start, rows, 0.0).apply(theta), theta)
-    once = edits.project_out(theta, start, rows).apply(theta)
-    twice = edits.project_out(once, start, rows).apply(once)
+    assert torch.equal(edits.reverse(edits.Movement(theta, start), rows, 0.0).apply(theta), theta)
+    once = edits.project_out(edits.Movement(theta, start), rows).apply(theta)
+    twice = edits.project_out(edits.Movement(once, start), rows).apply(once)
     torch.testing.assert_close(twice, once, rtol=0, atol=1e-12)
-    flipped = edits.project_out(theta, start, -rows[[2, 0, 1]]).apply(theta)
+    flipped = edits.project_out(edits.Movement(theta, start), -rows[[2, 0, 1]]).apply(theta)
     torch.testing.assert_close(flipped, once, rtol=0, atol=1e-12)
 
 
 def test_an_edit_refuses_other_weights(world: dict[str, torch.Tensor]) -> None:
-    edit = edits.project_out(world["theta"], world["start"], world["rows"])
+    edit = edits.project_out(edits.Movement(world["theta"], world["start"]), world["rows"])
     with pytest.raises(ValueError, match="weights it was made for"):
         edit.apply(world["late"])
     with pytest.raises(ValueError, match="12 parameters"):
         edit.apply(world["theta"][:-1])
-    other = edits.project_out(world["late"], world["start"], world["rows"])
+    other = edits.project_out(edits.Movement(world["late"], world["start"]), world["rows"])
     with pytest.raises(ValueError, match="same base"):
         edit.then(other)
 
 
 def test_composition_keeps_both_movements_even_where_rows_overlap(world: dict[str, torch.Tensor]) -> None:
     theta, start, rows = world["theta"], world["start"], world["rows"]
-    first = edits.project_out(theta, start, rows[:2])
-    second = edits.displace(theta, rows[1:2], [0.3], "shift")
+    first = edits.project_out(edits.Movement(theta, start), rows[:2])
+    second = edits.displace(edits.Movement(theta, start), rows[1:2], [0.3], "shift")
     both = first.then(second)
     torch.testing.assert_close(both.delta(), first.delta() + second.delta(), rtol=0, atol=1e-12)
     assert both.rank == 2
 
 
 def test_saved_edit_comes_back_and_still_refuses(tmp_path, world: dict[str, torch.Tensor]) -> None:
-    edit = edits.project_out(world["theta"], world["start"], world["rows"], vectors=[0, 1, 2])
+    edit = edits.project_out(edits.Movement(world["theta"], world["start"]), world["rows"], vectors=[0, 1, 2])
     save_record(tmp_path / "edit.safetensors", edit)
     back = load_record(edits.Edit, tmp_path / "edit.safetensors")
     assert torch.equal(back.apply(world["theta"]), edit.apply(world["theta"]))
@@ -93,7 +93,30 @@ def test_saved_edit_comes_back_and_still_refuses(tmp_path, world: dict[str, torc
 
 
 def test_restricting_to_disjoint_masks_adds_up(world: dict[str, torch.Tensor]) -> None:
-    edit = edits.project_out(world["theta"], world["start"], world["rows"])
+    edit = edits.project_out(edits.Movement(world["theta"], world["start"]), world["rows"])
     mask = torch.arange(12) < 5
     parts = edit.restricted(mask).delta() + edit.restricted(~mask).delta()
     torch.testing.assert_close(parts, edit.delta(), rtol=0, atol=1e-12)
+
+
+def test_a_zero_movement_is_an_edit_of_rank_zero_without_nan() -> None:
+    theta = torch.ones(5)
+    for edit in (
+        edits.from_delta("base", torch.zeros(5), "none"),
+        edits.project_out(edits.Movement(theta, theta), torch.eye(5)[:1]).restricted(torch.zeros(5).bool()),
+    ):
+        assert edit.rank == 0
+        assert edit.norm == 0.0
+        assert torch.equal(edit.delta(), torch.zeros(5))
+        assert torch.equal(edit.moved(theta), theta)
+    tiny = edits.from_delta("base", torch.full((4,), 1e-40), "tiny")
+    assert torch.isfinite(tiny.rows).all()
+    assert float(tiny.rows.norm()) == pytest.approx(1.0, abs=1e-3)
+
+
+def test_rows_that_are_not_orthonormal_are_refused() -> None:
+    movement = edits.Movement(torch.ones(3), torch.zeros(3))
+    with pytest.raises(ValueError, match="orthonormal"):
+        edits.project_out(movement, torch.tensor([[2.0, 0.0, 0.0]]))
+    with pytest.raises(ValueError, match="orthonormal"):
+        edits.project_out(movement, torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]))

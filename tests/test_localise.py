@@ -41,7 +41,9 @@ def test_parts_cover_everything_once(bench) -> None:
 
 def test_heads_are_rows_of_query_and_columns_of_out(bench) -> None:
     space = bench.loss.space
-    found = localise.heads(space, 2)
+    layout = localise.head_layout(bench.loss.module)
+    assert layout == localise.HeadLayout(2, 2)
+    found = localise.heads(space, layout)
     assert len(found) == 4
     both = sum(p.mask.long() for p in found)
     assert int(both.max()) == 1
@@ -53,10 +55,70 @@ def test_heads_are_rows_of_query_and_columns_of_out(bench) -> None:
     assert not out[:, :8].any()
 
 
+@pytest.mark.parametrize("kind", ["neox", "gpt2", "llama"])
+def test_changing_a_head_changes_that_head_alone(kind) -> None:
+    """Oracle: the model's own attention output per head, before the output map, through a hook."""
+    import transformers as t
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 11, "num_hidden_layers": 1, "num_attention_heads": 8, "hidden_size": 32}
+    module = {
+        "neox": lambda: t.GPTNeoXForCausalLM(
+            t.GPTNeoXConfig(**sizes, intermediate_size=32, max_position_embeddings=8)
+        ),
+        "gpt2": lambda: t.GPT2LMHeadModel(
+            t.GPT2Config(vocab_size=11, n_positions=8, n_embd=32, n_layer=1, n_head=8)
+        ),
+        "llama": lambda: t.LlamaForCausalLM(
+            t.LlamaConfig(**sizes, num_key_value_heads=4, intermediate_size=32)
+        ),
+    }[kind]()
+    module.eval()
+    names = {"neox": "attention.dense", "gpt2": "attn.c_proj", "llama": "self_attn.o_proj"}
+    [output] = [m for n, m in module.named_modules() if n.endswith(names[kind])]
+    seen: list[torch.Tensor] = []
+    output.register_forward_pre_hook(lambda m, given: seen.append(given[0].detach().reshape(6, 8, 4)))
+    space = ParameterSpace.from_module(module)
+    layout = localise.head_layout(module)
+    assert layout == localise.HeadLayout(8, 4 if kind == "llama" else 8)
+    found = localise.heads(space, layout)
+    assert len(found) == 8
+    theta, ids = space.read(module), torch.tensor([[1, 2, 3, 4, 5, 6]])
+    with torch.no_grad():
+        module(ids)
+        for head in (0, 3, 7):
+            mask = found[head].mask
+            with space.substituted(module, torch.where(mask, theta + 0.5 * torch.randn(space.size), theta)):
+                module(ids)
+            changed = (seen[-1] - seen[0]).abs().amax((0, 2)) > 1e-6
+            sharing = {h for h in range(8) if h * layout.shared // 8 == head * layout.shared // 8}
+            assert changed[head]
+            assert set(changed.nonzero()[:, 0].tolist()) <= sharing
+            [columns] = [
+                v for n, v in space.unflatten(mask.float()).items() if n.endswith(f"{names[kind]}.weight")
+            ]
+            columns = columns.T if kind == "gpt2" else columns
+            assert columns.bool().any(0).nonzero()[:, 0].tolist() == list(range(4 * head, 4 * head + 4))
+
+
+def test_unknown_or_indivisible_heads_are_refused() -> None:
+    fused = torch.nn.ModuleDict({"attn": torch.nn.ModuleDict({"Wqkv": torch.nn.Linear(8, 24)})})
+    with pytest.raises(ValueError, match="order of heads"):
+        localise.heads(ParameterSpace.from_module(fused), localise.HeadLayout(2, 2))
+    parts = {"query": torch.nn.Linear(8, 8), "out": torch.nn.Linear(8, 8)}
+    plain = torch.nn.ModuleDict({"attn": torch.nn.ModuleDict(parts)})
+    with pytest.raises(ValueError, match="do not divide"):
+        localise.heads(ParameterSpace.from_module(plain), localise.HeadLayout(3, 3))
+    with pytest.raises(ValueError, match="known layout"):
+        localise.heads(ParameterSpace.from_module(torch.nn.Linear(4, 4)), localise.HeadLayout(2, 2))
+    with pytest.raises(ValueError, match="model's config"):
+        localise.head_layout(torch.nn.Linear(4, 4))
+
+
 def test_an_edit_of_one_block_is_placed_there(bench) -> None:
     space = bench.loss.space
     moved = only(space, "blocks.1.mlp.*", torch.Generator().manual_seed(2))
-    edit = edits.from_delta(edits.weights_fingerprint(bench.theta), moved, "planted")
+    edit = edits.from_delta(bench.movement.base, moved, "planted")
     members = np.ones(bench.tokens.count, dtype=bool)
     found = localise.localise(bench, edit, members, localise.components(space))
     assert found.covered == pytest.approx(1.0, abs=1e-5)
@@ -68,7 +130,7 @@ def test_patching_the_last_stream_carries_everything_and_earlier_layers_nothing(
     space = bench.loss.space
     before = space.read(bench.loss.module).clone()
     moved = only(space, "blocks.1.mlp.*", torch.Generator().manual_seed(3))
-    edit = edits.from_delta(edits.weights_fingerprint(bench.theta), moved, "planted")
+    edit = edits.from_delta(bench.movement.base, moved, "planted")
     shares = localise.patch_activations(bench, edit, np.ones(bench.tokens.count, dtype=bool))
     assert shares["blocks.1.hook_resid_post"] == pytest.approx(1.0, abs=1e-4)
     assert shares["blocks.1.hook_mlp_out"] == pytest.approx(1.0, abs=1e-4)

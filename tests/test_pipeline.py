@@ -19,6 +19,7 @@ from experiments.config import RunConfig, load_config, preset_names
 from experiments.run import damage as damage_stage
 from experiments.run import engines
 from experiments.run.summary import read_summary, summary_schema, write_summary
+from interventions.damage import EvaluatedSplit
 from polca_edit import artifacts, training
 from polca_edit.checkpoints import series as checkpoint_files
 
@@ -115,7 +116,7 @@ def test_same_seed_same_summary_after_a_kill_in_every_stage(
         (artifacts, "save_record", 2),
         (engines, "local_slopes", 4),
         (pipeline, "load_observation", 1),
-        (damage_stage, "measure", 3),
+        (EvaluatedSplit, "damage", 3),
         (damage_stage, "fit_rule", 1),
     ]
     for target, name, calls in stops:

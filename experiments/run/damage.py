@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from experiments.run.damage_rows import DamageRow, damage_row
 from experiments.run.stages import ClusterRecord, Run
-from interventions.damage import Damage, DamageRow, damage_row, measure
+from interventions.damage import EvaluatedSplit
 from interventions.edits import Edit, displace, reverse
 from polca_edit.artifacts import load_record
 from polca_edit.basis.record import Basis
@@ -23,38 +24,8 @@ from polca_edit.derivatives.lanczos import orthonormalise
 from polca_edit.tokens import TokenSet
 
 
-@dataclasses.dataclass(frozen=True)
-class Bench:
-    """Weights and losses that every edit of one run is measured against."""
-
-    run: Run
-    tokens: TokenSet
-    split: str
-    theta: Tensor
-    reference: Tensor
-    before: Tensor
-    reference_loss: Tensor
-
-    def damage(self, edit: Edit) -> Damage:
-        """Loss change of every token under an edit."""
-        return measure(
-            self.run.objective,
-            self.theta,
-            edit,
-            self.tokens,
-            before=self.before,
-            reference_loss=self.reference_loss,
-        )
-
-    def undo(self, row: Tensor, dose: float = 1.0) -> Edit:
-        """The net movement along one vector undone to a dose."""
-        return reverse(
-            self.theta, self.reference, row[None], dose, operator="project_out" if dose == 1.0 else "reverse"
-        )
-
-
-def bench(run: Run, tokens: TokenSet, split: str) -> Bench:
-    """Final and reference weights, with their losses on a split.
+def evaluated(run: Run, tokens: TokenSet) -> EvaluatedSplit:
+    """The run's final weights and reference on a split.
 
     Raises:
         ValueError: if the reference checkpoint does not exist or is the last one.
@@ -65,20 +36,18 @@ def bench(run: Run, tokens: TokenSet, split: str) -> Bench:
         raise ValueError(
             f"damage.reference must be below {len(checkpoints) - 1}, got {index}; use an earlier checkpoint"
         )
-    theta, reference = checkpoints[-1], checkpoints[index]
-    return Bench(
-        run,
-        tokens,
-        split,
-        theta,
-        reference,
-        run.objective.losses(theta, tokens),
-        run.objective.losses(reference, tokens),
-    )
+    step = checkpoints.steps[index]
+    return EvaluatedSplit(run.objective, checkpoints, tokens, (step, checkpoints.steps[-1]), step)
+
+
+def _undo(place: EvaluatedSplit, row: Tensor, dose: float = 1.0) -> Edit:
+    """The net movement along one vector undone to a dose."""
+    return reverse(place, row[None], dose, operator="project_out" if dose == 1.0 else "reverse")
 
 
 def _rows_of_vector(
-    place: Bench,
+    place: EvaluatedSplit,
+    split: str,
     basis: Basis,
     vector: int,
     masks: dict[int, Tensor],
@@ -90,7 +59,7 @@ def _rows_of_vector(
     rows: list[DamageRow] = []
     at_one = torch.zeros(place.tokens.count)
     for dose in sorted({1.0, *doses}):
-        damage = place.damage(place.undo(basis.rows[vector], dose))
+        damage = place.damage(_undo(place, basis.rows[vector], dose))
         if dose == 1.0:
             at_one = damage.change
         targets: list[tuple[int | None, Tensor]] = [(None, everything), *masks.items()]
@@ -100,7 +69,7 @@ def _rows_of_vector(
                     damage,
                     vector=vector,
                     cluster=cluster,
-                    split=place.split,
+                    split=split,
                     target=target,
                     others=[] if cluster is None else others,
                     groups=place.tokens.skills,
@@ -110,18 +79,18 @@ def _rows_of_vector(
 
 
 def _random_controls(
-    place: Bench, basis: Basis, vector: int, masks: dict[int, Tensor]
+    run: Run, place: EvaluatedSplit, basis: Basis, vector: int, masks: dict[int, Tensor]
 ) -> list[dict[str, Any]]:
     """Matched-norm random directions, both signs drawn; damage of the same targets."""
-    draws = place.run.config.damage.random_draws
+    draws = run.config.damage.random_draws
     if draws == 0:
         return []
-    size = place.undo(basis.rows[vector]).norm
-    generator = torch.Generator().manual_seed(place.run.config.seed * 7919 + vector)
+    size = _undo(place, basis.rows[vector]).norm
+    generator = torch.Generator().manual_seed(run.config.seed * 7919 + vector)
     changes = []
     for _ in range(draws):
         row = orthonormalise(torch.randn(1, len(place.theta), generator=generator))
-        changes.append(place.damage(displace(place.theta, row, [size], "random_direction")).change)
+        changes.append(place.damage(displace(place, row, [size], "random_direction")).change)
     stack = torch.stack(changes).double()
     everything = torch.ones(place.tokens.count, dtype=torch.bool)
     targets: list[tuple[int | None, Tensor]] = [(None, everything), *masks.items()]
@@ -130,7 +99,7 @@ def _random_controls(
             "control": "random_direction",
             "vector": vector,
             "cluster": cluster,
-            "split": place.split,
+            "split": "select",
             "draws": draws,
             "norm": size,
             "on_target_mean": float(stack[:, mask].mean()),
@@ -147,17 +116,17 @@ def run_damage(run: Run, stage: str) -> None:
     record = load_record(ClusterRecord, run.directory.clusters(label))
     path, tokens_path = run.directory.damage(label), run.directory.path / "damage" / f"{label}.safetensors"
     with run.directory.stage(stage, run.key(stage), [path, tokens_path], run.objective.passes):
-        place = bench(run, run.task.splits.select, "select")
+        place = evaluated(run, run.task.splits.select)
         by_vector = {c.vector: {k: c.members(k) for k in range(c.count)} for c in record.vectors()}
         others = [mask for masks in by_vector.values() for mask in masks.values()]
         rows, controls, per_token = [], [], []
         for vector in tqdm(range(len(basis)), desc=f"damage {label}", disable=None, leave=False):
             found, at_one = _rows_of_vector(
-                place, basis, vector, by_vector[vector], others, run.config.damage.doses
+                place, "select", basis, vector, by_vector[vector], others, run.config.damage.doses
             )
             rows.extend(found)
             per_token.append(at_one)
-            controls.extend(_random_controls(place, basis, vector, by_vector[vector]))
+            controls.extend(_random_controls(run, place, basis, vector, by_vector[vector]))
         write_tensors(tokens_path, {"damage": torch.stack(per_token)})
         write_json(path, {"damage": [dataclasses.asdict(r) for r in rows], "controls": controls})
 
@@ -215,7 +184,7 @@ def run_evaluate(run: Run, stage: str) -> None:
     with run.directory.stage(stage, run.key(stage), [path], run.objective.passes):
         opening = open_evaluate(run, make_plan(run))
         tokens, select = run.task.splits.evaluate, run.task.splits.select
-        place = bench(run, tokens, "evaluate")
+        place = evaluated(run, tokens)
         result: dict[str, Any] = {"opening": opening, "bases": {}}
         for spec in run.config.bases:
             basis = load_record(Basis, run.directory.basis(spec.label))
@@ -250,6 +219,8 @@ def run_evaluate(run: Run, stage: str) -> None:
             others = [mask for masks in assigned.values() for mask in masks.values()]
             rows = []
             for vector in range(len(basis)):
-                rows.extend(_rows_of_vector(place, basis, vector, assigned[vector], others, (1.0,))[0])
+                rows.extend(
+                    _rows_of_vector(place, "evaluate", basis, vector, assigned[vector], others, (1.0,))[0]
+                )
             result["bases"][spec.label] = {"scores": scores, "damage": [dataclasses.asdict(r) for r in rows]}
         write_json(path, result)

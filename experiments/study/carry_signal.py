@@ -19,7 +19,6 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from experiments.application import run_application
 from experiments.config import load_config
@@ -28,7 +27,7 @@ from experiments.reproduce.rivals import CURVATURE_SUMS
 from experiments.run.stages import Run, open_run
 from experiments.study.multiverse import best_carry, group_damage, thinned
 from experiments.study.robustness import stored_projections
-from interventions.damage import measure
+from interventions.damage import EvaluatedSplit
 from interventions.edits import project_out
 from polca_edit.allocation.allocate import Projections, Rule, allocate, explained_share, second_order_terms
 from polca_edit.artifacts import hardware, versions
@@ -44,14 +43,12 @@ SCHEMA = "polca-edit/carry-signal/1"
 
 def vector_damage(run: Run, checkpoints: Checkpoints, basis: Basis) -> list[dict[str, float | None]]:
     """What undoing each vector's net movement costs, by group (O1 on the final weights), nats."""
-    tokens = run.task.splits.select
-    final, start = checkpoints[len(checkpoints) - 1], checkpoints[0]
-    before = run.objective.losses(final, tokens)
+    split = EvaluatedSplit(run.objective, checkpoints, run.task.splits.select)
     costs: list[dict[str, float | None]] = []
     for vector in range(len(basis)):
-        edit = project_out(final, start, basis.rows[vector : vector + 1])
-        change: Tensor = measure(run.objective, final, edit, tokens, before=before).change
-        costs.append({**group_damage(change, tokens), "displacement": edit.norm})
+        edit = project_out(split, basis.rows[vector])
+        change = split.damage(edit).change
+        costs.append({**group_damage(change, split.tokens), "displacement": edit.norm})
     return costs
 
 
