@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from interventions.edits import Edit
+from interventions.lora import Adapter
 from polca_edit.artifacts import checksum
 from polca_edit.checkpoints.series import write_json, write_tensors
 from polca_edit.parameters import ParameterSpace
@@ -123,3 +124,10 @@ def load_edit(path: Path) -> EditFile:
         dict(values["provenance"]),
     )
     return EditFile(edit, space)
+
+
+def save_adapter(folder: Path, adapter: Adapter) -> Path:
+    """Write a LoRA adapter as PEFT reads it; returns its description's path."""
+    write_tensors(folder / "adapter_model.safetensors", dict(adapter.tensors))
+    write_json(folder / "adapter_config.json", adapter.config())
+    return folder / "adapter_config.json"

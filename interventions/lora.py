@@ -1,16 +1,15 @@
-"""Low-rank export of an edit: a PEFT LoRA adapter per weight matrix, with what it leaves out."""
+"""Low-rank form of an edit: LoRA factors per weight matrix as PEFT merges them, with what they leave out."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from interventions.edit_files import EditFile
-from polca_edit.checkpoints.series import write_json, write_tensors
+from interventions.edits import Edit
 from polca_edit.parameters import ParameterSpace
 
 #: Parts of the names of embedding tables, which PEFT keeps elsewhere, and of output matrices, which it adapts.
@@ -101,29 +100,61 @@ def _adaptable(name: str, part: Tensor) -> bool:
     return name.startswith(OUTPUTS) or not any(word in owner for word in TABLES)
 
 
-def export_lora(
-    file: EditFile, folder: Path, rank: int, *, dose: float = 1.0, module: nn.Module | None = None
-) -> list[LowRank]:
-    """Write ``adapter_model.safetensors`` and ``adapter_config.json``; returns what each part loses.
+@dataclass(frozen=True)
+class Adapter:
+    """An edit as a PEFT LoRA adapter.
+
+    Attributes:
+        rank: asked for; scaling is 1 for every matrix.
+        tensors: PEFT's name -> ``lora_A`` and ``lora_B``.
+        rows: what each adapted matrix keeps, and ``(other)`` for what no adapter holds.
+        transposed: whether some layers keep their weight as (in, out).
+    """
+
+    rank: int
+    tensors: Mapping[str, Tensor]
+    rows: tuple[LowRank, ...]
+    transposed: bool
+
+    def config(self) -> dict[str, object]:
+        """What PEFT reads beside the tensors."""
+        adapted = [row for row in self.rows if row.rank]
+        lower = {row.name.removesuffix(".weight"): row.rank for row in adapted if row.rank < self.rank}
+        return {
+            "peft_type": "LORA",
+            "r": self.rank,
+            "lora_alpha": self.rank,
+            "target_modules": [row.name.removesuffix(".weight") for row in adapted],
+            "rank_pattern": lower,
+            "alpha_pattern": lower,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "inference_mode": True,
+            "fan_in_fan_out": self.transposed,
+            "task_type": None,
+        }
+
+
+def low_rank(edit: Edit, space: ParameterSpace, rank: int, module: nn.Module | None = None) -> Adapter:
+    """The best adapter of a rank for an edit, and what each part loses.
 
     Only weights of linear maps named ``*.weight`` with two axes can be adapted. Embedding tables
     have two axes as well and PEFT keeps theirs elsewhere: names with ``embed``, ``wte`` or ``wpe``
     are left out and counted under ``(other)`` with biases and norms.
 
     Args:
-        file: edit and its space.
-        folder: of the adapter.
+        edit: the movement.
+        space: its parameters.
         rank: largest rank of a matrix.
-        dose: multiple of the edit.
         module: the model, to tell which layers keep their weight as (in, out); see
             :func:`transposed_weights`.
 
     Raises:
         ValueError: for an edit that moves no matrix an adapter could hold.
     """
-    moved = file.space.unflatten(file.edit.scaled(dose).delta())
+    moved = space.unflatten(edit.delta())
     total = sum(float(part.double().square().sum()) for part in moved.values())
-    flipped = transposed_weights(file.space, module)
+    flipped = transposed_weights(space, module)
     tensors: dict[str, Tensor] = {}
     rows: list[LowRank] = []
     left_out = 0.0
@@ -142,29 +173,8 @@ def export_lora(
     if not rows:
         raise ValueError(
             "an adapter needs an edit that moves a weight matrix of a linear layer, this one "
-            f"({file.edit.operator}, dose {dose:g}) moves none; apply it without --lora"
+            f"({edit.operator}, dose {edit.dose:g}) moves none; apply it without --lora"
         )
     if left_out:
         rows.append(LowRank("(other)", 0, 1.0, left_out / total))
-    write_tensors(folder / "adapter_model.safetensors", tensors)
-    write_json(folder / "adapter_config.json", _config(rows, rank, bool(flipped)))
-    return rows
-
-
-def _config(rows: list[LowRank], rank: int, transposed: bool) -> dict[str, object]:
-    """The description PEFT reads beside the tensors; scaling is 1 for every matrix."""
-    adapted = [row for row in rows if row.rank]
-    lower = {row.name.removesuffix(".weight"): row.rank for row in adapted if row.rank < rank}
-    return {
-        "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": rank,
-        "target_modules": [row.name.removesuffix(".weight") for row in adapted],
-        "rank_pattern": lower,
-        "alpha_pattern": lower,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "inference_mode": True,
-        "fan_in_fan_out": transposed,
-        "task_type": None,
-    }
+    return Adapter(rank, tensors, tuple(rows), bool(flipped))

@@ -13,9 +13,9 @@ from torch import nn
 from typer.testing import CliRunner
 
 from experiments.removal.apply import apply, apply_edit, edited_tensors, undo_edit, weight_files
-from interventions.edit_files import EditFile, load_edit, paths_of, save_edit
+from interventions.edit_files import load_edit, paths_of, save_adapter, save_edit
 from interventions.edits import Movement, displace, from_delta, weights_fingerprint
-from interventions.lora import export_lora, factors, transposed_weights
+from interventions.lora import factors, low_rank, transposed_weights
 from polca_edit.parameters import ParameterSpace
 from tests.oracles import tiny_gpt2
 
@@ -226,16 +226,16 @@ def test_lora_of_transposed_layers_merges_to_the_edit(with_module: bool, tmp_pat
     wanted = ("transformer.h.0.attn.c_proj.weight", "transformer.h.0.mlp.c_fc.weight")
     delta = torch.randn(space.size, generator=torch.Generator().manual_seed(4)) * space.mask(wanted)
     before = {name: part.clone() for name, part in space.unflatten(space.read(model)).items()}
-    file = EditFile(from_delta("base", delta, "test"), space)
-    rows = export_lora(file, tmp_path / "a", 3, module=model if with_module else None)
-    assert {row.name for row in rows} == set(wanted)
+    edit = from_delta("base", delta, "test")
+    adapter = low_rank(edit, space, 3, model if with_module else None)
+    assert {row.name for row in adapter.rows} == set(wanted)
+    save_adapter(tmp_path / "a", adapter)
     merged = PeftModel.from_pretrained(model, tmp_path / "a").merge_and_unload()
-    for row in rows:
+    for row in adapter.rows:
         got = merged.get_parameter(row.name).detach() - before[row.name]
         planned = space.unflatten(delta)[row.name]
         assert float((got - planned).norm() / planned.norm()) == pytest.approx(row.error, abs=1e-5)
-    whole = export_lora(file, tmp_path / "b", 8)
-    assert max(row.error for row in whole) < 1e-6
+    assert max(row.error for row in low_rank(edit, space, 8).rows) < 1e-6
 
 
 def test_which_layers_are_transposed_is_told_by_their_bias() -> None:
@@ -260,12 +260,10 @@ def test_an_edit_that_moves_nothing_is_kept_applied_and_refused_as_adapter(
     save_file(model.state_dict(), tmp_path / "m.safetensors")
     assert apply_edit(file, tmp_path / "m.safetensors", tmp_path / "out").share == 1.0
     assert (tmp_path / "out" / "m.safetensors").read_bytes() == (tmp_path / "m.safetensors").read_bytes()
-    with pytest.raises(ValueError, match="moves none"):
-        export_lora(file, tmp_path / "adapter", 4)
     moving, _ = random_edit(model)
-    with pytest.raises(ValueError, match="moves none"):
-        export_lora(EditFile(moving, space), tmp_path / "adapter", 4, dose=0.0)
-    assert not (tmp_path / "adapter").exists()
+    for still in (file.edit, moving.scaled(0.0)):
+        with pytest.raises(ValueError, match="moves none"):
+            low_rank(still, space, 4)
 
 
 def test_an_edit_that_is_not_finite_is_refused(model: Small, tmp_path: Path) -> None:
@@ -285,8 +283,9 @@ def test_lora_adapter_reproduces_a_low_rank_edit(model: Small, tmp_path: Path) -
     moved["inner.weight"] = torch.outer(torch.arange(5.0), torch.ones(6))
     moved["inner.bias"] = torch.ones(5)
     edit = from_delta(weights_fingerprint(space.read(model)), space.flatten(moved), "test")
-    save_edit(tmp_path / "edit", edit, space)
-    rows = {row.name: row for row in export_lora(load_edit(tmp_path / "edit"), tmp_path / "adapter", 4)}
+    adapter = low_rank(edit, space, 4)
+    save_adapter(tmp_path / "adapter", adapter)
+    rows = {row.name: row for row in adapter.rows}
     assert rows["inner.weight"].error < 1e-6
     total = edit.norm**2
     assert rows["(other)"].share == pytest.approx(5 / total, rel=1e-6)

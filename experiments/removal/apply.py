@@ -14,8 +14,9 @@ import typer
 from safetensors import safe_open
 from torch import Tensor
 
-from interventions.edit_files import EditFile, load_edit
+from interventions.edit_files import EditFile, load_edit, save_adapter
 from interventions.edits import weights_fingerprint
+from interventions.lora import low_rank
 from polca_edit.artifacts import checksum
 from polca_edit.checkpoints.series import read_weights, write_atomically, write_json, write_tensors
 
@@ -241,6 +242,7 @@ def apply(
         restored = undo_edit(file, model, out)
         typer.echo(f"restored {', '.join(restored) or 'nothing'} in {out}")
         return
+    adapter = None if lora is None else low_rank(file.edit.scaled(dose), file.space, lora)
     survival = apply_edit(file, model, out, dose=dose, cast=cast, source=edit.stem)
     typer.echo(
         f"{out}: {file.edit.operator}, dose {dose:g}, "
@@ -251,11 +253,9 @@ def apply(
             f"warning: only {survival.share:.1%} of the edit survives the cast to "
             f"{', '.join(survival.dtypes)} (error {survival.error:.1%}); apply it in float32"
         )
-    if lora is not None:
-        from interventions.lora import export_lora
-
-        rows = export_lora(file, out / ADAPTER, lora, dose=dose)
+    if adapter is not None:
+        save_adapter(out / ADAPTER, adapter)
         record = json.loads((out / UNDO / "undo.json").read_text())
         write_json(out / UNDO / "undo.json", {**record, "added": [ADAPTER]})
-        for row in rows:
+        for row in adapter.rows:
             typer.echo(f"  {row.name:<40} rank {row.rank:>3}  error {row.error:.2%}")
