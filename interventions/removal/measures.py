@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from interventions.removal.grouped import GroupedSplit, Shares, token_nll
+from interventions.removal.grouped import GroupedSplit, token_nll
 from interventions.removal.problem import RemovalProblem
 from interventions.removal.relabelling import fit_relabelling
 from polca_edit.tokens import TokenSet
@@ -35,12 +35,14 @@ class RefitResult:
         kept_of_untrained: share of the headroom left for the reference model under the same refit:
             what a model that knows nothing scores. Low where few answers occur (a digit that is
             0 or 1 is half known from an output bias alone).
+        chance: accuracy of the best constant answer.
     """
 
     kept: float
     kept_scaled: float
     accuracy: float
     kept_of_untrained: float
+    chance: float
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ def refit_damage(
         return (loss(relabelled) - before) / max(damage, 1e-9), accuracy
 
     plain, accuracy = kept(edited, False)
-    return RefitResult(plain, kept(edited, True)[0], accuracy, kept(untrained, False)[0])
+    floor = chance(truth, original.judged.shape[-1])
+    return RefitResult(plain, kept(edited, True)[0], accuracy, kept(untrained, False)[0], floor)
 
 
 # -- judgement -----------------------------------------------------------------------------------------
@@ -103,8 +106,7 @@ class Judgement:
         worst_positive_share: largest positive-part share of another group.
         kl: largest mean KL to the original model of another group, nats.
         accuracy: of the skill's tokens.
-        chance: accuracy of the best constant answer on them.
-        refit: what stays after a relabelling of the outputs.
+        refit: what stays after a relabelling of the outputs, and what chance scores.
         groups: group -> share of headroom lost, NaN without headroom.
         group_accuracy: group -> accuracy.
     """
@@ -115,7 +117,6 @@ class Judgement:
     worst_positive_share: float
     kl: float
     accuracy: float
-    chance: float
     refit: RefitResult
     groups: Mapping[str, float]
     group_accuracy: Mapping[str, float]
@@ -133,14 +134,13 @@ def judge(
     """
     select, here, there = problem.select, problem.select.target, judged.target
     after = edited(judged.tokens)
-    shares: Shares = judged.shares(after)
-    answers = judged.tokens.output_of[there]
+    shares = judged.shares(after)
     refit = refit_damage(
         SkillOutputs(select.before[here], judged.before[there]),
         SkillOutputs(select.untrained[here], judged.untrained[there]),
         SkillOutputs(edited(select.tokens)[here], after[there]),
         select.tokens.output_of[here],
-        answers,
+        judged.tokens.output_of[there],
     )
     return Judgement(
         shares.target,
@@ -149,7 +149,6 @@ def judge(
         shares.worst_positive,
         shares.worst_kl,
         shares.target_accuracy,
-        chance(answers, after.shape[-1]),
         refit,
         shares.raw,
         shares.accuracy,
