@@ -15,8 +15,8 @@ from benchmarks.comparisons import allocation_rows, arithmetic_shape, basis_rows
 from benchmarks.growth import float64_errors, growth_rows
 from benchmarks.problems import trained_arithmetic
 from benchmarks.timing import Clock, PeakMemory, Row, Skipped
-from polca_edit.artifacts import hardware, versions
-from polca_edit.checkpoints.series import write_json
+from experiments.run.machine import hardware, versions
+from polca_edit.checkpoints.files import write_json
 
 QUICK = {"checkpoints": 3, "sums": 32, "d_model": 64, "allocation_d_model": 128, "vectors": 32, "pairs": 5}
 FULL = {"checkpoints": 20, "sums": 128, "d_model": 128, "allocation_d_model": 256, "vectors": 32, "pairs": 5}

@@ -18,9 +18,10 @@ from typing import Any
 
 from experiments.config import load_config
 from experiments.run.engines import ray_session
+from experiments.run.machine import hardware, versions
 from experiments.run.stages import Run, open_run, run_stages
-from polca_edit.artifacts import checksum, hardware, versions
-from polca_edit.checkpoints.series import write_json
+from polca_edit.artifacts import checksum
+from polca_edit.checkpoints.files import write_json
 
 SCHEMA = "polca-edit/engine-overhead/1"
 

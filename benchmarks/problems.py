@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.tasks import arithmetic
+from polca_edit.checkpoints.opening import open_checkpoints
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.derivatives.objective import Objective
 from polca_edit.models import TransformerShape, build_small_transformer
@@ -54,7 +55,7 @@ def trained_arithmetic(
         if (step + 1) % spacing == 0:
             steps.append(step + 1)
             thetas.append(space.read(module))
-    series = Checkpoints.in_memory(space, steps, thetas)
+    series = open_checkpoints(thetas, space, steps=steps)
     return Problem(module, space, arithmetic.token_loss, data.splits.select, data.splits.curvature, series)
 
 
@@ -65,5 +66,5 @@ def text_problem(shape: TransformerShape, sequences: int, length: int, *, seed: 
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randint(0, shape.d_vocab, (sequences, length + 1), generator=generator)
     tokens = TokenSet(inputs, torch.ones(sequences, length, dtype=torch.bool), torch.arange(sequences))
-    series = Checkpoints.in_memory(space, [0], [space.read(module)])
+    series = open_checkpoints([space.read(module)], space, steps=[0])
     return Problem(module, space, next_token_loss, tokens, tokens, series)

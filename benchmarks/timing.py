@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from polca_edit.artifacts import peak_rss_bytes
+from experiments.run.machine import peak_rss_bytes
 
 Clock = Literal["wall", "cpu"]
 

@@ -83,8 +83,8 @@ def report(directory: Annotated[Path, typer.Argument(help="A run directory.")]) 
     """Draw report.html and the figures again from a run's records; no model is needed."""
     from experiments.report.page import write_report
     from experiments.report.sections import extra_sections
+    from experiments.run.store import RunDirectory
     from experiments.run.summary import read_summary
-    from polca_edit.artifacts import RunDirectory
 
     read_summary(directory)
     opened = RunDirectory(directory)
@@ -131,7 +131,7 @@ STUDIES = {
     "carry-signal": ("study.carry_signal", "carry_signal", "Where the published carry signal lives."),
     "demo-table": ("study.demo_table", "demo_table", "Several demo seeds beside the demo's targets."),
     "paper-scale": ("study.paper_scale", "paper_scale", "The paper-scale experiment with its timing."),
-    "remove-skill": ("removal.study", "main", "Skill removal: our edits and today's rivals."),
+    "remove-skill": ("removal.study", "remove_skill_study", "Skill removal: our edits and today's rivals."),
 }
 
 
@@ -140,8 +140,6 @@ def _register_study(verb: str) -> None:
 
     def study(context: typer.Context) -> None:
         found = getattr(importlib.import_module(f"experiments.{module}"), function)
-        if verb == "remove-skill":
-            raise typer.Exit(found(context.args))
         single(found)(args=context.args, prog_name=f"polca-edit {verb}")
 
     options = {"allow_extra_args": True, "ignore_unknown_options": True}

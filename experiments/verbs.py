@@ -42,8 +42,8 @@ def open_overrides(
     Raises:
         ValueError: for a folder without readable checkpoints, or adapters without a base.
     """
-    from polca_edit.checkpoints.huggingface import find_revisions, whole_revisions
-    from polca_edit.checkpoints.huggingface_models import base_of_adapter, is_adapter
+    from polca_edit.checkpoints.huggingface import base_of_adapter, is_adapter
+    from polca_edit.checkpoints.opening import find_revisions, whole_revisions
 
     revisions = find_revisions(folder, names=names, step_pattern=step_pattern)
     last = whole_revisions(revisions, skip_damaged=skip_damaged)[-1].path
@@ -150,7 +150,7 @@ def label(
     from experiments.run.stages import load_run
     from experiments.run.summary import write_summary
     from experiments.tasks.text import transfer_tokens
-    from polca_edit.checkpoints.series import write_json
+    from polca_edit.checkpoints.files import write_json
 
     run = load_run(directory)
     if transfer is not None:

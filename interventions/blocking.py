@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from interventions.causal.statistics import Array, Interval
 from interventions.edits import Edit
 from polca_edit.allocation.allocate import coordinates
-from polca_edit.checkpoints.series import SeriesFolder, read_weights
+from polca_edit.checkpoints.files import SeriesFolder, read_weights
 from polca_edit.parameters import ParameterSpace, parameter_slots
 from polca_edit.training import TrainingSettings, train
 

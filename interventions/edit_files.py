@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from interventions.edits import Edit
 from interventions.lora import Adapter
 from polca_edit.artifacts import checksum
-from polca_edit.checkpoints.series import write_json, write_tensors
+from polca_edit.checkpoints.files import write_json, write_tensors
 from polca_edit.parameters import ParameterSpace
 
 SCHEMA = "polca-edit/edit/1"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from interventions.edits import Edit
 from polca_edit.parameters import ParameterSpace
 
-#: Parts of the names of embedding tables, which PEFT keeps elsewhere, and of output matrices, which it adapts.
+#: Parts of the names of embedding tables, which PEFT keeps elsewhere; beginnings of output matrices' names.
 TABLES, OUTPUTS = ("embed", "wte", "wpe"), ("unembed", "lm_head", "embed_out")
 
 
@@ -90,14 +90,15 @@ def transposed_weights(space: ParameterSpace, module: nn.Module | None = None) -
             continue
         (square if shape[0] == shape[1] else told).add(name)
     alike = {name.split(".")[-2] for name in told}
-    return frozenset(told | {name for name in square if name.split(".")[-2:-1] and name.split(".")[-2] in alike})
+    return frozenset(
+        told | {name for name in square if name.split(".")[-2:-1] and name.split(".")[-2] in alike}
+    )
 
 
 def _adaptable(name: str, part: Tensor) -> bool:
     if part.ndim != 2 or not name.endswith(".weight"):
         return False
-    owner = name.split(".")[-2]
-    return name.startswith(OUTPUTS) or not any(word in owner for word in TABLES)
+    return name.startswith(OUTPUTS) or not any(word in _owner(name) for word in TABLES)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 Three ways: :class:`PlainRecorder` in a loop of one's own (three lines), a ``transformers``
 TrainerCallback, a Lightning callback (package ``lightning``, optional). All write what
 :mod:`polca_edit.training` writes: ``step-*.safetensors``, ``state-*.safetensors`` and
-``series.json``, which ``polca_edit.checkpoints.series.open_series`` opens.
+``series.json``, which ``polca_edit.open_checkpoints`` opens.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from polca_edit.checkpoints.series import SERIES_SCHEMA, SeriesFolder, write_json, write_tensors
+from polca_edit.checkpoints.files import SeriesFolder, SeriesIndex, write_tensors
 from polca_edit.parameters import ParameterSpace
 from polca_edit.training import optimiser_tensors
 
@@ -144,17 +144,13 @@ class PlainRecorder:
         # At step 0 no update has been made.
         rates = [0.0 if step == 0 else rate for step, rate in zip(self.recorded, self.rates, strict=True)]
         known = all(math.isfinite(rate) for rate in rates)
-        write_json(
-            self.folder.index,
-            {
-                "schema": SERIES_SCHEMA,
-                "fingerprint": self.space.fingerprint(),
-                "steps": self.recorded,
-                "learning_rates": rates if known else None,
-                "weight_decay": self._group("weight_decay"),
-                "data_order": self.data_order,
-            },
+        index = SeriesIndex(
+            tuple(self.recorded),
+            self.space.fingerprint(),
+            tuple(rates) if known else None,
+            self._group("weight_decay"),
         )
+        self.folder.write_index(index, data_order=self.data_order)
 
 
 def trainer_callback(directory: Path | str, **settings: Any) -> Any:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from polca_edit.checkpoints.series import SERIES_SCHEMA, SeriesFolder, read_weights, write_json, write_tensors
+from polca_edit.checkpoints.files import SeriesFolder, SeriesIndex, read_weights, write_tensors
 from polca_edit.parameters import ParameterSpace
 
 #: ``after_step(step, module, optimiser)`` runs after every optimiser step.
@@ -126,18 +126,9 @@ class Recorder:
         steps = sorted(self.weight_steps)
         if not all(self.folder.weights(step).exists() for step in steps):
             return
-        write_json(
-            self.folder.index,
-            {
-                "schema": SERIES_SCHEMA,
-                "fingerprint": self.space.fingerprint(),
-                "steps": steps,
-                "learning_rates": [settings.rate(s) if s else 0.0 for s in steps],
-                "weight_decay": settings.weight_decay,
-                "training": asdict(settings),
-                "data_order": data_order,
-            },
-        )
+        rates = tuple(settings.rate(step) if step else 0.0 for step in steps)
+        index = SeriesIndex(tuple(steps), self.space.fingerprint(), rates, settings.weight_decay)
+        self.folder.write_index(index, training=asdict(settings), data_order=data_order)
 
 
 def train(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from polca_edit.checkpoints.opening import open_checkpoints
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.derivatives.objective import Objective
 from polca_edit.parameters import ParameterSpace
@@ -127,7 +128,7 @@ def quadratic_problem(
 def walk(space: ParameterSpace, count: int, generator: torch.Generator, *, spacing: int = 10) -> Checkpoints:
     """Checkpoints of a float64 random walk: no property of training is assumed."""
     steps = torch.randn(count, space.size, generator=generator, dtype=torch.float64) * 0.3
-    return Checkpoints.in_memory(space, [spacing * i for i in range(count)], steps.cumsum(0))
+    return open_checkpoints(steps.cumsum(0), space, steps=[spacing * i for i in range(count)])
 
 
 # -- the planted two-skill model ----------------------------------------------------------------
@@ -192,7 +193,7 @@ def two_skill_problem(
     thetas = z @ frame.T
     with torch.no_grad():
         module.theta.copy_(thetas[-1])
-    checkpoints = Checkpoints.in_memory(space, [10 * i for i in range(41)], thetas)
+    checkpoints = open_checkpoints(thetas, space, steps=[10 * i for i in range(41)])
     objective = Objective(module, space, two_skill_loss, batch_size=10, route="double_backward")
     return TwoSkillProblem(module, tokens, objective, checkpoints, frame.T.contiguous())
 

@@ -20,6 +20,7 @@ from polca_edit.allocation.allocate import (
     second_order_terms,
 )
 from polca_edit.basis.record import Basis, random_basis, unlabelled
+from polca_edit.checkpoints.opening import open_checkpoints
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.derivatives.objective import Objective
 
@@ -183,7 +184,7 @@ def test_the_gap_of_the_second_order_rule(generator):
     # Slide the start along the movement so that the mean change is exactly .314.
     offset = (0.314 - own - slope @ moved) / (moved @ problem.hessian @ moved)
     start = offset * moved
-    series = Checkpoints.in_memory(problem.objective.space, [0, 1, 2], [start, start + moved, start])
+    series = open_checkpoints([start, start + moved, start], problem.objective.space, steps=[0, 1, 2])
     p = with_second_order(problem, series, basis)
     rules = {rule: allocate(p, rule) for rule in ("trapezoid", "second_order", "first_order")}
     given = {rule: float(a.values[0].sum(0).mean()) for rule, a in rules.items()}

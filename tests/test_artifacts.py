@@ -1,16 +1,16 @@
-"""Records survive a round trip exactly; stages are finished only while their files are what they wrote."""
+"""Records survive a round trip exactly, tensors and plain values; damaged and foreign files are refused."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor
 
-from polca_edit.artifacts import Ledger, RunDirectory, kept_parts, key_of, load_record, save_record
-from polca_edit.derivatives.objective import PassCount
+from polca_edit.artifacts import from_plain, key_of, load_record, save_record
 
 
 @dataclass(frozen=True)
@@ -56,66 +56,30 @@ def test_keys_depend_on_values_and_not_on_order() -> None:
     assert key_of({"a": 1}) != key_of({"a": 2})
 
 
-def test_a_stage_is_finished_while_its_files_are_untouched(tmp_path: Path) -> None:
-    run, passes = RunDirectory(tmp_path), PassCount()
-    out = tmp_path / "out.txt"
-    with run.stage("one", "key", [out], passes):
-        out.write_text("result")
-        passes.forward += 3
-    assert run.finished("one", "key")
-    assert not run.finished("one", "another key")
-    assert run.stage_records()[0].passes["forward"] == 3
-    out.write_text("changed")
-    assert not run.finished("one", "key")
+@dataclass(frozen=True)
+class Inner:
+    name: str
+    shares: dict[str, float]
+    at: tuple[int, ...] = ()
 
 
-def test_a_failed_stage_leaves_no_record(tmp_path: Path) -> None:
-    run = RunDirectory(tmp_path)
-    with pytest.raises(RuntimeError), run.stage("one", "key", [tmp_path / "out"], PassCount()):
-        raise RuntimeError
-    assert not run.finished("one", "key")
+@dataclass(frozen=True)
+class Outer:
+    rows: tuple[Inner, ...]
+    best: Inner | None
+    mode: Literal["fast", "slow"] = "fast"
 
 
-def test_parts_are_kept_and_their_cost_is_counted_once(tmp_path: Path) -> None:
-    """Broken off after two of four parts: the second try does two, the record says four."""
-    run = RunDirectory(tmp_path)
-    parts = tmp_path / "parts"
-    done: list[int] = []
-
-    def attempt(fail_at: int | None) -> list[float]:
-        passes = PassCount()
-
-        def work(index: int) -> Other:
-            if index == fail_at:
-                raise KeyboardInterrupt
-            done.append(index)
-            passes.tangent += 10
-            return Other(torch.tensor([float(index)]))
-
-        with run.stage("one", "key", [], passes, parts=parts):
-            return [float(r.values) for r in kept_parts(parts, Other, Ledger(parts, passes))(work, range(4))]
-
-    with pytest.raises(KeyboardInterrupt):
-        attempt(2)
-    assert attempt(None) == [0.0, 1.0, 2.0, 3.0]
-    assert done == [0, 1, 2, 3]
-    assert run.stage_records()[0].passes["tangent"] == 40
-    assert not parts.exists()
+@pytest.mark.parametrize("name", ["a.json", "a.safetensors"])
+def test_records_may_hold_records(tmp_path: Path, name: str) -> None:
+    record = Outer((Inner("x", {"10s": 0.1}, (1, 2)), Inner("y", {})), None, "slow")
+    save_record(tmp_path / name, record)
+    assert load_record(Outer, tmp_path / name) == record
 
 
-def test_parts_of_other_settings_are_thrown_away(tmp_path: Path) -> None:
-    run, parts = RunDirectory(tmp_path), tmp_path / "parts"
-
-    def attempt(key: str, offset: float, fail: bool) -> list[float]:
-        def work(index: int) -> Other:
-            if fail and index == 1:
-                raise KeyboardInterrupt
-            return Other(torch.tensor([index + offset]))
-
-        passes = PassCount()
-        with run.stage("one", key, [], passes, parts=parts):
-            return [float(r.values) for r in kept_parts(parts, Other, Ledger(parts, passes))(work, range(2))]
-
-    with pytest.raises(KeyboardInterrupt):
-        attempt("old", 0.0, True)
-    assert attempt("new", 100.0, False) == [100.0, 101.0]
+def test_plain_values_of_another_shape_are_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"rows": [{"name": "x"}], "best": null}')
+    with pytest.raises(ValueError, match="shares"):
+        load_record(Outer, tmp_path / "a.json")
+    with pytest.raises(ValueError, match="must hold a Outer"):
+        from_plain(Outer, {"rows": [], "best": None, "mode": "middling"})

@@ -9,7 +9,7 @@ from torch import nn
 from polca_edit.basis import operators as bases
 from polca_edit.basis import path as path_bases
 from polca_edit.basis.record import gram_error, trajectory_basis
-from polca_edit.checkpoints.series import Checkpoints
+from polca_edit.checkpoints.opening import open_checkpoints
 from polca_edit.derivatives.objective import Objective
 from polca_edit.parameters import ParameterSpace
 from polca_edit.tokens import TokenSet
@@ -51,7 +51,7 @@ def problem():
     for _ in range(8):
         step = -0.7 * objective.mean_gradient(thetas[-1], tokens)[1] + 0.05 * torch.randn(51).double()
         thetas.append(thetas[-1] + step)
-    return objective, Checkpoints.in_memory(space, range(0, 90, 10), thetas), tokens
+    return objective, open_checkpoints(thetas, space, steps=range(0, 90, 10)), tokens
 
 
 def dense_loss(objective, tokens):
@@ -230,7 +230,7 @@ def test_loss_weighted_basis(problem):
 def test_a_short_early_move_that_costs_nats_gets_a_vector():
     space = ParameterSpace.from_module(nn.Linear(3, 1, bias=False))
     path = torch.tensor([[0.0, 0, 0], [0.5, 0, 0], [0.5, 1, 0], [0.5, 2, 0], [0.5, 3, 0]])
-    series = Checkpoints.in_memory(space, range(5), list(path))
+    series = open_checkpoints(list(path), space, steps=range(5))
     density = torch.tensor([0.97, 0.01, 0.01, 0.01]).double()
     weighted = path_bases.loss_weighted_basis(series, torch.eye(3).repeat(2, 1)[:5], density, 2, secants=1)
     # Weighted Gram matrix by hand: [[.12875, .0225], [.0225, .095]], so tan(2 angle) = 4/3, cos^2 = .8.

@@ -8,7 +8,8 @@ import torch
 from oracles import copied_with, dense_hessian, mean_loss, quadratic_problem, text_tokens, tiny_gpt2, walk
 from torch import nn
 
-from polca_edit.artifacts import Ledger, kept_products, load_record, mapped_rows, save_record
+from experiments.run.parts import Ledger, kept_products, mapped_rows
+from polca_edit.artifacts import load_record, save_record
 from polca_edit.basis.record import (
     Basis,
     BasisCheckpoint,
@@ -21,6 +22,7 @@ from polca_edit.basis.record import (
     trajectory_basis,
     unlabelled,
 )
+from polca_edit.checkpoints.opening import open_checkpoints
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.derivatives.lanczos import orthonormalise
 from polca_edit.derivatives.objective import Objective
@@ -57,7 +59,7 @@ def curved_problem(generator: torch.Generator) -> tuple[Curved, Objective, objec
     space = ParameterSpace.from_module(module)
     thetas = [torch.randn(space.size, generator=generator, dtype=torch.float64) for _ in range(4)]
     objective = Objective(module, space, curved_loss, batch_size=4, route="double_backward")
-    return module, objective, tokens, Checkpoints.in_memory(space, [0, 10, 20, 30], thetas)
+    return module, objective, tokens, open_checkpoints(thetas, space, steps=[0, 10, 20, 30])
 
 
 def algorithm_one(
@@ -113,7 +115,7 @@ def test_hessian_basis_of_a_tied_language_model(generator):
     tokens = text_tokens(generator)
     space = ParameterSpace.from_module(model, ["transformer.h.0.attn.c_proj.bias", "transformer.ln_f.*"])
     thetas = [space.read(model), space.read(model) + 0.1]
-    checkpoints = Checkpoints.in_memory(space, [0, 5], thetas)
+    checkpoints = open_checkpoints(thetas, space, steps=[0, 5])
     chosen = {slot for slot, _ in space.aliases}
     hessians = []
     for theta in thetas:
@@ -218,7 +220,7 @@ def test_trajectory_basis_refuses_more_vectors_than_the_movement_has(generator):
     with pytest.raises(ValueError, match="got 4; use fewer"):
         trajectory_basis(checkpoints, 5)
     direction = torch.randn(9, generator=generator, dtype=torch.float64)
-    line = Checkpoints.in_memory(checkpoints.space, [0, 1, 2, 3], [direction * t for t in range(4)])
+    line = open_checkpoints([direction * t for t in range(4)], checkpoints.space, steps=[0, 1, 2, 3])
     with pytest.raises(ValueError, match="got 1; use fewer"):
         trajectory_basis(line, 2)
 
@@ -280,7 +282,7 @@ def test_subset_and_rotation(generator):
 def test_capture_by_hand():
     space = ParameterSpace.from_module(nn.Linear(3, 1, bias=False))
     thetas = torch.tensor([[0.0, 0, 0], [3.0, 4.0, 0], [3.0, 4.0, 2.0], [3.0, 4.0, 2.0]], dtype=torch.float64)
-    checkpoints = Checkpoints.in_memory(space, [0, 1, 2, 3], list(thetas))
+    checkpoints = open_checkpoints(list(thetas), space, steps=[0, 1, 2, 3])
     rows = torch.tensor([[1.0, 0, 0]], dtype=torch.float64)
     net, path = capture(rows, checkpoints)
     assert net == pytest.approx(9 / 29)
@@ -302,7 +304,7 @@ def test_random_walk_capture_against_a_simulated_walk(count):
     steps = steps / steps.norm(dim=1, keepdim=True) * torch.tensor(norms, dtype=torch.float64)[:, None]
     thetas = torch.cat([torch.zeros(1, size, dtype=torch.float64), steps.cumsum(0)])
     space = ParameterSpace.from_module(nn.Linear(size, 1, bias=False))
-    checkpoints = Checkpoints.in_memory(space, list(range(len(thetas))), list(thetas))
+    checkpoints = open_checkpoints(list(thetas), space, steps=list(range(len(thetas))))
     simulated = capture(trajectory_basis(checkpoints, count).rows, checkpoints)
     assert random_walk_capture(norms, count) == pytest.approx(simulated, abs=0.03)
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from interventions import blocking
 from interventions.blocking import Curve, Hold
-from polca_edit.checkpoints.series import SeriesFolder, read_weights
+from polca_edit.checkpoints.files import SeriesFolder, read_weights
 from polca_edit.derivatives.lanczos import orthonormalise
 from polca_edit.parameters import ParameterSpace
 from polca_edit.training import Recorder, TrainingSettings, train

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -13,19 +14,17 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from polca_edit.checkpoints import series as module_under_test
-from polca_edit.checkpoints.series import (
-    Checkpoints,
+from polca_edit.checkpoints import files as module_under_test
+from polca_edit.checkpoints.files import (
     SeriesFolder,
-    open_directory,
-    open_paths,
-    open_series,
     read_weights,
     step_of,
     write_atomically,
     write_json,
     write_tensors,
 )
+from polca_edit.checkpoints.opening import open_checkpoints
+from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.parameters import ParameterSpace
 
 
@@ -102,7 +101,7 @@ KINDS = (
 def test_every_format_gives_the_same_weights(tmp_path, kind):
     for step in (20, 3, 100):
         write_step(tmp_path, step, kind)
-    series = open_directory(SPACE, tmp_path)
+    series = open_checkpoints(tmp_path, SPACE)
     assert series.steps == (3, 20, 100)  # by number, not by name
     for index, step in enumerate(series.steps):
         assert torch.equal(series[index], flat_at(step))
@@ -115,8 +114,8 @@ def test_steps_may_be_given_where_names_hold_none(tmp_path):
         save_file(state_at(step), tmp_path / f"{letter}.safetensors")
         paths.append(tmp_path / f"{letter}.safetensors")
     with pytest.raises(ValueError, match="must hold its step"):
-        open_paths(SPACE, paths)
-    series = open_paths(SPACE, paths, [7, 2])
+        open_checkpoints(paths, SPACE)
+    series = open_checkpoints(paths, SPACE, steps=[7, 2])
     assert series.steps == (2, 7)
     assert torch.equal(series[0], flat_at(2))
 
@@ -164,18 +163,62 @@ def test_opening_a_directory_reads_no_weights(tmp_path, monkeypatch):
     opened = []
     original = module_under_test.load_file
     monkeypatch.setattr(module_under_test, "load_file", lambda p: opened.append(Path(p).name) or original(p))
-    series = open_directory(SPACE, tmp_path)
+    series = open_checkpoints(tmp_path, SPACE)
     assert opened == []
     series[2]
     assert opened == ["step2.safetensors"]
 
 
-def test_series_in_memory_and_from_state_dicts():
-    memory = Checkpoints.in_memory(SPACE, [0, 5], [flat_at(0).double(), flat_at(5).double()])
+def test_weights_in_memory_as_lists_and_as_mappings(tmp_path):
+    memory = open_checkpoints([flat_at(5).double(), flat_at(0).double()], SPACE, steps=[5, 0])
+    assert memory.steps == (0, 5)
     assert memory[1].dtype == torch.float64
     assert torch.equal(memory[1], flat_at(5).double())
-    states = Checkpoints.from_state_dicts(SPACE, [0, 5], [state_at(0), state_at(5)])
+    states = open_checkpoints([state_at(0), state_at(5)], SPACE, steps=[0, 5])
     assert torch.equal(states[1], flat_at(5))
+    mapped = open_checkpoints({9: state_at(9), 2: flat_at(2)}, model())
+    assert mapped.steps == (2, 9)
+    assert torch.equal(mapped[0], flat_at(2))
+    assert torch.equal(mapped[1], flat_at(9))
+    on_disk = open_checkpoints({7: write_step(tmp_path, 3, "torch file")}, SPACE)
+    assert on_disk.steps == (7,)
+    assert torch.equal(on_disk[0], flat_at(3))
+
+
+def test_what_cannot_be_a_series_in_memory_is_refused(tmp_path):
+    live = model()
+    with pytest.raises(ValueError, match="share memory"):
+        open_checkpoints({0: live.state_dict(), 1: live.state_dict()}, live)
+    with pytest.raises(ValueError, match="pass steps"):
+        open_checkpoints([state_at(0)], SPACE)
+    with pytest.raises(ValueError, match="2 checkpoints and 1 steps"):
+        open_checkpoints([state_at(0), state_at(1)], SPACE, steps=[0])
+    with pytest.raises(ValueError, match="got both"):
+        open_checkpoints({0: state_at(0), 1: write_step(tmp_path, 1, "torch file")}, SPACE)
+
+
+def test_some_steps_of_a_folder(tmp_path):
+    for step in (1, 2, 3):
+        write_step(tmp_path, step, "safetensors file")
+    series = open_checkpoints(tmp_path, SPACE, steps=[3, 1])
+    assert series.steps == (1, 3)
+    assert torch.equal(series[1], flat_at(3))
+    with pytest.raises(ValueError, match=r"\[4\] are not in"):
+        open_checkpoints(tmp_path, SPACE, steps=[1, 4])
+
+
+def test_folders_named_by_step_come_before_loose_weight_files(tmp_path):
+    write_step(tmp_path, 10, "folder of safetensors")
+    save_file(state_at(99), tmp_path / "model-00001-of-00002.safetensors")
+    assert open_checkpoints(tmp_path, SPACE).steps == (10,)
+
+
+def test_a_changed_copy_does_not_serve_the_weights_of_the_original():
+    series = open_checkpoints([flat_at(0), flat_at(5)], SPACE, steps=[0, 5])
+    assert torch.equal(series[1], flat_at(5))
+    copy = dataclasses.replace(series, read=lambda index: state_at(100 + index))
+    assert torch.equal(copy[1], flat_at(101))
+    assert torch.equal(series[1], flat_at(5))
 
 
 @pytest.mark.parametrize("steps", [(1, 1, 2), (3, 2, 1)])
@@ -187,8 +230,8 @@ def test_steps_must_increase(steps):
 def test_the_same_step_twice_is_an_error(tmp_path):
     write_step(tmp_path, 4, "safetensors file")
     write_step(tmp_path, 4, "torch file")
-    with pytest.raises(ValueError, match="strictly increasing"):
-        open_directory(SPACE, tmp_path)
+    with pytest.raises(ValueError, match="'step4.pt' and 'step4.safetensors' both say 4"):
+        open_checkpoints(tmp_path, SPACE)
 
 
 def test_too_few_checkpoints():
@@ -214,12 +257,12 @@ def test_truncated_file_is_refused(tmp_path, kind, keep):
 def test_missing_file_and_missing_directory(tmp_path):
     with pytest.raises(ValueError, match="must exist"):
         read_weights(tmp_path / "step3.safetensors")
-    with pytest.raises(ValueError, match="must exist, missing"):
-        open_paths(SPACE, [tmp_path / "step3.safetensors"])
+    with pytest.raises(ValueError, match="must exist"):
+        open_checkpoints([tmp_path / "step3.safetensors"], SPACE)
     with pytest.raises(ValueError, match="directory must exist"):
-        open_directory(SPACE, tmp_path / "nowhere")
+        open_checkpoints(tmp_path / "nowhere", SPACE)
     with pytest.raises(ValueError, match="found none"):
-        open_directory(SPACE, tmp_path)
+        open_checkpoints(tmp_path, SPACE)
 
 
 @pytest.mark.parametrize("kind", ["shards safetensors", "shards torch"])
@@ -254,7 +297,7 @@ def test_weights_that_are_not_finite_are_refused_with_their_step(tmp_path, value
     state = state_at(2)
     state["1.bias"][0] = value
     save_file(state, tmp_path / "step2.safetensors")
-    series = open_directory(SPACE, tmp_path)
+    series = open_checkpoints(tmp_path, SPACE)
     assert torch.equal(series[0], flat_at(1))
     with pytest.raises(ValueError, match="must be finite, checkpoint at step 2"):
         series[1]
@@ -265,7 +308,7 @@ def test_checkpoint_of_another_model_is_refused(tmp_path):
     save_file(other.state_dict(), tmp_path / "step1.safetensors")
     save_file({**state_at(2), "2.weight": torch.ones(2)}, tmp_path / "step2.safetensors")
     save_file({k: v for k, v in state_at(3).items() if k != "1.bias"}, tmp_path / "step3.safetensors")
-    series = open_directory(SPACE, tmp_path)
+    series = open_checkpoints(tmp_path, SPACE)
     for index in range(3):
         with pytest.raises(ValueError, match="another model"):
             series[index]
@@ -318,7 +361,7 @@ def record(directory: Path, steps=(0, 10, 20)) -> SeriesFolder:
 
 def test_recorded_series_round_trip(tmp_path):
     record(tmp_path)
-    series = open_directory(SPACE, tmp_path)
+    series = open_checkpoints(tmp_path, SPACE)
     assert series.steps == (0, 10, 20)
     assert series.learning_rates == (0.0, 0.1, 0.1)
     assert series.weight_decay == 0.5
@@ -328,20 +371,28 @@ def test_recorded_series_round_trip(tmp_path):
 def test_recorded_series_of_another_model_is_refused(tmp_path):
     record(tmp_path)
     with pytest.raises(ValueError, match="another model"):
-        open_series(ParameterSpace.from_module(nn.Linear(2, 2)), tmp_path)
+        open_checkpoints(tmp_path, ParameterSpace.from_module(nn.Linear(2, 2)))
+
+
+def test_a_recording_that_was_stopped_early_is_refused(tmp_path):
+    record(tmp_path).index.rename(tmp_path / "key.json")
+    with pytest.raises(ValueError, match="stopped early"):
+        open_checkpoints(tmp_path, SPACE)
 
 
 def test_recorded_series_with_a_missing_step_is_refused(tmp_path):
     record(tmp_path).weights(10).unlink()
+    kept = open_checkpoints(tmp_path, SPACE, skip_damaged=True)
+    assert (kept.steps, kept.learning_rates) == ((0, 20), (0.0, 0.1))
     with pytest.raises(ValueError, match=r"\[10\] are missing"):
-        open_series(SPACE, tmp_path)
+        open_checkpoints(tmp_path, SPACE)
 
 
 @pytest.mark.parametrize("content", ["", "{", "{}", '{"steps": "x"}', "[]"])
 def test_damaged_series_index_is_refused(tmp_path, content):
     record(tmp_path).index.write_text(content)
     with pytest.raises(ValueError, match="must be a series index"):
-        open_series(SPACE, tmp_path)
+        open_checkpoints(tmp_path, SPACE)
 
 
 # -- atomic writes ---------------------------------------------------------------------------------
@@ -408,4 +459,4 @@ def test_leftover_part_file_is_no_checkpoint(tmp_path):
     (tmp_path / "series.json").unlink()
     (tmp_path / ".step-00000030.safetensors.part").write_bytes(b"half")
     (tmp_path / "state-00000020.safetensors").write_bytes(b"optimiser")
-    assert open_directory(SPACE, tmp_path, "step-*").steps == (0, 10, 20)
+    assert open_checkpoints(tmp_path, SPACE, names="step-*").steps == (0, 10, 20)

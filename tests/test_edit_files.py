@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
 
-from experiments.removal.apply import apply, apply_edit, edited_tensors, undo_edit, weight_files
+from experiments.removal.apply import apply, apply_edit, edited_tensors, undo_edit
 from interventions.edit_files import load_edit, paths_of, save_adapter, save_edit
 from interventions.edits import Movement, displace, from_delta, weights_fingerprint
 from interventions.lora import factors, low_rank, transposed_weights
@@ -114,7 +114,7 @@ def test_apply_then_undo_gives_the_original_bytes(kind: str, model: Small, tmp_p
     file = load_edit(tmp_path / "edit")
     survival = apply_edit(file, given, tmp_path / "edited")
     assert survival.share == pytest.approx(1.0, abs=1e-6)
-    from polca_edit.checkpoints.series import read_weights
+    from polca_edit.checkpoints.files import read_weights, weight_files
 
     edited = read_weights(tmp_path / "edited" if given.is_dir() else tmp_path / "edited" / given.name)
     torch.testing.assert_close(space.flatten(edited), edit.apply(space.read(model)))
@@ -152,7 +152,7 @@ def test_wrong_models_are_refused(model: Small, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="shape"):
         apply_edit(file, tmp_path / "shape.safetensors", tmp_path / "a")
     assert not (tmp_path / "a").exists()
-    with pytest.raises(ValueError, match="does not exist"):
+    with pytest.raises(ValueError, match="must exist"):
         apply_edit(file, tmp_path / "nowhere", tmp_path / "a")
 
 

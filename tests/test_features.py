@@ -8,7 +8,7 @@ from polca_edit import features
 from polca_edit.allocation.allocate import project
 from polca_edit.basis.path import parameter_axes_basis
 from polca_edit.basis.record import random_basis
-from polca_edit.checkpoints.series import Checkpoints
+from polca_edit.checkpoints.opening import open_checkpoints
 from polca_edit.derivatives.objective import Objective
 from polca_edit.models import TransformerShape, build_small_transformer
 from polca_edit.parameters import ParameterSpace, call_with
@@ -27,7 +27,7 @@ def problem():
     thetas = [space.read(module)]
     for _ in range(3):
         thetas.append(thetas[-1] + 0.05 * torch.randn(space.size, generator=generator, dtype=torch.float64))
-    checkpoints = Checkpoints.in_memory(space, (0, 2, 5, 9), thetas)
+    checkpoints = open_checkpoints(thetas, space, steps=(0, 2, 5, 9))
     dense = torch.stack([objective.token_gradients(theta, tokens) for theta in thetas])
     return objective, checkpoints, tokens, dense
 

@@ -19,24 +19,17 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from polca_edit.checkpoints.huggingface import (
-    PYTHIA_STEPS,
-    Revision,
-    find_revisions,
-    load_causal_lm,
-    open_folder,
-    open_hub,
-    open_model_folders,
-    open_revisions,
-    step_of_revision,
-    whole_revisions,
-)
+from polca_edit.checkpoints.files import step_of
+from polca_edit.checkpoints.huggingface import PYTHIA_STEPS, HubRevisions, is_adapter
 from polca_edit.checkpoints.huggingface_models import (
+    load_adapted,
     load_bridge,
+    load_causal_lm,
     load_tokenizer,
     ready_for_derivatives,
     vocabulary_and_context,
 )
+from polca_edit.checkpoints.opening import find_revisions, open_checkpoints, whole_revisions
 from polca_edit.derivatives.objective import Objective
 from polca_edit.parameters import ParameterSpace
 from polca_edit.tokens import TokenSet, next_token_loss
@@ -103,7 +96,7 @@ def trainer_folder(directory: Path, models) -> Path:
     ],
 )
 def test_steps_are_read_off_names(name, step):
-    assert step_of_revision(name) == step
+    assert step_of(name) == step
 
 
 def test_pythia_has_154_steps():
@@ -115,7 +108,7 @@ class TestOpening:
     def test_a_trainer_folder_with_its_learning_rates(self, tmp_path):
         models = [gpt2(seed) for seed in range(3)]
         space = ParameterSpace.from_module(gpt2(9))
-        series = open_folder(space, trainer_folder(tmp_path / "out", models))
+        series = open_checkpoints(trainer_folder(tmp_path / "out", models), space)
         assert series.steps == (10, 20, 30)
         assert series.learning_rates == pytest.approx((0.1, 0.05, 0.1 / 3))
         for index, model in enumerate(models):
@@ -130,13 +123,13 @@ class TestOpening:
         untied = trainer_folder(tmp_path / "u", [gpt2(0, tie_word_embeddings=False)])
         space = ParameterSpace.from_module(gpt2(1, tie_word_embeddings=False))
         assert space.size == ParameterSpace.from_module(gpt2(1)).size + 23 * 8
-        assert torch.equal(open_folder(space, untied)[0], weights(gpt2(0, tie_word_embeddings=False)))
+        assert torch.equal(open_checkpoints(untied, space)[0], weights(gpt2(0, tie_word_embeddings=False)))
 
     def test_pythia_revision_folders(self, tmp_path):
         steps = (0, 1, 2, 512, 1000)
         for step in steps:
             neox(step).save_pretrained(tmp_path / f"step{step}")
-        series = open_folder(ParameterSpace.from_module(neox(7)), tmp_path, names="step*")
+        series = open_checkpoints(tmp_path, neox(7), names="step*")
         assert series.steps == steps
         for index, step in enumerate(steps):
             assert torch.equal(series[index], weights(neox(step)))
@@ -155,14 +148,16 @@ class TestOpening:
         revisions = {"step0": 0, "step2": 2, "step1000": 5}
         model = self.hub_cache(tmp_path, revisions)
         space = ParameterSpace.from_module(neox(7))
-        steps = {name: step_of_revision(name) for name in revisions}
-        by_name = open_hub(space, "Example/tiny-pythia", steps, cache=tmp_path, offline=True)
-        by_folder = open_folder(space, model)
+        steps = {name: step_of(name) for name in revisions}
+        by_name = open_checkpoints(HubRevisions("Example/tiny-pythia", steps, tmp_path, offline=True), space)
+        by_folder = open_checkpoints(model, space)
         assert by_name.steps == by_folder.steps == (0, 2, 1000)
         for index, seed in enumerate((0, 2, 5)):
             assert torch.equal(by_name[index], weights(neox(seed)))
             assert torch.equal(by_folder[index], weights(neox(seed)))
-        absent = open_hub(space, "Example/tiny-pythia", {"step4": 4}, cache=tmp_path, offline=True)
+        absent = open_checkpoints(
+            HubRevisions("Example/tiny-pythia", {"step4": 4}, tmp_path, offline=True), space
+        )
         with pytest.raises(ValueError, match="revision 'step4'"):
             absent[0]
 
@@ -171,7 +166,7 @@ class TestOpening:
         for name, seed in names.items():
             llama(seed).to(torch.bfloat16).save_pretrained(tmp_path / name, max_shard_size="2KB")
             assert (tmp_path / name / "model.safetensors.index.json").exists()
-        series = open_folder(ParameterSpace.from_module(llama(0)), tmp_path)
+        series = open_checkpoints(tmp_path, llama(0))
         assert series.steps == (150, 1000)
         assert series[0].dtype == torch.float32
         # Rounding to bf16 and back is all that may happen.
@@ -186,22 +181,22 @@ class TestOpening:
             state["h.0.attn.bias"] = torch.ones(1, 1, 12, 12)
             torch.save(state, folder / "pytorch_model.bin")
         space = ParameterSpace.from_module(gpt2(0))
-        series = open_model_folders(space, [tmp_path / "step2", tmp_path / "step1"])
+        series = open_checkpoints([tmp_path / "step2", tmp_path / "step1"], space)
         assert series.steps == (1, 2)
         assert torch.equal(series[1], weights(gpt2(2)))
-        renamed = open_model_folders(space, [tmp_path / "step2", tmp_path / "step1"], steps=[5, 6])
+        renamed = open_checkpoints([tmp_path / "step2", tmp_path / "step1"], space, steps=[5, 6])
         assert torch.equal(renamed[0], weights(gpt2(2)))
 
     def test_a_pretrained_reference_becomes_step_zero(self, tmp_path):
         folder = trainer_folder(tmp_path / "out", [gpt2(1), gpt2(2)])
         gpt2(0).save_pretrained(tmp_path / "base")
-        series = open_folder(ParameterSpace.from_module(gpt2(9)), folder, reference=tmp_path / "base")
+        series = open_checkpoints(folder, gpt2(9), reference=tmp_path / "base")
         assert series.steps == (0, 10, 20)
         assert torch.equal(series[0], weights(gpt2(0)))
 
     def test_reading_is_lazy_and_keeps_few(self, tmp_path):
         folder = trainer_folder(tmp_path, [gpt2(s) for s in range(5)])
-        series = open_folder(ParameterSpace.from_module(gpt2(9)), folder)
+        series = open_checkpoints(folder, gpt2(9))
         assert len(series._cache) == 0
         shutil.rmtree(folder / "checkpoint-50")
         for index in range(4):
@@ -233,7 +228,7 @@ class TestDamage:
 
     def test_another_model_is_refused_with_the_checkpoint_name(self, tmp_path):
         folder = self.folder(tmp_path)
-        series = open_folder(ParameterSpace.from_module(gpt2(0)), folder)
+        series = open_checkpoints(folder, gpt2(0))
         shutil.rmtree(folder / "checkpoint-20")
         llama(0).save_pretrained(folder / "checkpoint-20")
         with pytest.raises(ValueError, match="another model"):
@@ -345,7 +340,7 @@ class TestValuesAndCurvature:
         module.set_attn_implementation("eager")
         before = weights(module)
         space = ParameterSpace.from_module(module)
-        series = open_folder(space, tmp_path)
+        series = open_checkpoints(tmp_path, space)
         objective = Objective(module, space, next_token_loss, batch_size=3, route="jvp")
         twin = load_causal_lm(tmp_path / "checkpoint-20")
         losses = objective.losses(series[1], given)
@@ -362,7 +357,7 @@ class TestValuesAndCurvature:
         module, given = load_bridge(tmp_path / "checkpoint-10"), tokens(generator)
         space = ParameterSpace.from_module(module)
         before = space.read(module)
-        series = open_folder(space, tmp_path, load=load_bridge)
+        series = open_checkpoints(tmp_path, space, load=load_bridge)
         assert torch.equal(series[0], before)
         objective = Objective(module, space, next_token_loss, batch_size=3, route="jvp")
         twin = load_causal_lm(tmp_path / "checkpoint-20")
@@ -412,12 +407,10 @@ class TestAdapters:
         return tmp_path / "out", model
 
     def test_only_the_adapter_is_a_parameter_and_step_zero_is_the_pretrained_model(self, tmp_path, generator):
-        from polca_edit.checkpoints.huggingface_models import is_adapter, load_adapted, open_adapters
-
         out, trained = self.folder(tmp_path)
         assert is_adapter(out / "checkpoint-5")
         module = load_adapted(tmp_path / "base", out / "checkpoint-10")
-        series = open_adapters(module, find_revisions(out))
+        series = open_checkpoints(out, module)
         assert series.steps == (0, 5, 10)
         # c_attn maps 8 to 24: A is (2, 8), B is (24, 2), in each of two layers.
         assert series.space.size == 2 * (16 + 48)
@@ -430,8 +423,6 @@ class TestAdapters:
         torch.testing.assert_close(objective.losses(series[2], given), last)
 
     def test_missing_adapter_config_is_said(self, tmp_path):
-        from polca_edit.checkpoints.huggingface_models import load_adapted
-
         pytest.importorskip("peft", reason="package 'peft' is not installed")
         gpt2(0).save_pretrained(tmp_path / "base")
         with pytest.raises(ValueError, match=r"adapter_config\.json"):
@@ -441,6 +432,6 @@ class TestAdapters:
 def test_a_list_of_revisions_made_by_hand(tmp_path):
     gpt2(4).save_pretrained(tmp_path / "anything")
     space = ParameterSpace.from_module(gpt2(0))
-    series = open_revisions(space, [Revision("mine", 77, tmp_path / "anything")])
+    series = open_checkpoints({77: tmp_path / "anything"}, space)
     assert series.steps == (77,)
     assert torch.equal(series[0], weights(gpt2(4)))

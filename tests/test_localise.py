@@ -6,7 +6,7 @@ import torch
 
 from interventions import edits, localise
 from interventions.damage import EvaluatedSplit
-from polca_edit.checkpoints.series import Checkpoints
+from polca_edit.checkpoints.opening import open_checkpoints
 from polca_edit.derivatives.objective import Objective
 from polca_edit.models import TransformerShape, build_small_transformer
 from polca_edit.parameters import ParameterSpace
@@ -23,7 +23,7 @@ def bench():
     tokens = TokenSet(inputs, torch.ones(20, 5, dtype=torch.bool), torch.arange(20))
     theta = space.read(module)
     reference = theta + 0.3 * torch.randn(space.size, generator=g)
-    series = Checkpoints.in_memory(space, [0, 1], [reference, theta])
+    series = open_checkpoints([reference, theta], space, steps=[0, 1])
     return EvaluatedSplit(Objective(module, space, next_token_loss), series, tokens)
 
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from experiments.cli import app
 from experiments.run.summary import summary_schema
-from polca_edit.checkpoints.huggingface import step_of_revision
+from polca_edit.checkpoints.files import step_of
 
 SIZES = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 0}
 SMALL = [
@@ -81,7 +81,7 @@ def test_a_trainer_folder_of_gpt2(tmp_path):
 def test_a_pythia_shaped_revision_set_and_a_fine_tuning_reference(tmp_path):
     names = ["step0", "step1", "step2", "step4", "step8"]
     model = neox()
-    folders = revisions(tmp_path / "pythia", names, lambda n: step_of_revision(n) or 0)
+    folders = revisions(tmp_path / "pythia", names, lambda n: step_of(n) or 0)
     train_and_save(model, folders)
     text = write_text(tmp_path / "text.jsonl")
     out = tmp_path / "run"

@@ -17,7 +17,7 @@ from experiments.application import explain
 from experiments.cli import app
 from experiments.config import RunConfig, load_config, preset_names
 from experiments.run import damage as damage_stage
-from experiments.run import engines
+from experiments.run import engines, parts
 from experiments.run.summary import read_summary, summary_schema, write_summary
 from interventions.damage import EvaluatedSplit
 from polca_edit import artifacts, training
@@ -113,7 +113,7 @@ def test_same_seed_same_summary_after_a_kill_in_every_stage(
     stops = [
         (training, "write_tensors", 5),
         (artifacts, "write_tensors", 3),
-        (artifacts, "save_record", 2),
+        (parts, "save_record", 2),
         (engines, "local_slopes", 4),
         (pipeline, "load_observation", 1),
         (EvaluatedSplit, "damage", 3),

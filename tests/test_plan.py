@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import polca_edit.checkpoints.series as series
+import polca_edit.checkpoints.files as files
 from experiments.cli import app
 from experiments.config import RunConfig, parse_config
 from experiments.run import cost as planning
@@ -55,13 +55,13 @@ class Counter:
             seen.append(given[0].shape[0])
 
         module.register_forward_hook(count)
-        real = series.load_file
+        real = files.load_file
 
         def counted(path: Path) -> dict[str, torch.Tensor]:
             self.bytes_read += os.path.getsize(path)
             return real(path)
 
-        monkeypatch.setattr(series, "load_file", counted)
+        monkeypatch.setattr(files, "load_file", counted)
 
     @property
     def sequences(self) -> int:

@@ -14,7 +14,7 @@ from polca_edit.allocation.quadrature import (
     unit_rule,
 )
 from polca_edit.basis.record import random_basis, unlabelled
-from polca_edit.checkpoints.series import Checkpoints
+from polca_edit.checkpoints.opening import open_checkpoints
 from polca_edit.derivatives.objective import Objective
 from polca_edit.parameters import ParameterSpace
 from polca_edit.tokens import TokenSet
@@ -52,7 +52,7 @@ def _problem(degree, thetas, rows=6, seed=0):
     inputs = torch.rand(rows, thetas.shape[1], generator=generator, dtype=torch.float64)
     tokens = TokenSet(inputs, torch.ones(rows, 1, dtype=torch.bool), torch.arange(rows))
     objective = Objective(module, space, lambda m, x: m(x)[:, None])
-    return objective, Checkpoints.in_memory(space, range(len(thetas)), thetas), tokens
+    return objective, open_checkpoints(thetas, space, steps=range(len(thetas))), tokens
 
 
 @pytest.mark.parametrize("rule", list(EXACT_DEGREE))
@@ -148,10 +148,10 @@ def test_straight_line_differs_from_a_detour_by_the_closed_form_area():
     ones = torch.ones(3, 1, dtype=torch.float64)
     tokens = TokenSet(ones, ones.bool(), torch.arange(3))
     objective = Objective(module, space, lambda m, x: m(x)[:, None])
-    fine = Checkpoints.in_memory(space, (0, 1, 2), torch.as_tensor(square))
-    coarse = Checkpoints.in_memory(space, (0, 2, 3), torch.as_tensor(square[[0, 2, 2]]))
+    fine = open_checkpoints(torch.as_tensor(square), space, steps=(0, 1, 2))
+    coarse = open_checkpoints(torch.as_tensor(square[[0, 2, 2]]), space, steps=(0, 2, 3))
     basis = unlabelled("axes", torch.eye(2, dtype=torch.float64))
-    fine_steps = Checkpoints.in_memory(space, (0, 1, 2, 3), torch.as_tensor(square[[0, 1, 2, 2]]))
+    fine_steps = open_checkpoints(torch.as_tensor(square[[0, 1, 2, 2]]), space, steps=(0, 1, 2, 3))
     allocations = [allocate(project(objective, c, [basis], tokens)[0]) for c in (coarse, fine_steps)]
     found = path_difference(*allocations)
     # Straight: 2 nats each. Detour: axis 0 first gives 1, then axis 1 gives 4 - 1 = 3.

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from polca_edit.checkpoints.series import SeriesFolder, open_directory, open_series, read_weights
+from polca_edit.checkpoints.files import SeriesFolder, read_weights
+from polca_edit.checkpoints.opening import open_checkpoints
 from polca_edit.parameters import ParameterSpace
 from polca_edit.recording import PlainRecorder, lightning_callback, trainer_callback
 from polca_edit.training import restore_optimiser
@@ -47,7 +48,7 @@ class TestPlainLoop:
 
     def test_the_series_holds_the_weights_of_each_step(self, tmp_path):
         module, _, seen = self.run(tmp_path / "c", steps=23)
-        series = open_series(ParameterSpace.from_module(module), tmp_path / "c")
+        series = open_checkpoints(tmp_path / "c", ParameterSpace.from_module(module))
         assert series.steps == (0, 5, 10, 15, 20, 23)
         for index, step in enumerate(series.steps):
             assert torch.equal(series[index], seen[step])
@@ -75,7 +76,7 @@ class TestPlainLoop:
         for step in range(1, 6):
             update(module, optimiser, step)
             recorder.step()
-        assert open_directory(ParameterSpace.from_module(module), tmp_path / "c").steps == (0, 2, 4)
+        assert open_checkpoints(tmp_path / "c", ParameterSpace.from_module(module)).steps == (0, 2, 4)
 
     def test_chosen_steps_and_chosen_parameters(self, tmp_path):
         module = model()
@@ -86,7 +87,7 @@ class TestPlainLoop:
             recorder.step()
         recorder.finish()
         space = ParameterSpace.from_module(module, ("2.*",))
-        series = open_series(space, tmp_path / "c")
+        series = open_checkpoints(tmp_path / "c", space)
         assert series.steps == (0, 1, 4, 5)
         assert series.space.size == 5
 
@@ -105,7 +106,7 @@ class TestPlainLoop:
         module = model()
         recorder = PlainRecorder(tmp_path / "c", module, every=1)
         recorder.step()
-        series = open_series(recorder.space, tmp_path / "c")
+        series = open_checkpoints(tmp_path / "c", recorder.space)
         assert series.learning_rates is None
         assert series.weight_decay is None
 
@@ -151,7 +152,7 @@ class TestTransformersTrainer:
         )
         recording = trainer_callback(tmp_path / "series", every=3, state_every=3)
         Trainer(module, arguments, train_dataset=rows, callbacks=[recording, Note()]).train()
-        series = open_series(ParameterSpace.from_module(module), tmp_path / "series")
+        series = open_checkpoints(tmp_path / "series", ParameterSpace.from_module(module))
         assert series.steps == (0, 3, 6, 7)
         assert torch.equal(series[0], start)
         for index in (1, 2, 3):
@@ -202,7 +203,7 @@ class TestLightning:
             callbacks=[lightning_callback(tmp_path / "series", every=2)],
         )
         trainer.fit(net, torch.utils.data.DataLoader(data, batch_size=4))
-        series = open_series(ParameterSpace.from_module(net), tmp_path / "series")
+        series = open_checkpoints(tmp_path / "series", ParameterSpace.from_module(net))
         # 40 rows in batches of 4, two batches a step: 5 optimiser steps.
         assert series.steps == (0, 2, 4, 5)
         assert series.learning_rates == pytest.approx([0.0, *(1e-2 * 0.5 ** (i - 1) for i in (2, 4, 5))])

@@ -20,9 +20,10 @@ from experiments.report.formats import highlighted, nats, percent
 from experiments.report.page import Section, write_report
 from experiments.report.records import ClusterView, allocate_only, by_interest, over_headroom, read_run
 from experiments.report.tokens import exact_combinations, nearest_to_medoid
+from experiments.run.store import RunDirectory
 from experiments.run.summary import summary_schema
 from polca_edit.allocation.allocate import Projections, allocate
-from polca_edit.artifacts import RunDirectory, save_record
+from polca_edit.artifacts import save_record
 
 STEPS = torch.arange(0, 110, 10)
 TOKENS, VECTORS = 40, 3

@@ -24,7 +24,7 @@ from experiments.study.multiverse import Branch, branches, group_damage, outcome
 from experiments.tasks.arithmetic import make_data, token_loss
 from polca_edit.allocation.allocate import Allocation, Projections, allocate, project
 from polca_edit.basis.record import random_basis
-from polca_edit.checkpoints.series import Checkpoints
+from polca_edit.checkpoints.opening import open_checkpoints
 from polca_edit.clusters.density import ClusterSettings
 from polca_edit.derivatives.objective import Objective
 from polca_edit.models import TransformerShape, build_small_transformer
@@ -114,7 +114,7 @@ def test_thinned_projections_are_those_of_the_thinned_series(data):
     thetas = [space.read(module)]
     for _ in range(5):
         thetas.append(thetas[-1] + 0.05 * torch.randn(space.size, generator=generator, dtype=torch.float64))
-    checkpoints = Checkpoints.in_memory(space, range(0, 60, 10), thetas)
+    checkpoints = open_checkpoints(thetas, space, steps=range(0, 60, 10))
     objective = Objective(module, space, token_loss)
     tokens = data.select.select(torch.arange(6))
     basis = random_basis(space.size, 3, generator, dtype=torch.float64)

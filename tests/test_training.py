@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from polca_edit import training as module_under_test
-from polca_edit.checkpoints.series import SeriesFolder, open_series, read_weights
+from polca_edit.checkpoints.files import SeriesFolder, read_weights
+from polca_edit.checkpoints.opening import open_checkpoints
 from polca_edit.parameters import ParameterSpace
 from polca_edit.training import Recorder, TrainingSettings, train
 
@@ -108,7 +109,7 @@ def test_steps_count_from_one_and_the_module_ends_in_evaluation_mode():
 
 def test_record_holds_the_initial_weights_the_wanted_steps_and_the_settings(whole):
     space = ParameterSpace.from_module(Noisy())
-    series = open_series(space, whole)
+    series = open_checkpoints(whole, space)
     assert series.steps == WEIGHT_STEPS
     assert torch.equal(series[0], space.read(Noisy()))
     assert series.learning_rates == tuple(1e-2 * min(step / 10, 1) for step in WEIGHT_STEPS)
@@ -123,7 +124,7 @@ def test_record_holds_the_initial_weights_the_wanted_steps_and_the_settings(whol
 def test_recorded_weights_are_those_after_the_step(whole):
     space, seen = ParameterSpace.from_module(Noisy()), {}
     train(Noisy(), batch_loss, SETTINGS, after_step=lambda s, m, o: seen.update({s: space.read(m)}))
-    series = open_series(space, whole)
+    series = open_checkpoints(whole, space)
     assert all(torch.equal(series[i], seen[step]) for i, step in enumerate(WEIGHT_STEPS) if step)
 
 

@@ -18,12 +18,17 @@ from interventions.edit_files import EditFile, load_edit, save_adapter
 from interventions.edits import weights_fingerprint
 from interventions.lora import low_rank
 from polca_edit.artifacts import checksum
-from polca_edit.checkpoints.series import read_weights, write_atomically, write_json, write_tensors
+from polca_edit.checkpoints.files import (
+    read_weights,
+    weight_files,
+    write_atomically,
+    write_json,
+    write_tensors,
+)
 
 UNDO = "undo"
 #: Folder of an adapter that ``--lora`` adds.
 ADAPTER = "adapter"
-WEIGHT_SUFFIXES = {".safetensors", ".pt", ".pth", ".bin"}
 SURVIVAL = 0.99
 
 
@@ -40,33 +45,6 @@ class Survival:
     share: float
     error: float
     dtypes: tuple[str, ...]
-
-
-def weight_files(model: Path) -> list[Path]:
-    """Files that hold weights: the file itself, or those of a folder (shards included).
-
-    Raises:
-        ValueError: if there is none.
-    """
-    if model.is_file():
-        return [model]
-    if not model.is_dir():
-        raise ValueError(
-            f"a model must be a folder or a weight file, '{model}' does not exist; check the path"
-        )
-    for index_name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        if (model / index_name).exists():
-            names = sorted(set(json.loads((model / index_name).read_text())["weight_map"].values()))
-            return [model / name for name in names]
-    for name in ("model.safetensors", "pytorch_model.bin", "model.pt"):
-        if (model / name).exists():
-            return [model / name]
-    found = sorted(p for p in model.iterdir() if p.suffix in WEIGHT_SUFFIXES)
-    if len(found) != 1:
-        raise ValueError(
-            f"'{model}' must hold one weight file or a sharded set, found {[p.name for p in found][:4]}"
-        )
-    return found
 
 
 def edited_tensors(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,9 +14,15 @@ from torch import Tensor, nn
 
 from experiments.config import RunConfig, load_config
 from experiments.removal.skills import GROUPS, arithmetic_logits, assign_groups, skill_rule
-from experiments.run.stages import Run, open_run, run_stages, training_settings
+from experiments.run.stages import Run, _train, open_run, training_settings
 from experiments.tasks import arithmetic
-from experiments.tasks.arithmetic import ArithmeticData, first_and_second, first_and_second_of, token_set
+from experiments.tasks.arithmetic import (
+    ArithmeticData,
+    data_of,
+    first_and_second,
+    first_and_second_of,
+    token_set,
+)
 from interventions.damage import EvaluatedSplit
 from interventions.removal.grouped import GroupedSplit, GroupRule, Predictor
 from interventions.removal.problem import Limits, RemovalProblem
@@ -24,6 +30,7 @@ from interventions.removal.rivals import masked_loss
 from interventions.removal.searches import GroupCurvature, group_curvature
 from interventions.removal.spans import Span, span_by_tensor, stacked_displacements
 from polca_edit.basis.record import hessian_basis, trajectory_basis
+from polca_edit.checkpoints.opening import open_checkpoints
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.derivatives.lanczos import orthonormalise
 from polca_edit.derivatives.objective import Objective
@@ -52,12 +59,16 @@ class BedSettings:
 
 
 def preset_bed(
-    preset: str, *, select_sums: int = 1000, hessian_vectors: int = 12, **overrides: object
+    preset: str,
+    *,
+    select_sums: int = 1000,
+    hessian_vectors: int = 12,
+    overrides: Mapping[str, object] | None = None,
 ) -> BedSettings:
     """A bed with the model and training of an arithmetic preset; the splits are the bed's own."""
     sums = {"select_sums": select_sums, "curvature_sums": 250, "evaluate_sums": 1000}
     own = {f"arithmetic.{name}": count for name, count in sums.items()}
-    return BedSettings(load_config(preset, {**own, **overrides}), hessian_vectors=hessian_vectors)
+    return BedSettings(load_config(preset, {**own, **(overrides or {})}), hessian_vectors=hessian_vectors)
 
 
 @dataclass(frozen=True)
@@ -99,17 +110,16 @@ class Bed:
         """Parameters of the model."""
         return self.run.task.space
 
-    @property
+    @cached_property
     def data(self) -> ArithmeticData:
         """Splits, and what training may draw."""
-        assert self.run.task.data is not None
-        return self.run.task.data
+        return data_of(self.run.config)
 
     @cached_property
     def checkpoints(self) -> Checkpoints:
         """Recorded weights, all in memory."""
         series = self.run.checkpoints()
-        return Checkpoints.in_memory(self.space, series.steps, [series[i] for i in range(len(series))])
+        return open_checkpoints({step: series[i] for i, step in enumerate(series.steps)}, self.space)
 
     @cached_property
     def thetas(self) -> list[Float[Tensor, " N"]]:
@@ -161,7 +171,8 @@ def open_bed(
     """The bed of one seed under a folder; its run is trained if it is not there with these very settings."""
     config = settings.config.model_copy(update={"seed": seed})
     run = open_run(config, folder / f"seed-{seed}", say)
-    run_stages(run, until="train")
+    if not run.directory.finished("train", run.key("train")):
+        _train(run, "train")
     bed = Bed(settings, run, Predictor(run.objective, arithmetic_logits))
     say(f"  seed {seed}: {len(bed.thetas)} checkpoints, {len(bed.vectors.rows)} vectors with their curvature")
     return bed
@@ -169,9 +180,7 @@ def open_bed(
 
 def _vectors(bed: Bed) -> BedVectors:
     task, settings, series = bed.run.task, bed.settings, bed.checkpoints
-    objective = Objective(
-        task.module, task.space, task.token_loss, batch_size=settings.curvature_sample
-    )
+    objective = Objective(task.module, task.space, task.token_loss, batch_size=settings.curvature_sample)
     objective.passes = bed.run.objective.passes
     sample = task.splits.curvature.select(torch.arange(settings.curvature_sample))
     count = settings.hessian_vectors

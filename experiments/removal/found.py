@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -158,7 +157,9 @@ def best_of(problem: RemovalProblem, candidates: Iterable[tuple[Setting, Tensor,
     return Choice(best[0], best[1], tuple(log))
 
 
-def scaled(problem: RemovalProblem, method: str, choice: Choice, work: Work, *, matched: bool = True) -> Found:
+def scaled(
+    problem: RemovalProblem, method: str, choice: Choice, work: Work, *, matched: bool = True
+) -> Found:
     """The choice at the dose that reaches the goal on select with least harm (1 if not ``matched``)."""
     goal = problem.limits.target + DOSE_MARGIN
     dose = match_dose(problem, choice.delta, goal)[0] if matched else 1.0

@@ -157,9 +157,7 @@ class Place:
             seed=self.bed.seed,
             ours=found.method in OUR_METHODS,
             commuted_target_share=swapped.target,
-            own_digits_accuracy=None
-            if found.delta is None
-            else self.own_digits(problem.theta + found.delta),
+            own_digits_accuracy=None if found.delta is None else self.own_digits(problem.theta + found.delta),
             own_digits_accuracy_before=self.own_before,
             edit_norm=None if found.delta is None else float(found.delta.double().norm()),
             edit_rank=found.rank,

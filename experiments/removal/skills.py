@@ -23,9 +23,7 @@ SKILL_GROUPS = {
     "carry@10s": ("10s+carry",),
 }
 #: Bounds the project set itself: digits at 99 % and 0.5 %, carries at 90 % and 2 % (aimed at: as digits).
-REQUIRED = {
-    skill: Limits(0.90, 0.02) if "@" in skill else Limits(0.99, 0.005) for skill in SKILL_GROUPS
-}
+REQUIRED = {skill: Limits(0.90, 0.02) if "@" in skill else Limits(0.99, 0.005) for skill in SKILL_GROUPS}
 
 
 def arithmetic_logits(module: nn.Module, inputs: Int[Tensor, "B 12"]) -> Float[Tensor, "B 4 V"]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from experiments.removal.bed import GROUPS, SKILL_GROUPS, allowed_sums, arithmetic_logits, assign_groups
 from experiments.report.page import write_report
 from experiments.report.sections import extra_sections
+from experiments.run.machine import hardware, versions
 from experiments.run.stages import ClusterRecord, Run, load_run
 from experiments.tasks import arithmetic
 from interventions.edit_files import save_edit
@@ -41,9 +42,9 @@ from interventions.removal.spans import (
     span_of_rows,
     stacked_displacements,
 )
-from polca_edit.artifacts import hardware, load_record, versions
+from polca_edit.artifacts import load_record
 from polca_edit.basis.record import Basis
-from polca_edit.checkpoints.series import write_json
+from polca_edit.checkpoints.files import write_json
 from polca_edit.clusters.membership import fit_rule
 from polca_edit.tokens import TokenSet
 

@@ -26,8 +26,8 @@ from experiments.report.records import (
     read_run,
 )
 from experiments.report.tokens import exact_combinations, nearest_to_medoid
-from polca_edit.artifacts import RunDirectory
-from polca_edit.checkpoints.series import write_atomically
+from experiments.run.store import RunDirectory
+from polca_edit.checkpoints.files import write_atomically
 
 MOST_CURVES = 8
 MOST_CLUSTERS = 24

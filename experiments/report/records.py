@@ -19,9 +19,10 @@ import yaml
 from torch import Tensor
 
 from experiments.report.tokens import skill_masks
+from experiments.run.store import RunDirectory
 from experiments.run.summary import read_summary
 from polca_edit.allocation.allocate import Allocation, Projections, allocate
-from polca_edit.artifacts import RunDirectory, load_record
+from polca_edit.artifacts import load_record
 from polca_edit.clusters.breakthroughs import breakthrough_start, fitting_delta
 
 SMALL_HEADROOM = 0.05

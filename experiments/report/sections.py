@@ -8,7 +8,7 @@ from html import escape
 
 from experiments.report.page import Section
 from experiments.run.labelling import label_sections
-from polca_edit.artifacts import RunDirectory
+from experiments.run.store import RunDirectory
 
 
 def extra_sections(directory: RunDirectory) -> list[Section]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from experiments.config import Rotation
 from experiments.reproduce.rows import TokenSplits
+from experiments.run.parts import Ledger, kept_parts, spent_on
 from experiments.run.rotated import fit_rotation
 from experiments.run.stages import Run, recorder_of, training_settings
 from interventions.edits import weights_fingerprint
@@ -29,7 +30,7 @@ from polca_edit.allocation.quadrature import (
     fixed_plan,
     measure_nodes,
 )
-from polca_edit.artifacts import Ledger, kept_parts, load_record, save_record, spent_on
+from polca_edit.artifacts import load_record, save_record
 from polca_edit.basis.build import (
     KINDS,
     BasisInputs,
@@ -40,7 +41,8 @@ from polca_edit.basis.build import (
 from polca_edit.basis.path import odd_checkpoints
 from polca_edit.basis.record import Basis, capture
 from polca_edit.basis.rotate import allocation_matrices
-from polca_edit.checkpoints.series import Checkpoints, write_json
+from polca_edit.checkpoints.files import write_json
+from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.derivatives.objective import PassCount
 from polca_edit.tokens import TokenSet
 from polca_edit.training import train

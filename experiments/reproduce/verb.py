@@ -37,12 +37,12 @@ from experiments.reproduce.rows import (
     share_fields,
 )
 from experiments.reproduce.tables import print_tables
+from experiments.run.machine import hardware, versions
 from experiments.run.run import settings_from
 from experiments.run.stages import open_run
 from polca_edit.allocation.allocate import allocate
 from polca_edit.allocation.quadrature import FixedRule
-from polca_edit.artifacts import hardware, versions
-from polca_edit.checkpoints.series import write_json
+from polca_edit.checkpoints.files import write_json
 from polca_edit.clusters.density import ClusterSettings
 
 NUMBERS = (

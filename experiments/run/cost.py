@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from experiments.config import BasisConfig, RunConfig
+from experiments.run.machine import peak_rss_bytes
 from experiments.tasks.task import Task, build_task
-from polca_edit.artifacts import peak_rss_bytes
 from polca_edit.derivatives.objective import TRACE_BREAK_EVEN, Objective
 from polca_edit.tokens import TokenSet
 
@@ -253,7 +253,7 @@ def _part(tokens: TokenSet, count: int) -> TokenSet:
 
 def rehearse(task: Task, config: RunConfig, sizes: Sizes, folder: Path) -> tuple[Speeds, str]:
     """Do one batch of every kind of work and time it; also the route that derivatives took."""
-    from polca_edit.checkpoints.series import read_weights, write_tensors
+    from polca_edit.checkpoints.files import read_weights, write_tensors
 
     objective = task.objective(config)
     theta = task.space.read(task.module)
@@ -411,14 +411,8 @@ def make_plan(config: RunConfig, folder: Path, budget_seconds: float | None = No
         budget_seconds: also find settings that fit this.
     """
     task = build_task(config)
-    steps = config.training.recorded
-    if task.open_checkpoints is not None:
-        steps = list(task.open_checkpoints().steps)
-    elif config.checkpoints is not None:
-        from polca_edit.checkpoints.series import open_directory
-
-        given = config.checkpoints
-        steps = list(open_directory(task.space, given.directory, given.pattern).steps)
+    given = task.given_checkpoints(config)
+    steps = config.training.recorded if given is None else list(given.steps)
     effect = smallest_effect(task, config)
     sizes = sizes_of(task, config, steps)
     speeds, route = rehearse(task, config, sizes, folder)

@@ -17,7 +17,7 @@ from interventions.damage import EvaluatedSplit
 from interventions.edits import Edit, displace, reverse
 from polca_edit.artifacts import load_record
 from polca_edit.basis.record import Basis
-from polca_edit.checkpoints.series import write_json, write_tensors
+from polca_edit.checkpoints.files import write_json, write_tensors
 from polca_edit.clusters.density import skill_scores
 from polca_edit.clusters.membership import fit_rule
 from polca_edit.derivatives.lanczos import orthonormalise

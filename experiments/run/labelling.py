@@ -13,10 +13,11 @@ from markupsafe import escape
 from experiments.report.page import Section
 from experiments.report.tokens import nearest_to_medoid
 from experiments.run.stages import ClusterRecord, Run, load_observation
+from experiments.run.store import RunDirectory
 from polca_edit.allocation.allocate import Projections, allocate, project
-from polca_edit.artifacts import RunDirectory, load_record
+from polca_edit.artifacts import load_record
 from polca_edit.basis.record import Basis
-from polca_edit.checkpoints.series import write_json
+from polca_edit.checkpoints.files import write_json
 from polca_edit.clusters.comparators import cluster_both
 from polca_edit.clusters.density import ClusterSettings, VectorClusters, cluster_trajectories
 from polca_edit.clusters.labels import LABEL_AUC, distinct, overlap, rule_label, tag_label, transferred_auc

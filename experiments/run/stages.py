@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from experiments.config import BasisConfig, RunConfig, dump_config
+from experiments.run.contents import Contents
 from experiments.run.engines import slope_engine
+from experiments.run.machine import hardware, peak_rss_bytes, versions
+from experiments.run.parts import Ledger, kept_parts, kept_products, mapped_rows, part_path
 from experiments.run.rotated import turned
+from experiments.run.store import RunDirectory, StageRecord
 from experiments.tasks.task import Task, build_task
 from polca_edit.allocation.allocate import (
     CheckpointSlopes,
@@ -26,22 +31,7 @@ from polca_edit.allocation.allocate import (
     assemble,
     second_order_terms,
 )
-from polca_edit.artifacts import (
-    Ledger,
-    RunDirectory,
-    StageRecord,
-    checksum,
-    hardware,
-    kept_parts,
-    kept_products,
-    key_of,
-    load_record,
-    mapped_rows,
-    part_path,
-    peak_rss_bytes,
-    save_record,
-    versions,
-)
+from polca_edit.artifacts import checksum, key_of, load_record, save_record
 from polca_edit.basis.record import (
     Basis,
     BasisCheckpoint,
@@ -49,14 +39,9 @@ from polca_edit.basis.record import (
     random_basis,
     trajectory_basis,
 )
-from polca_edit.checkpoints.series import (
-    Checkpoints,
-    SeriesFolder,
-    open_directory,
-    open_series,
-    write_atomically,
-    write_json,
-)
+from polca_edit.checkpoints.files import SeriesFolder, write_atomically, write_json
+from polca_edit.checkpoints.opening import open_checkpoints
+from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.clusters.density import ClusterSettings, VectorClusters
 from polca_edit.derivatives.objective import Objective
 from polca_edit.observe import Observation, ObserveSettings, analyse
@@ -64,6 +49,7 @@ from polca_edit.training import Recorder, TrainingSettings, train
 
 Say = Callable[[str], None]
 SCHEMA = 1
+_COMMON = ("task", "seed", "model", "training", "checkpoints")
 
 
 @dataclass(frozen=True)
@@ -141,6 +127,17 @@ class Run:
             own = every, c["rule"], c["clusters"], c["breakthrough_delta"], c["damage"]
         return key_of(SCHEMA, stage, common, own)
 
+    def key_for(self, name: str, *depends: object) -> str:
+        """Key of something that is no stage: of the run's weights and data, and what else it depends on."""
+        common = {k: v for k, v in self.config.model_dump(mode="json").items() if k in _COMMON}
+        own = common | {self.config.task: self.config.model_dump(mode="json")[self.config.task]}
+        return key_of(SCHEMA, name, own, self.contents, depends)
+
+    @cached_property
+    def contents(self) -> str:
+        """Hash of every file the config names."""
+        return Contents().of_config(self.config)
+
     def settings(self) -> ObserveSettings:
         """Allocation and clustering settings."""
         return ObserveSettings(
@@ -151,12 +148,10 @@ class Run:
 
     def checkpoints(self) -> Checkpoints:
         """The run's series (recorded or opened)."""
-        given = self.config.checkpoints
-        if self.task.open_checkpoints is not None:
-            return self.task.open_checkpoints().require()
+        given = self.task.given_checkpoints(self.config)
         if given is not None:
-            return open_directory(self.task.space, given.directory, given.pattern).require()
-        return open_series(self.task.space, self.directory.checkpoints).require()
+            return given.require()
+        return open_checkpoints(self.directory.checkpoints, self.task.space).require()
 
 
 def _spec_key(spec: BasisConfig) -> dict[str, Any]:

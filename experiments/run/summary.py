@@ -22,7 +22,7 @@ from experiments.run.stages import ClusterRecord, Run, load_observation, stage_n
 from polca_edit.allocation.allocate import explained_share, loss_change
 from polca_edit.artifacts import load_record
 from polca_edit.basis.record import Basis, capture, random_walk_capture
-from polca_edit.checkpoints.series import write_atomically, write_json
+from polca_edit.checkpoints.files import write_atomically, write_json
 from polca_edit.clusters.density import VectorClusters, skill_scores
 from polca_edit.observe import Observation
 from polca_edit.tokens import TokenSet

@@ -24,15 +24,16 @@ from experiments.application import run_application
 from experiments.config import load_config
 from experiments.reproduce.measure import Say, trained
 from experiments.reproduce.rivals import CURVATURE_SUMS
+from experiments.run.machine import hardware, versions
 from experiments.run.stages import Run, open_run
 from experiments.study.multiverse import best_carry, group_damage, thinned
 from experiments.study.robustness import stored_projections
 from interventions.damage import EvaluatedSplit
 from interventions.edits import project_out
 from polca_edit.allocation.allocate import Projections, Rule, allocate, explained_share, second_order_terms
-from polca_edit.artifacts import hardware, versions
 from polca_edit.basis.record import Basis
-from polca_edit.checkpoints.series import Checkpoints, write_json
+from polca_edit.checkpoints.files import write_json
+from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.clusters.density import ClusterSettings, cluster_trajectories
 
 KINDS = ("hessian", "trajectory", "random")

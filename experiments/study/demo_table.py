@@ -16,8 +16,8 @@ from rich.table import Table
 
 from experiments.application import run_application
 from experiments.report.tables import find_damage, most_selective
-from polca_edit.artifacts import hardware, versions
-from polca_edit.checkpoints.series import write_json
+from experiments.run.machine import hardware, versions
+from polca_edit.checkpoints.files import write_json
 
 SCHEMA = "polca-edit/demo-table/1"
 #: What a cluster must reach to count: homogeneity, recall of all skill tokens, lift, share of tokens.

@@ -15,9 +15,10 @@ from typing import Annotated, Any
 import typer
 
 from experiments.application import run_application
+from experiments.run.machine import hardware, versions
 from experiments.run.run import execute, settings_from
-from polca_edit.artifacts import RunDirectory, hardware, versions
-from polca_edit.checkpoints.series import write_json
+from experiments.run.store import RunDirectory
+from polca_edit.checkpoints.files import write_json
 
 SCHEMA = "polca-edit/paper-scale/1"
 

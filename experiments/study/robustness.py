@@ -24,13 +24,15 @@ from experiments.application import run_application
 from experiments.config import RunConfig, load_config
 from experiments.report.figures_robustness import draw_survival
 from experiments.reproduce.measure import Say, basis_inputs, trained
+from experiments.run.machine import hardware, versions
 from experiments.run.stages import Run, open_run
 from experiments.study.multiverse import branches, conclusions, outcome, survival
 from polca_edit.allocation.allocate import Projections, Rule, project
-from polca_edit.artifacts import hardware, load_record, save_record, versions
+from polca_edit.artifacts import load_record, save_record
 from polca_edit.basis.build import build_kind
 from polca_edit.basis.record import Basis
-from polca_edit.checkpoints.series import Checkpoints, write_json
+from polca_edit.checkpoints.files import write_json
+from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.clusters.density import ClusterSettings
 
 KINDS = ("hessian", "shuffled_hessian", "trajectory_secant", "random")

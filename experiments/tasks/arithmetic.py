@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from experiments.config import RunConfig
 from polca_edit.models import TransformerShape
 from polca_edit.tokens import Splits, TokenSet
 
@@ -112,7 +113,8 @@ class ArithmeticData:
 
     def batch(self, step: int) -> Int[Tensor, "B 12"]:
         """The batch of one optimiser step, a pure function of (seed, step)."""
-        return encode(*self._allowed(self.batch_size, torch.Generator().manual_seed(self.seed * 1_000_003 + step)))
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        return encode(*self._allowed(self.batch_size, generator))
 
     def allowed(self, count: int, generator: torch.Generator) -> TokenSet:
         """Random sums that training may see: neither the pair nor its commuted form is in select or evaluate."""
@@ -185,6 +187,14 @@ def make_data(
         held_out[part[:, 1], part[:, 0]] = True
     sets = [token_set(part[:, 0], part[:, 1]) for part in parts]
     return ArithmeticData(Splits(*sets), held_out, seed, batch_size)
+
+
+def data_of(config: RunConfig) -> ArithmeticData:
+    """Splits and training batches of a config."""
+    sizes = config.arithmetic
+    return make_data(
+        sizes.select_sums, sizes.curvature_sums, sizes.evaluate_sums, config.training.batch_size, config.seed
+    )
 
 
 def _draw(pairs: Int[Tensor, "P 2"], count: int, generator: torch.Generator) -> Int[Tensor, "S 2"]:

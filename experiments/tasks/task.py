@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from experiments.config import RunConfig
 from experiments.tasks import arithmetic
+from polca_edit.checkpoints.opening import open_checkpoints
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.derivatives.objective import Objective
 from polca_edit.models import TransformerShape, build_native_bridge, build_small_transformer
@@ -36,7 +37,6 @@ class Task:
         unseen: (sequences, seed) -> tokens that neither training nor a split has used; None where the task
             cannot know (opened checkpoints) or has no more to draw (texts).
         tags: gold part-of-speech tags of the select tokens, where the text has them.
-        data: sums with what training may draw; None for other tasks.
     """
 
     name: str
@@ -50,7 +50,22 @@ class Task:
     open_checkpoints: Callable[[], Checkpoints] | None = None
     unseen: Callable[[int, int], TokenSet] | None = None
     tags: GoldTags | None = None
-    data: arithmetic.ArithmeticData | None = None
+
+    def given_checkpoints(self, config: RunConfig) -> Checkpoints | None:
+        """The series the config names, None for a run that trains its own."""
+        given = config.checkpoints
+        if self.open_checkpoints is not None:
+            return self.open_checkpoints()
+        if given is None:
+            return None
+        return open_checkpoints(
+            given.directory,
+            self.space,
+            names=given.pattern,
+            step_pattern=given.step_pattern,
+            reference=given.reference,
+            skip_damaged=given.skip_damaged,
+        )
 
     def objective(self, config: RunConfig) -> Objective:
         """The derivatives of this task's loss."""
@@ -112,7 +127,6 @@ def _arithmetic(config: RunConfig) -> Task:
         unseen=None
         if config.checkpoints
         else lambda sums, seed: data.unseen(sums, config.training.steps, seed),
-        data=data,
     )
 
 

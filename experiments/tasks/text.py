@@ -21,16 +21,16 @@ from torch import Tensor, nn
 from experiments.config import RunConfig, TextConfig
 from experiments.tasks.corpus import read_documents, read_tagged, read_token_ids
 from experiments.tasks.task import Task
-from polca_edit.checkpoints.huggingface import find_revisions, load_causal_lm, open_revisions
+from polca_edit.checkpoints.huggingface import is_adapter
 from polca_edit.checkpoints.huggingface_models import (
-    is_adapter,
     load_adapted,
     load_bridge,
+    load_causal_lm,
     load_tokenizer,
-    open_adapters,
     ready_for_derivatives,
     vocabulary_and_context,
 )
+from polca_edit.checkpoints.opening import find_revisions, open_checkpoints
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.models import TransformerShape, build_native_bridge, build_small_transformer
 from polca_edit.parameters import ParameterSpace
@@ -320,14 +320,14 @@ def _huggingface_task(config: RunConfig) -> Task:
 
     def opened(space: ParameterSpace) -> Checkpoints:
         assert given is not None
-        if adapted:
-            return open_adapters(module, revisions, skip_damaged=given.skip_damaged)
-        return open_revisions(
+        return open_checkpoints(
+            given.directory,
             space,
-            revisions,
+            names=given.pattern,
+            step_pattern=given.step_pattern,
             reference=given.reference,
             skip_damaged=given.skip_damaged,
-            load=load_bridge if config.model.hooks else None,
+            load=load_bridge if config.model.hooks and not adapted else None,
         )
 
     return _task(config, data, module, token_loss, opened if revisions else None)

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from interventions.damage import Damage, EvaluatedSplit
-from polca_edit.checkpoints.series import Checkpoints
+from polca_edit.checkpoints.opening import open_checkpoints
 from polca_edit.derivatives.objective import Objective
 from polca_edit.parameters import call_with
 from polca_edit.tokens import TokenSet
@@ -263,9 +263,7 @@ class GroupedSplit:
     def shares(self, after: Float[Tensor, "M V"]) -> Shares:
         """Shares of logits after an edit."""
         answers, masks = self.tokens.output_of, self.rule.masks(self.groups)
-        damage = Damage(
-            "logits", 1.0, self.split.before, token_nll(after, answers), self.split.headroom
-        )
+        damage = Damage("logits", 1.0, self.split.before, token_nll(after, answers), self.split.headroom)
         worse = replace(damage, after=damage.before + damage.change.clamp_min(0))
         right = (after.argmax(-1) == answers).double()
         kl = token_kl(self.before, after)
@@ -306,5 +304,5 @@ def at_weights(split: EvaluatedSplit, theta: Float[Tensor, " N"]) -> EvaluatedSp
     """The same tokens and reference with other final weights, as they are after an earlier edit."""
     series = split.series
     reference = series[0 if split.reference is None else series.steps.index(split.reference)]
-    ends = Checkpoints.in_memory(series.space, (0, 1), (reference, theta))
+    ends = open_checkpoints({0: reference, 1: theta}, series.space)
     return EvaluatedSplit(split.loss, ends, split.tokens)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from polca_edit.basis import operators as bases
 from polca_edit.basis import path as path_bases
 from polca_edit.basis.record import Basis, hessian_basis, random_basis, trajectory_basis
-from polca_edit.checkpoints.series import Checkpoints, SeriesFolder, read_weights
+from polca_edit.checkpoints.files import SeriesFolder, read_weights
+from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.derivatives.objective import Objective
 from polca_edit.parameters import ParameterSpace
 from polca_edit.tokens import TokenSet

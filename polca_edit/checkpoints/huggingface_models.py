@@ -5,8 +5,6 @@ Fused attention kernels have no forward-mode derivative. Nothing is downloaded; 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +13,32 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from polca_edit.checkpoints.huggingface import Revision, load_causal_lm, open_revisions, with_first
-from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.models import bridge_around
 from polca_edit.parameters import ParameterSpace, call_with
 from polca_edit.tokens import TokenLossFunction, next_token_loss
+
+
+def load_causal_lm(folder: Path | str) -> nn.Module:
+    """``AutoModelForCausalLM`` from a local folder, in float32, with eager attention, no cache.
+
+    Raises:
+        ValueError: if the folder holds no model that transformers can build.
+    """
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(folder)
+    if not (folder / "config.json").exists():
+        raise ValueError(f"a model folder must hold a config.json, '{folder}' does not; check the path")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"'{folder}' must be a causal language model for transformers ({first})") from error
+    model.config.use_cache = False
+    result: nn.Module = model.eval()
+    return result
 
 
 def load_bridge(folder: Path | str) -> nn.Module:
@@ -152,50 +171,3 @@ def load_adapted(base: Path | str, adapter: Path | str) -> nn.Module:
     except (RuntimeError, KeyError, OSError) as error:
         raise ValueError(f"the adapter in '{adapter}' must fit the model in '{base}' ({error})") from error
     return model.eval()
-
-
-def adapter_reference(space: ParameterSpace, theta: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """Adapter weights at which the model is the pretrained one: every LoRA B matrix is zero.
-
-    The A matrices are taken from ``theta``, because their values do not matter while B is zero.
-
-    Raises:
-        ValueError: if the space holds parameters that are not LoRA matrices.
-    """
-    odd = [name for name in space.names if "lora_" not in name]
-    if odd:
-        raise ValueError(f"the reference of an adapter is known for LoRA only, got '{odd[0]}'; record step 0")
-    parts = space.unflatten(theta.clone())
-    for name in parts:
-        if "lora_B" in name or "lora_embedding_B" in name:
-            parts[name] = torch.zeros_like(parts[name])
-    return space.flatten(parts)
-
-
-def open_adapters(
-    module: nn.Module, revisions: Sequence[Revision], *, skip_damaged: bool = False
-) -> Checkpoints:
-    """Adapter checkpoints with the pretrained model as step 0.
-
-    Args:
-        module: from :func:`load_adapted`.
-        revisions: adapter folders (Trainer output of a PEFT model).
-        skip_damaged: leave incomplete ones out.
-    """
-    space = ParameterSpace.from_module(module)
-    series = open_revisions(space, revisions, skip_damaged=skip_damaged)
-    if series.steps and series.steps[0] == 0:
-        return series
-    return with_first(series, adapter_reference(space, series[0]))
-
-
-def is_adapter(folder: Path | str) -> bool:
-    """Whether a checkpoint folder holds an adapter instead of a model."""
-    return (Path(folder) / "adapter_config.json").exists()
-
-
-def base_of_adapter(folder: Path | str) -> str | None:
-    """The pretrained model an adapter names, if it is a local folder."""
-    config = json.loads((Path(folder) / "adapter_config.json").read_text())
-    named = config.get("base_model_name_or_path")
-    return named if named and Path(named).is_dir() else None

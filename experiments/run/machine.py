@@ -1,0 +1,66 @@
+"""The machine and the packages a result was made with."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+#: Packages whose version a result may depend on.
+PACKAGES = (
+    "torch",
+    "transformer-lens",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "hdbscan",
+    "safetensors",
+    "polca-edit",
+)
+
+
+def versions() -> dict[str, str]:
+    """Python and package versions that a result depends on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def hardware() -> dict[str, object]:
+    """Processor, cores, threads and accelerator of this machine."""
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            line.split(":", 1)[1].strip()
+            for line in info.read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        model = names[0] if names else model
+    return {
+        "processor": model,
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # getrusage would count the peak of the process that started this one.
+        line = next((n for n in status.read_text().splitlines() if n.startswith("VmHWM")), None)
+        if line is not None:
+            return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,121 @@
+"""Parts of a stage that survive an interruption, and what they cost."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file
+from torch import Tensor
+
+from polca_edit.artifacts import load_record, save_record
+from polca_edit.checkpoints.files import write_tensors
+from polca_edit.derivatives.objective import PassCount
+
+Record = TypeVar("Record")
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What parts cost: passes by kind, and wall-clock seconds."""
+
+    passes: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+class Ledger:
+    """What a stage's finished parts cost, kept beside them so that a resumed run adds up the same.
+
+    Cost noted by an interrupted try becomes the carried cost of this one; what is spent between making
+    the ledger and a note belongs to the parts noted.
+    """
+
+    def __init__(self, parts: Path, passes: PassCount) -> None:
+        if (parts / "spent.json").exists():
+            os.replace(parts / "spent.json", parts / "cost.json")
+        self._parts, self._passes = parts, passes
+        self._carried = carried_cost(parts) or Spent()
+        self._first, self._started = passes.as_dict(), time.perf_counter()
+
+    def note(self) -> None:
+        """Write down all that was spent so far."""
+        now, carried = self._passes.as_dict(), self._carried
+        passes = {kind: carried.passes.get(kind, 0.0) + now[kind] - self._first[kind] for kind in now}
+        seconds = carried.seconds + time.perf_counter() - self._started
+        save_record(self._parts / "spent.json", Spent(passes, seconds))
+
+
+def carried_cost(parts: Path) -> Spent | None:
+    """What earlier tries of a stage cost, None if nothing was noted by them."""
+    path = parts / "cost.json"
+    return load_record(Spent, path) if path.exists() else None
+
+
+def spent_on(parts: Path) -> dict[str, float]:
+    """Passes of all tries of a stage together; empty if nothing was noted."""
+    for name in ("spent.json", "cost.json"):
+        if (parts / name).exists():
+            return load_record(Spent, parts / name).passes
+    return {}
+
+
+def part_path(parts: Path, index: int) -> Path:
+    """File of a finished part."""
+    return parts / f"part-{index:05d}.safetensors"
+
+
+def mapped_rows(path: Path, count: int, size: int) -> Float[Tensor, "K N"]:
+    """An empty float32 table that lives in a file; the system writes pages back when memory is short."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return torch.from_file(str(path), shared=True, size=count * size, dtype=torch.float32).view(count, size)
+
+
+def kept_parts(
+    parts: Path, kind: type[Record], ledger: Ledger
+) -> Callable[[Callable[[int], Record], Sequence[int]], Iterator[Record]]:
+    """A map that keeps each finished item on disk and reads it back after an interruption."""
+
+    def mapped(function: Callable[[int], Record], indices: Sequence[int]) -> Iterator[Record]:
+        for index in indices:
+            path = part_path(parts, index)
+            if path.exists():
+                yield load_record(kind, path)
+                continue
+            result = function(index)
+            save_record(path, result)
+            ledger.note()
+            yield result
+
+    return mapped
+
+
+def kept_products(
+    folder: Path, product: Callable[[Tensor], Tensor], ledger: Ledger
+) -> Callable[[Tensor], Tensor]:
+    """An operator whose results are kept in order and replayed after an interruption.
+
+    It relies on the caller asking for the same products in the same order, as Lanczos from a seeded
+    start does.
+    """
+    count = 0
+
+    def kept(vector: Tensor) -> Tensor:
+        nonlocal count
+        path = folder / f"product-{count:05d}.safetensors"
+        count += 1
+        if path.exists():
+            stored: Tensor = load_file(path)["image"]
+            # A copy: sums over memory that is aligned otherwise differ in the last digit.
+            return stored.to(vector).clone()
+        image = product(vector)
+        write_tensors(path, {"image": image})
+        ledger.note()
+        return image
+
+    return kept

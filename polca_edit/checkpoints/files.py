@@ -1,0 +1,296 @@
+"""Files of weights: which ones hold a checkpoint, how they are read, and atomic writes.
+
+A recorded series is a directory of ``step-XXXXXXXX.safetensors`` (weights) with ``series.json``
+beside them, and ``state-XXXXXXXX.safetensors`` (optimiser and generator state) at a coarser
+spacing. Nothing here unpickles: torch files are read with ``weights_only=True``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+SERIES_SCHEMA = "polca-edit/series/1"
+
+WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+#: Names under which one file holds all weights of a folder, in order of preference.
+WEIGHT_NAMES = (
+    "model.safetensors",
+    "adapter_model.safetensors",
+    "pytorch_model.bin",
+    "adapter_model.bin",
+    "model.pt",
+)
+INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+#: Stems of torch files that lie beside the weights in a Trainer's folder.
+OTHER_STEMS = {"optimizer", "scheduler", "training_args", "rng_state", "scaler"}
+
+#: How a step is written in the names of files, folders and revisions, most specific first.
+STEP_PATTERNS = (
+    r"checkpoint[-_](\d+)",
+    r"(?:global[-_]?)?step[-_=]?(\d+)",
+    r"iter(?:ation)?[-_]?(\d+)",
+    r"ckpt[-_]?(\d+)",
+    r"(\d+)(?!.*\d)",
+)
+
+
+def step_of(name: str, pattern: str | None = None) -> int | None:
+    """Optimiser steps named by a checkpoint file, folder or revision, None where there is no number.
+
+    >>> [step_of(n) for n in ("checkpoint-500", "step1000-tokens4B", "stage1-step20-tokens1B", "7.pt")]
+    [500, 1000, 20, 7]
+
+    Args:
+        name: for example ``checkpoint-500``, ``step1000-tokens4B`` or ``runs/step30.pt``.
+        pattern: regular expression whose first group is the step; default :data:`STEP_PATTERNS`.
+    """
+    stem = Path(name).name
+    for suffix in WEIGHT_SUFFIXES:
+        stem = stem.removesuffix(suffix)
+    for candidate in (pattern,) if pattern is not None else STEP_PATTERNS:
+        found = re.search(candidate, stem)
+        if found:
+            return int(found.group(1))
+    return None
+
+
+# -- reading ---------------------------------------------------------------------------------------
+
+
+def weight_files(path: Path | str) -> list[Path]:
+    """Files that hold the weights at a path: the file itself, or those of a folder, shards included.
+
+    Raises:
+        ValueError: if nothing is there, an index is damaged, a shard is missing, or several files
+            could be meant.
+    """
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise ValueError(f"a checkpoint must exist, '{path}' does not; check the path")
+    for name in INDEX_NAMES:
+        if (path / name).exists():
+            return _shards(path / name)
+    for name in WEIGHT_NAMES:
+        if (path / name).exists():
+            return [path / name]
+    found = sorted(p for p in path.iterdir() if p.suffix in WEIGHT_SUFFIXES and p.stem not in OTHER_STEMS)
+    if len(found) != 1:
+        raise ValueError(
+            f"'{path}' must hold model.safetensors, pytorch_model.bin, their shards or exactly one weight "
+            f"file, found {[p.name for p in found][:4] or 'none'}; point at the file that is meant"
+        )
+    return found
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise ValueError(
+            f"'{index}' must be a shard index with a weight map ({error!r}); download again"
+        ) from error
+    missing = [name for name in names if not (index.parent / name).exists()]
+    if missing:
+        raise ValueError(
+            f"'{index.parent}' must hold every shard its index names, {missing} are missing; download again"
+        )
+    return [index.parent / name for name in names]
+
+
+def damage_of(path: Path | str) -> str | None:
+    """Why a checkpoint file or folder cannot be read, from headers alone; None if it looks whole.
+
+    A safetensors file is whole when its header parses and its length is what the header says;
+    of torch files only presence and length above zero are checked.
+    """
+    try:
+        files = weight_files(path)
+    except ValueError as error:
+        return str(error)
+    return next((problem for file in files if (problem := _damaged_file(file))), None)
+
+
+def _damaged_file(path: Path) -> str | None:
+    if path.suffix != ".safetensors":
+        return f"{path.name} is empty" if path.stat().st_size == 0 else None
+    try:
+        with safe_open(path, framework="pt") as handle:
+            handle.keys()
+    except (SafetensorError, OSError) as error:
+        return f"{path.name} is incomplete ({error})"
+    return None
+
+
+def read_weights(path: Path | str) -> dict[str, Tensor]:
+    """Named tensors of one checkpoint: a safetensors file, a torch file, or a folder of either.
+
+    A folder may hold one weight file or a sharded set with its index.
+
+    Raises:
+        ValueError: if nothing readable is there.
+    """
+    merged: dict[str, Tensor] = {}
+    for file in weight_files(path):
+        merged.update(_read_file(file))
+    return merged
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            weights: dict[str, Tensor] = load_file(path)
+            return weights
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"'{path}' cannot be read ({error}); it may be truncated, copy it again") from error
+    except Exception as error:  # torch raises pickle errors for files that hold more than tensors
+        raise ValueError(
+            f"'{path}' must hold tensors only (weights_only), got {type(error).__name__}; "
+            "save model.state_dict()"
+        ) from error
+    for key in ("model", "state_dict", "model_state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"'{path}' must be a state dict of tensors; save model.state_dict()")
+    return state
+
+
+# -- writing ---------------------------------------------------------------------------------------
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Write to a temporary sibling, flush to disk, then rename: the file is whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        write(part)
+        with open(part, "rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Atomically write JSON with sorted keys, no NaN."""
+    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    write_atomically(path, lambda part: part.write_text(text))
+
+
+def _order_header(path: Path) -> None:
+    """Sort the metadata of a safetensors file in place: the library writes its keys in random order."""
+    with open(path, "r+b") as handle:
+        size = int.from_bytes(handle.read(8), "little")
+        header = json.loads(handle.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > size:
+            raise ValueError(
+                f"the header of '{path}' must fit its {size} bytes, got {len(text)}; report this"
+            )
+        handle.seek(8)
+        handle.write(text.ljust(size))
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Atomically write a safetensors file."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+    def write(part: Path) -> None:
+        save_file(plain, part, metadata=dict(metadata) if metadata else None)
+        if metadata and len(metadata) > 1:
+            _order_header(part)
+
+    write_atomically(path, write)
+
+
+# -- a recorded series -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SeriesIndex:
+    """What a recorded series says of itself.
+
+    Attributes:
+        steps: optimiser steps of the weight files.
+        fingerprint: of the parameter space, None where unknown.
+        learning_rates: one per step, None where unknown.
+        weight_decay: decoupled weight decay, None where unknown.
+    """
+
+    steps: tuple[int, ...]
+    fingerprint: str | None = None
+    learning_rates: tuple[float, ...] | None = None
+    weight_decay: float | None = None
+
+
+@dataclass(frozen=True)
+class SeriesFolder:
+    """Files of a recorded series."""
+
+    directory: Path
+
+    def weights(self, step: int) -> Path:
+        """Weights after ``step`` optimiser steps."""
+        return self.directory / f"step-{step:08d}.safetensors"
+
+    def state(self, step: int) -> Path:
+        """Optimiser and generator state after ``step`` steps."""
+        return self.directory / f"state-{step:08d}.safetensors"
+
+    @property
+    def index(self) -> Path:
+        """The series description; written when the series is complete."""
+        return self.directory / "series.json"
+
+    def state_steps(self) -> list[int]:
+        """Steps at which a state was saved, ascending."""
+        return sorted(
+            s for p in self.directory.glob("state-*.safetensors") if (s := step_of(p.name)) is not None
+        )
+
+    def write_index(self, index: SeriesIndex, **more: object) -> None:
+        """Write ``series.json``.
+
+        Args:
+            index: what a reader needs.
+            **more: plain values kept beside it (training settings, data order).
+        """
+        write_json(self.index, {"schema": SERIES_SCHEMA, **asdict(index), **more})
+
+    def read_index(self) -> SeriesIndex:
+        """What ``series.json`` says.
+
+        Raises:
+            ValueError: if it is damaged.
+        """
+        try:
+            values = json.loads(self.index.read_text())
+            rates = values.get("learning_rates")
+            return SeriesIndex(
+                tuple(int(step) for step in values["steps"]),
+                values.get("fingerprint"),
+                tuple(float(rate) for rate in rates) if rates else None,
+                values.get("weight_decay"),
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            raise ValueError(
+                f"'{self.index}' must be a series index ({error}); record the run again"
+            ) from error
