@@ -117,7 +117,7 @@ class ArithmeticData:
         return encode(*self._allowed(self.batch_size, generator))
 
     def allowed(self, count: int, generator: torch.Generator) -> TokenSet:
-        """Random sums that training may see: neither the pair nor its commuted form is in select or evaluate."""
+        """Random sums that training may see: in neither order in select or evaluate."""
         return token_set(*self._allowed(count, generator))
 
     def _allowed(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

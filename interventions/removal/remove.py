@@ -87,28 +87,6 @@ class RemovalResult:
     passes: float
     judged: Judgement | None = None
 
-    def missed(self, limits: Limits) -> tuple[str, ...]:
-        """Sentences, one for every bound that is not met on the unseen tokens (on select without them)."""
-        if self.judged is None:
-            target, off, kl = self.shares.target, self.shares.worst_off, self.shares.worst_kl
-        else:
-            target, off, kl = self.judged.target_share, self.judged.worst_off_share, self.judged.kl
-        found = []
-        if not target >= limits.target:
-            found.append(
-                f"{self.skill}: damage must reach {limits.target:.1%} of the headroom, got {target:.1%}"
-            )
-        if not off <= limits.off:
-            found.append(
-                f"{self.skill}: another group may lose {limits.off:.2%} of its headroom, one loses {off:.2%}"
-            )
-        if not kl <= limits.kl:
-            found.append(
-                f"{self.skill}: another group may be {limits.kl:g} nats (KL) from the original, "
-                f"one is {kl:.3g}"
-            )
-        return tuple(found)
-
 
 def remove_skill(
     split: EvaluatedSplit,
@@ -174,6 +152,34 @@ def judged_edit(problem: RemovalProblem, edit: Edit, unseen: TokenSet) -> Judgem
     """What an edit of the problem's weights does on unseen tokens."""
     moved = edit.moved(problem.theta)
     return judge(problem, problem.select.on(unseen), lambda tokens: problem.predictor.at(moved, tokens))
+
+
+def missed_bounds(skill: str, judged: Judgement, limits: Limits) -> tuple[str, ...]:
+    """Sentences, one for every bound that a judged edit does not meet.
+
+    Args:
+        skill: name of what was removed.
+        judged: what the edit does.
+        limits: what was asked for.
+    """
+    target, off = judged.target_share, judged.worst_off_share
+    found = []
+    if not target >= limits.target:
+        found.append(
+            f"{skill}: damage must reach {limits.target:.1%} of the headroom, got {target:.1%}; "
+            "give a larger budget or span"
+        )
+    if not off <= limits.off:
+        found.append(
+            f"{skill}: another group may lose {limits.off:.2%} of its headroom, the worst loses {off:.2%}; "
+            "give a larger budget, or allow more"
+        )
+    if not judged.kl <= limits.kl:
+        found.append(
+            f"{skill}: other groups may be {limits.kl:g} nats (KL) from the original, the worst is "
+            f"{judged.kl:.3g}; give a larger budget, or allow more"
+        )
+    return tuple(found)
 
 
 def _grouped(tokens: TokenSet, target: Target) -> tuple[TokenSet, GroupRule]:
