@@ -17,7 +17,6 @@ from benchmarks.timing import Clock, time_once
 from polca_edit.allocation.allocate import project
 from polca_edit.basis.record import unlabelled
 from polca_edit.derivatives.objective import Objective
-from polca_edit.parameters import ParameterSpace
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ def float64_errors(problem: Problem) -> dict[str, float]:
     theta, rows = problem.checkpoints[-1], problem.rows(8)
     tokens = problem.tokens.select(torch.arange(min(32, problem.tokens.sequences)))
     twin = copy.deepcopy(problem.module).double()
-    exact = Objective(twin, ParameterSpace.from_module(twin), problem.token_loss, route="jvp")
+    exact = Objective(twin, problem.token_loss, route="jvp")
     reference = exact.directional(theta.double(), rows.double(), tokens)[1]
     product = exact.hessian(theta.double(), tokens)(rows[0].double())
     found = {}
@@ -117,7 +116,7 @@ def float64_errors(problem: Problem) -> dict[str, float]:
     image = problem.objective("traced").hessian(theta, tokens, expected=1000)(rows[0])
     found["hessian product float32 traced"] = float((image - product).norm() / product.norm())
     half = copy.deepcopy(problem.module).bfloat16()
-    low = Objective(half, ParameterSpace.from_module(half), problem.token_loss, route="traced")
+    low = Objective(half, problem.token_loss, route="traced")
     slopes = low.directional(theta.bfloat16(), rows.bfloat16(), tokens)[1]
     found["slopes bfloat16 traced"] = float((slopes.double() - reference).abs().max() / reference.abs().max())
     return found

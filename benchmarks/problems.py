@@ -29,7 +29,7 @@ class Problem:
 
     def objective(self, route: str = "auto", batch_size: int = 256) -> Objective:
         """A fresh objective: nothing traced, nothing checked yet."""
-        return Objective(self.module, self.space, self.token_loss, batch_size=batch_size, route=route)  # type: ignore[arg-type]
+        return Objective(self.module, self.token_loss, self.space, batch_size=batch_size, route=route)  # type: ignore[arg-type]
 
     def rows(self, count: int) -> Tensor:
         """Random orthonormal directions."""

@@ -1,16 +1,8 @@
-"""The whole observation, pure: checkpoints + tokens + settings -> records.
-
-The pipeline null of the causal test calls the same functions on reference bases.
-"""
+"""The whole observation, pure: checkpoints + tokens + settings -> records."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-
-import torch
-from jaxtyping import Int
-from torch import Tensor
 
 from polca_edit.allocation.allocate import Allocation, CheckpointMap, Projections, Rule, allocate, project
 from polca_edit.basis.record import Basis
@@ -38,21 +30,46 @@ class ObserveSettings:
 
 @dataclass(frozen=True)
 class Observation:
-    """Everything observed along one basis on one token set."""
+    """Everything observed along one basis on one token set.
+
+    Attributes:
+        projections: stored derivatives along the basis.
+        allocation: loss change given to each vector in each interval, nats.
+        clusters: per vector, the tokens whose projected loss moves together.
+        hidden: (vector, cluster) -> whether its mean breakthrough lies after ``tau``.
+        tau: optimiser step after which the mean loss falls no more.
+        tokens: (M) the tokens.
+        basis: the vectors; None where the record was made from stored projections alone.
+    """
 
     projections: Projections
     allocation: Allocation
     clusters: tuple[VectorClusters, ...]
     hidden: dict[tuple[int, int], bool]
     tau: int
+    tokens: TokenSet
+    basis: Basis | None = None
 
 
 def analyse(
-    projections: Projections, settings: ObserveSettings, outputs: Int[Tensor, " M"] | None = None
+    projections: Projections,
+    tokens: TokenSet,
+    settings: ObserveSettings | None = None,
+    *,
+    basis: Basis | None = None,
 ) -> Observation:
-    """Allocate, cluster and date breakthroughs from stored projections; no model is needed."""
+    """Allocate, cluster and date breakthroughs from stored projections; no model is needed.
+
+    Args:
+        projections: from :func:`~polca_edit.allocation.allocate.project` on the same tokens.
+        tokens: the tokens.
+        settings: quadrature rule and clustering.
+        basis: the vectors, kept in the record for what is made of it later.
+    """
+    settings = settings or ObserveSettings()
     allocation = allocate(projections, settings.rule)
     paths = allocation.projected_loss()
+    outputs = tokens.output_of if settings.clusters.by_output else None
     clusters = tuple(cluster_trajectories(paths, settings.clusters, outputs))
     steps = projections.steps
     tau = flat_after(projections.losses.double().mean(1), steps)
@@ -65,42 +82,33 @@ def analyse(
         for found in clusters
         for cluster in range(found.count)
     }
-    return Observation(projections, allocation, clusters, hidden, tau)
+    return Observation(projections, allocation, clusters, hidden, tau, tokens, basis)
 
 
 def observe(
     objective: Objective,
     checkpoints: Checkpoints,
-    bases: Sequence[Basis],
+    basis: Basis,
     tokens: TokenSet,
-    settings: ObserveSettings,
+    settings: ObserveSettings | None = None,
     *,
     mapped: CheckpointMap = map,
-) -> list[Observation]:
-    """Project, allocate and cluster every basis on one token set."""
-    measured = project(objective, checkpoints, bases, tokens, mapped=mapped)
-    outputs = tokens.output_of if settings.clusters.by_output else None
-    return [analyse(projections, settings, outputs) for projections in measured]
+) -> Observation:
+    """Project, allocate and cluster one basis on one token set.
 
+    Several bases share their forward passes in one call of
+    :func:`~polca_edit.allocation.allocate.project`, then :func:`analyse` for each.
 
-def cluster_masks(observation: Observation) -> dict[tuple[int, int], Tensor]:
-    """(vector, cluster) -> (M,) mask of its tokens."""
-    return {
-        (found.vector, cluster): found.members(cluster)
-        for found in observation.clusters
-        for cluster in range(found.count)
-    }
+    Args:
+        objective: the token loss.
+        checkpoints: the whole series, at least three.
+        basis: orthonormal vectors, from :mod:`polca_edit.basis`.
+        tokens: where derivatives are taken.
+        settings: quadrature rule and clustering.
+        mapped: runs the checkpoints; pass a caching map to resume.
 
-
-def kept_vectors(observation: Observation) -> list[int]:
-    """Vectors that were not dropped as oscillation."""
-    return [found.vector for found in observation.clusters if found.kept]
-
-
-def skill_means(values: Tensor, tokens: TokenSet) -> dict[str, float]:
-    """Mean of a per-token quantity in each skill group."""
-    return {
-        name: float(values[mask].double().mean())
-        for name, mask in tokens.skills.items()
-        if bool(torch.any(mask))
-    }
+    Raises:
+        ValueError: for a series that is too short, or losses that are not finite.
+    """
+    (projections,) = project(objective, checkpoints, [basis], tokens, mapped=mapped)
+    return analyse(projections, tokens, settings, basis=basis)

@@ -62,6 +62,62 @@ class TokenSet:
         if self.contexts and len(self.contexts) != self.count:
             raise ValueError(f"contexts must have {self.count} entries, got {len(self.contexts)}")
 
+    @classmethod
+    def from_ids(
+        cls,
+        ids: Tensor,
+        *,
+        documents: Int[Tensor, " S"] | None = None,
+        scored: Tensor | None = None,
+        skills: Mapping[str, Bool[Tensor, " M"]] | None = None,
+    ) -> TokenSet:
+        """Next-token prediction on rows of token ids: slot p predicts token p + 1.
+
+        >>> tokens = TokenSet.from_ids(torch.tensor([[7, 8, 9], [1, 2, 3]]))
+        >>> tokens.count, tokens.output_of.tolist(), tokens.features["previous token"].tolist()
+        (4, [8, 9, 2, 3], ['7', '8', '1', '2'])
+
+        Args:
+            ids: (S, L) token ids.
+            documents: (S,) document of each row; default one document a row.
+            scored: (S, L-1) which predictions count; default all.
+            skills: name -> (M,) labels of the scored tokens.
+
+        Returns:
+            the set, with the features ``token`` and ``previous token`` (ids as text: they have no
+            order) and ``position`` (slot).
+
+        Raises:
+            ValueError: for rows that hold no next token, or arrays of the wrong length.
+        """
+        if ids.ndim != 2 or ids.shape[1] < 2 or ids.is_floating_point():
+            raise ValueError(
+                f"ids must be whole numbers (S, L) with L at least 2, got {tuple(ids.shape)} of {ids.dtype}; "
+                "give one row per sequence"
+            )
+        ids = ids.cpu().long()
+        if scored is None:
+            scored = torch.ones(ids.shape[0], ids.shape[1] - 1, dtype=torch.bool)
+        if scored.shape != ids[:, 1:].shape:
+            raise ValueError(
+                f"scored must be (S, L-1) = {tuple(ids[:, 1:].shape)}, got {tuple(scored.shape)}; "
+                "slot p predicts token p + 1"
+            )
+        position = scored.nonzero()[:, 1]
+        features = {
+            "token": ids[:, 1:][scored].numpy().astype(str),
+            "previous token": ids[:, :-1][scored].numpy().astype(str),
+            "position": position.numpy(),
+        }
+        return cls(
+            ids,
+            scored,
+            torch.arange(len(ids)) if documents is None else documents,
+            dict(skills or {}),
+            ids[:, 1:].clone(),
+            features,
+        )
+
     @property
     def count(self) -> int:
         """M, the number of scored tokens."""

@@ -121,7 +121,7 @@ def quadratic_problem(
     slopes = torch.randn(count, size, generator=generator, dtype=torch.float64)
     offsets = torch.randn(count, generator=generator, dtype=torch.float64)
     module = Quadratic(curvatures, slopes, offsets)
-    objective = Objective(module, ParameterSpace.from_module(module), quadratic_loss, batch_size, route)
+    objective = Objective(module, quadratic_loss, batch_size=batch_size, route=route)
     return QuadraticProblem(module, numbered_tokens(sequences, slots), objective, mean, frame)
 
 
@@ -194,7 +194,7 @@ def two_skill_problem(
     with torch.no_grad():
         module.theta.copy_(thetas[-1])
     checkpoints = open_checkpoints(thetas, space, steps=[10 * i for i in range(41)])
-    objective = Objective(module, space, two_skill_loss, batch_size=10, route="double_backward")
+    objective = Objective(module, two_skill_loss, space, batch_size=10, route="double_backward")
     return TwoSkillProblem(module, tokens, objective, checkpoints, frame.T.contiguous())
 
 

@@ -98,7 +98,7 @@ def test_route_equals_token_gradients(name, generator):
     space, tokens = ParameterSpace.from_module(module), few_scored(generator)
     rows = torch.randn(3, space.size, generator=generator, dtype=torch.float64)
     wanted = by_token_gradients(module, next_token_loss, tokens, rows)
-    objective = Objective(module, space, next_token_loss, batch_size=3, route="adjoint")
+    objective = Objective(module, next_token_loss, space, batch_size=3, route="adjoint")
     losses, slopes = objective.directional(space.read(module), rows, tokens)
     torch.testing.assert_close(slopes, wanted, rtol=1e-9, atol=1e-11)
     with torch.no_grad():
@@ -115,7 +115,7 @@ def test_other_weights_than_the_models_own(generator):
     space, tokens = ParameterSpace.from_module(module), few_scored(generator)
     theta = space.read(module) + 0.1 * torch.randn(space.size, generator=generator, dtype=torch.float64)
     rows = torch.randn(2, space.size, generator=generator, dtype=torch.float64)
-    objective = Objective(module, space, next_token_loss, route="adjoint")
+    objective = Objective(module, next_token_loss, space, route="adjoint")
     before = space.read(module)
     slopes = objective.directional(theta, rows, tokens)[1]
     wanted = by_token_gradients(copied_with(module, theta), next_token_loss, tokens, rows)
@@ -130,8 +130,8 @@ def test_subset_of_parameters(generator):
     tokens = few_scored(generator)
     rows = torch.randn(2, space.size, generator=generator, dtype=torch.float64)
     theta = space.read(module)
-    found = Objective(module, space, next_token_loss, route="adjoint").directional(theta, rows, tokens)[1]
-    wanted = Objective(module, space, next_token_loss, route="jvp").directional(theta, rows, tokens)[1]
+    found = Objective(module, next_token_loss, space, route="adjoint").directional(theta, rows, tokens)[1]
+    wanted = Objective(module, next_token_loss, space, route="jvp").directional(theta, rows, tokens)[1]
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11)
 
 
@@ -140,10 +140,10 @@ def test_sequences_that_see_each_other_are_refused(generator):
     space, tokens = ParameterSpace.from_module(module), few_scored(generator)
     rows = torch.randn(80, space.size, generator=generator, dtype=torch.float64)
     with pytest.raises(ValueError, match="disagree with autograd"):
-        Objective(module, space, next_token_loss, route="adjoint").directional(
+        Objective(module, next_token_loss, space, route="adjoint").directional(
             space.read(module), rows, tokens
         )
-    objective = Objective(module, space, next_token_loss)
+    objective = Objective(module, next_token_loss, space)
     objective.directional(space.read(module), rows, tokens)
     assert objective.route_used == "traced"
     assert "disagree" in objective.route_note
@@ -167,11 +167,11 @@ def test_smaller_budget_same_numbers_and_too_small_is_refused(generator):
     space, tokens = ParameterSpace.from_module(module), few_scored(generator)
     rows = torch.randn(2, space.size, generator=generator, dtype=torch.float64)
     theta = space.read(module)
-    wide = Objective(module, space, next_token_loss, route="adjoint").directional(theta, rows, tokens)[1]
+    wide = Objective(module, next_token_loss, space, route="adjoint").directional(theta, rows, tokens)[1]
     route = AdjointRoute(module, space, next_token_loss, 1 << 30)
     route.prepare(space.unflatten(theta), tokens.inputs, torch.zeros(7, 3, dtype=torch.long))
     each = (1 << 30) // route.chunk(3, 8, 1 << 30)
-    tight = Objective(module, space, next_token_loss, route="adjoint", memory_budget=2 * each + 64)
+    tight = Objective(module, next_token_loss, space, route="adjoint", memory_budget=2 * each + 64)
     torch.testing.assert_close(tight.directional(theta, rows, tokens)[1], wide, rtol=1e-11, atol=1e-13)
     assert tight._adjoint.chunk(3, 8, 7) == 2
     route.memory_budget = each // 2
@@ -197,11 +197,11 @@ def test_route_is_chosen_by_scored_tokens(generator):
     module = small()
     space = ParameterSpace.from_module(module)
     theta, rows = space.read(module), torch.randn(8, space.size, generator=generator)
-    objective = Objective(module, space, next_token_loss)
+    objective = Objective(module, next_token_loss, space)
     few = few_scored(generator)
     slopes = objective.directional(theta, rows, few)[1]
     assert objective.route_used == "adjoint"
-    reference = Objective(module, space, next_token_loss, route="jvp").directional(theta, rows, few)[1]
+    reference = Objective(module, next_token_loss, space, route="jvp").directional(theta, rows, few)[1]
     torch.testing.assert_close(slopes, reference, rtol=1e-4, atol=1e-5)
     objective.directional(theta, rows[:2], text_tokens(generator), expected=200)
     assert objective.route_used == "traced"
@@ -214,7 +214,7 @@ def test_arithmetic_in_single_precision(generator):
     space = ParameterSpace.from_module(module)
     tokens = arithmetic.make_data(20, 4, 4, 8, 0).splits.select
     rows = torch.randn(5, space.size, generator=generator)
-    single = Objective(module, space, arithmetic.token_loss, route="adjoint")
+    single = Objective(module, arithmetic.token_loss, space, route="adjoint")
     found = single.directional(space.read(module), rows, tokens)[1]
     twin = module.double()
     exact = by_token_gradients(twin, arithmetic.token_loss, tokens, rows.double())

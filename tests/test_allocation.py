@@ -86,7 +86,11 @@ def test_unequal_last_batch_and_route_change_nothing(problem, checkpoints, gener
     basis = rotated_basis(generator, 3)
     expected = measured(problem, checkpoints, basis)
     objective = Objective(
-        problem.module, problem.objective.space, problem.objective.token_loss, batch_size, route
+        problem.module,
+        problem.objective.token_loss,
+        problem.objective.space,
+        batch_size=batch_size,
+        route=route,
     )
     found = project(objective, checkpoints, [basis], problem.tokens)[0]
     for name in ("losses", "gradients", "residual_start", "residual_end"):

@@ -46,7 +46,7 @@ def problem():
     scored = torch.ones(7, 2, dtype=torch.bool)
     scored[3, 1] = False
     tokens = TokenSet(inputs, scored, torch.arange(7))
-    objective = Objective(module, space, token_loss, batch_size=4)
+    objective = Objective(module, token_loss, space, batch_size=4)
     thetas = [space.read(module)]
     for _ in range(8):
         step = -0.7 * objective.mean_gradient(thetas[-1], tokens)[1] + 0.05 * torch.randn(51).double()

@@ -58,7 +58,7 @@ def curved_problem(generator: torch.Generator) -> tuple[Curved, Objective, objec
     tokens = TokenSet(inputs, scored, torch.arange(7))
     space = ParameterSpace.from_module(module)
     thetas = [torch.randn(space.size, generator=generator, dtype=torch.float64) for _ in range(4)]
-    objective = Objective(module, space, curved_loss, batch_size=4, route="double_backward")
+    objective = Objective(module, curved_loss, space, batch_size=4, route="double_backward")
     return module, objective, tokens, open_checkpoints(thetas, space, steps=[0, 10, 20, 30])
 
 
@@ -123,7 +123,7 @@ def test_hessian_basis_of_a_tied_language_model(generator):
             parameter.requires_grad_(name in chosen)
         hessians.append(dense_hessian(copied_with(model, theta), mean_loss(next_token_loss, tokens)))
     expected, values = algorithm_one(hessians, 1)
-    objective = Objective(model, space, next_token_loss, batch_size=3, route="double_backward")
+    objective = Objective(model, next_token_loss, space, batch_size=3, route="double_backward")
     basis = hessian_basis(objective, checkpoints, tokens, generator=generator, **TIGHT)
     assert torch.allclose(basis.eigenvalues, values, rtol=1e-8)
     assert_same_rows(basis.rows, expected, 1e-7)
@@ -263,10 +263,17 @@ def test_subset_and_rotation(generator):
     ]
     basis = join("hessian", parts)
     assert basis.products == 9
-    picked = basis.subset([2, 0])
+    picked = basis[2, 0]
     assert picked.origins.tolist() == [20, 0]
     assert picked.eigenvalues.tolist() == [20.0, 0.0]
     assert torch.equal(picked.rows, basis.rows[[2, 0]])
+    assert torch.equal(basis[torch.tensor([2, 0])].rows, picked.rows)
+    assert basis[1].origins.tolist() == [10]
+    assert basis[-1].rows.shape == (1, 4)
+    assert basis[1:].eigenvalues.tolist() == [10.0, 20.0]
+    assert [one.origins.tolist() for one in basis] == [[0], [10], [20]]
+    with pytest.raises(IndexError):
+        basis[3]
     turn = torch.linalg.qr(torch.randn(3, 3, generator=generator, dtype=torch.float64))[0]
     turned = basis.rotated(turn, "rotated", supervised=True)
     assert torch.allclose(turned.rows, turn.T @ basis.rows)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from oracles import two_skill_problem
 from sklearn.cluster import HDBSCAN
 from sklearn.metrics import adjusted_rand_score
 
+from polca_edit.basis.record import unlabelled
 from polca_edit.clusters.comparators import cluster_both
 from polca_edit.clusters.density import (
     OUTLIER,
@@ -17,6 +19,7 @@ from polca_edit.clusters.density import (
     shaped,
     skill_scores,
 )
+from polca_edit.observe import ObserveSettings, analyse, observe
 
 TIME = torch.linspace(0, 1, 30, dtype=torch.float64)
 SETTINGS = ClusterSettings(min_cluster_share=0.05, min_samples_share=0.02)
@@ -214,3 +217,41 @@ def test_scores_by_hand():
     assert (never.homogeneity, never.recall_all, never.recall_paper, never.lift) == (0.0, 0.0, 0.0, 0.0)
     assert clusters.outlier_share == pytest.approx(1 / 8)
     assert skill_scores(clusters, 1, {"carry": skill})["carry"].homogeneity == pytest.approx(1 / 2)
+
+
+# -- the whole observation -------------------------------------------------------------------------
+
+
+def test_observing_one_basis_finds_the_planted_skills_and_keeps_what_it_was_made_of(generator):
+    problem = two_skill_problem(generator)
+    basis = unlabelled("planted", problem.rows[:2])
+    settings = ObserveSettings(clusters=SETTINGS, breakthrough_delta=40)
+    seen = observe(problem.objective, problem.checkpoints, basis, problem.tokens, settings)
+    assert seen.basis is basis
+    assert seen.tokens is problem.tokens
+    # Skill j moves along row j and nowhere else, so tokens of the other skill lie still (at zero) there.
+    for vector, skill in enumerate(("first", "second")):
+        masks = seen.clusters[vector].masks()
+        assert list(masks) == [f"{vector}:{c}" for c in range(seen.clusters[vector].count)]
+        moved = seen.allocation.values.sum(0)[vector]
+        mine = problem.tokens.skills[skill]
+        # log(1 + exp(-s z)) from z = 0 to z = 4: all of ln 2 but exp(-4).
+        assert bool((moved[mine] < -0.6).all())
+        assert float(moved[~mine].abs().max()) < 1e-9
+        assert max(float(mine[mask].double().mean()) for mask in masks.values()) == 1.0
+    again = analyse(seen.projections, problem.tokens, settings)
+    assert again.basis is None
+    assert again.hidden == seen.hidden
+    assert again.tau == seen.tau
+    for one, other in zip(again.clusters, seen.clusters, strict=True):
+        assert torch.equal(one.labels, other.labels)
+
+
+def test_masks_are_named_by_vector_and_cluster():
+    labels = torch.tensor([0, 1, OUTLIER, 1])
+    masks = VectorClusters(3, True, labels, torch.zeros(4, dtype=torch.bool)).masks()
+    assert {name: mask.tolist() for name, mask in masks.items()} == {
+        "3:0": [True, False, False, False],
+        "3:1": [False, True, False, True],
+    }
+    assert VectorClusters(0, False, torch.full((4,), OUTLIER), torch.ones(4, dtype=torch.bool)).masks() == {}

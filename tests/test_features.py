@@ -22,7 +22,7 @@ def problem():
     module = build_small_transformer(SHAPE, 0).double()
     space = ParameterSpace.from_module(module)
     tokens = make_data(10, 10, 10, 4, 0).splits.select
-    objective = Objective(module, space, token_loss, batch_size=6)
+    objective = Objective(module, token_loss, space, batch_size=6)
     generator = torch.Generator().manual_seed(0)
     thetas = [space.read(module)]
     for _ in range(3):

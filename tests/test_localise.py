@@ -24,7 +24,7 @@ def bench():
     theta = space.read(module)
     reference = theta + 0.3 * torch.randn(space.size, generator=g)
     series = open_checkpoints([reference, theta], space, steps=[0, 1])
-    return EvaluatedSplit(Objective(module, space, next_token_loss), series, tokens)
+    return EvaluatedSplit(Objective(module, next_token_loss, space), series, tokens)
 
 
 def only(space: ParameterSpace, pattern: str, generator: torch.Generator) -> torch.Tensor:

@@ -26,7 +26,8 @@ module = build_small_transformer(TransformerShape(2, 128, 4, 512, 12, 12, 10), 0
 space = ParameterSpace.from_module(module)
 tokens = arithmetic.make_data(sums, 4, 4, 8, 0).splits.select
 rows = torch.randn(8, space.size, generator=torch.Generator().manual_seed(1))
-objective = Objective(module, space, arithmetic.token_loss, 10_000, "adjoint", memory_budget=budget)
+settings = {"batch_size": 10_000, "route": "adjoint", "memory_budget": budget}
+objective = Objective(module, arithmetic.token_loss, space, **settings)
 objective.directional(space.read(module), rows[:2], tokens.select(torch.arange(4)))
 before = high_water()
 slopes = objective.directional(space.read(module), rows, tokens)[1]

@@ -237,7 +237,7 @@ def test_hessian_product_agrees_with_an_in_place_copy(model, route, generator):
     vector = torch.randn(space.size, generator=generator, dtype=torch.float64)
     expected = hessian_product(copied_with(model, theta), mean_loss(next_token_loss, tokens), vector)
     before = bytes_of(model)
-    objective = Objective(model, space, next_token_loss, batch_size=2, route=route)
+    objective = Objective(model, next_token_loss, space, batch_size=2, route=route)
     product = objective.hessian(theta, tokens)(vector)
     assert torch.allclose(product, expected, rtol=0, atol=1e-10 * float(expected.abs().max()))
     assert bytes_of(model) == before
@@ -250,7 +250,7 @@ def test_gradient_reaches_a_tied_weight_once(generator):
     tokens = text_tokens(generator)
     loss = mean_loss(next_token_loss, tokens)(model)
     expected = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, list(model.parameters()))])
-    objective = Objective(model, space, next_token_loss, batch_size=2, route="jvp")
+    objective = Objective(model, next_token_loss, space, batch_size=2, route="jvp")
     value, gradient = objective.mean_gradient(space.read(model), tokens)
     assert value == pytest.approx(float(loss.detach()), abs=1e-13)
     assert torch.allclose(gradient, expected, rtol=0, atol=1e-13)

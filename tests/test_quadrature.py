@@ -51,7 +51,7 @@ def _problem(degree, thetas, rows=6, seed=0):
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.rand(rows, thetas.shape[1], generator=generator, dtype=torch.float64)
     tokens = TokenSet(inputs, torch.ones(rows, 1, dtype=torch.bool), torch.arange(rows))
-    objective = Objective(module, space, lambda m, x: m(x)[:, None])
+    objective = Objective(module, lambda m, x: m(x)[:, None], space)
     return objective, open_checkpoints(thetas, space, steps=range(len(thetas))), tokens
 
 
@@ -147,7 +147,7 @@ def test_straight_line_differs_from_a_detour_by_the_closed_form_area():
     space = ParameterSpace.from_module(module)
     ones = torch.ones(3, 1, dtype=torch.float64)
     tokens = TokenSet(ones, ones.bool(), torch.arange(3))
-    objective = Objective(module, space, lambda m, x: m(x)[:, None])
+    objective = Objective(module, lambda m, x: m(x)[:, None], space)
     fine = open_checkpoints(torch.as_tensor(square), space, steps=(0, 1, 2))
     coarse = open_checkpoints(torch.as_tensor(square[[0, 2, 2]]), space, steps=(0, 2, 3))
     basis = unlabelled("axes", torch.eye(2, dtype=torch.float64))

@@ -109,7 +109,7 @@ def stated(problem: RemovalProblem, theta: Tensor, reference: Tensor) -> Removal
 def problem() -> RemovalProblem:
     """Both tables know their answers (margin 4); the skill is the first table."""
     module = TwoTables()
-    loss = Objective(module, ParameterSpace.from_module(module), table_loss)
+    loss = Objective(module, table_loss)
     x = torch.arange(10)
     table = 4.0 * nn.functional.one_hot(answers_of(x), 4).float()
     theta = loss.space.flatten({"first": table[:5], "second": table[5:]})
@@ -186,7 +186,6 @@ def given_split(
     module = Given(len(answers))
     loss = Objective(
         module,
-        ParameterSpace.from_module(module),
         lambda m, x: token_nll(m(x).flatten(0, 1), answers[x].flatten()).view(x.shape),
     )
     x = torch.arange(len(answers))
@@ -479,7 +478,7 @@ def test_remove_skill_works_on_a_hugging_face_model_with_its_defaults() -> None:
     outputs = inputs[:, 1:].clone()
     scored = torch.ones_like(outputs, dtype=torch.bool)
     tokens = TokenSet(inputs, scored, torch.arange(8), {"threes": outputs.flatten() == 3}, outputs)
-    loss = Objective(model, space, next_token_loss)
+    loss = Objective(model, next_token_loss, space)
     split = EvaluatedSplit(loss, open_checkpoints({0: start, 30: theta}, space), tokens)
     span = span_by_tensor((theta - start)[None], space, "movement", block=16)
     found = remove_skill(split, "threes", span, budget=Budget(20, 2, 8, (0.02,)), unseen=tokens)

@@ -111,7 +111,7 @@ def test_relearning_needs_the_skills_own_data() -> None:
     space = ParameterSpace.from_module(module)
     theta = known(torch.arange(8) % 4, 4).flatten()
     rule = GroupRule(("skill", "rest"), (True, False), lambda t: (t.inputs[:, 0] >= 4).long())
-    loss = Objective(module, space, lambda m, x: token_nll(m(x).flatten(0, 1), x.flatten() % 4).view(x.shape))
+    loss = Objective(module, lambda m, x: token_nll(m(x).flatten(0, 1), x.flatten() % 4).view(x.shape), space)
     everything = table_tokens(torch.arange(8).repeat(4))
     series = open_checkpoints({0: torch.zeros(32), 1: theta}, space)
     split = EvaluatedSplit(loss, series, everything)

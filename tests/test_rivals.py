@@ -54,7 +54,7 @@ def problem() -> RemovalProblem:
     def token_loss(m: nn.Module, x: Tensor) -> Tensor:
         return token_nll(m(x).flatten(0, 1), x.flatten() % 4).view(x.shape)
 
-    loss = Objective(module, space, token_loss)
+    loss = Objective(module, token_loss, space)
     series = open_checkpoints({0: torch.zeros(40), 1: theta}, space)
     split = EvaluatedSplit(loss, series, tokens_of(torch.arange(10)))
     rule = GroupRule(("a", "b"), (True, False), lambda t: t.inputs[:, 0] // 5, "first")

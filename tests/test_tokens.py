@@ -165,3 +165,40 @@ def test_next_token_loss_by_hand():
     expected = [normaliser[0] - 1.0, normaliser[1] - 0.0, normaliser[2] - 0.0]
     assert losses.shape == (1, 3)
     assert losses[0].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_set_from_token_ids_predicts_every_next_token():
+    ids = torch.tensor([[5, 6, 7], [8, 8, 9]])
+    tokens = TokenSet.from_ids(ids)
+    assert tokens.output_of.tolist() == [6, 7, 8, 9]
+    assert tokens.features["token"].tolist() == ["6", "7", "8", "9"]
+    assert tokens.features["previous token"].tolist() == ["5", "6", "8", "8"]
+    assert tokens.features["position"].tolist() == [0, 1, 0, 1]
+    assert tokens.documents.tolist() == [0, 1]
+    # Slot p of the loss is the token in output_of, so the set fits next_token_loss as it is.
+    losses = next_token_loss(Bigram(), ids % 3)[tokens.scored]
+    assert losses.shape == (tokens.count,)
+
+
+def test_a_set_from_token_ids_with_its_own_slots_documents_and_skills():
+    ids = torch.tensor([[5, 6, 7], [8, 8, 9]])
+    scored = torch.tensor([[False, True], [True, False]])
+    labels = {"big": torch.tensor([False, True])}
+    tokens = TokenSet.from_ids(ids, documents=torch.tensor([4, 4]), scored=scored, skills=labels)
+    assert tokens.output_of.tolist() == [7, 8]
+    assert tokens.features["previous token"].tolist() == ["6", "8"]
+    assert tokens.documents.tolist() == [4, 4]
+    assert torch.equal(tokens.skills["big"], labels["big"])
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"ids": torch.zeros(3, 1, dtype=torch.long)}, "L at least 2"),
+        ({"ids": torch.zeros(3, 4)}, "whole numbers"),
+        ({"ids": torch.zeros(2, 4, dtype=torch.long), "scored": torch.ones(2, 4, dtype=torch.bool)}, "L-1"),
+    ],
+)
+def test_ids_that_hold_no_next_token_are_refused(given, words):
+    with pytest.raises(ValueError, match=words):
+        TokenSet.from_ids(**given)

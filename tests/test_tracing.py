@@ -65,7 +65,7 @@ def small_hessian() -> tuple[Objective, Tensor, TokenSet]:
     space = ParameterSpace.from_module(module)
     inputs = torch.randint(0, 10, (6, 9), generator=torch.Generator().manual_seed(0))
     tokens = TokenSet(inputs, torch.ones(6, 8, dtype=torch.bool), torch.arange(6))
-    return Objective(module, space, next_token_loss, route="traced"), space.read(module), tokens
+    return Objective(module, next_token_loss, space, route="traced"), space.read(module), tokens
 
 
 def test_the_tangent_part_of_a_transformer_is_lean() -> None:

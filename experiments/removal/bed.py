@@ -180,7 +180,7 @@ def open_bed(
 
 def _vectors(bed: Bed) -> BedVectors:
     task, settings, series = bed.run.task, bed.settings, bed.checkpoints
-    objective = Objective(task.module, task.space, task.token_loss, batch_size=settings.curvature_sample)
+    objective = Objective(task.module, task.token_loss, task.space, batch_size=settings.curvature_sample)
     objective.passes = bed.run.objective.passes
     sample = task.splits.curvature.select(torch.arange(settings.curvature_sample))
     count = settings.hessian_vectors

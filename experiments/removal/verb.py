@@ -54,7 +54,6 @@ from polca_edit.checkpoints.files import write_json
 from polca_edit.clusters.membership import fit_rule
 from polca_edit.tokens import TokenSet
 
-
 # -- what is removed -------------------------------------------------------------------------------
 
 

@@ -447,9 +447,7 @@ def build_basis(run: Run, spec: BasisConfig, checkpoints: Checkpoints, parts: Pa
             kind=spec.kind,
         )
         bar.close()
-        return dataclasses.replace(
-            basis.subset(range(min(spec.vectors, len(basis)))), products=basis.products
-        )
+        return dataclasses.replace(basis[: spec.vectors], products=basis.products)
     return _further_basis(run, spec, checkpoints)
 
 
@@ -509,5 +507,4 @@ def _clusters(run: Run, stage: str) -> None:
 def load_observation(run: Run, label: str) -> Observation:
     """Allocation and clusters of a basis, recomputed from stored projections (seconds, no model)."""
     projections = load_record(Projections, run.directory.projections(label))
-    outputs = run.task.splits.select.output_of if run.config.clusters.by_output else None
-    return analyse(projections, run.settings(), outputs)
+    return analyse(projections, run.task.splits.select, run.settings())

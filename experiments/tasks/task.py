@@ -70,7 +70,7 @@ class Task:
     def objective(self, config: RunConfig) -> Objective:
         """The derivatives of this task's loss."""
         return Objective(
-            self.module, self.space, self.token_loss, batch_size=config.batch_size, compiled=config.compiled
+            self.module, self.token_loss, self.space, batch_size=config.batch_size, compiled=config.compiled
         )
 
 

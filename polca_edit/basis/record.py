@@ -46,9 +46,19 @@ class Basis:
     def __len__(self) -> int:
         return self.rows.shape[0]
 
-    def subset(self, indices: Sequence[int] | Tensor) -> Basis:
-        """Only the given vectors, in the given order."""
-        index = torch.as_tensor(indices, dtype=torch.long)
+    def __getitem__(self, chosen: int | slice | Sequence[int] | Tensor) -> Basis:
+        """Only the given vectors, in the given order; one index gives a basis of one vector.
+
+        >>> basis = unlabelled("axes", torch.eye(3))
+        >>> len(basis[1]), len(basis[:2]), basis[2, 0].rows.tolist()
+        (1, 2, [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
+
+        Raises:
+            IndexError: for a vector that is not there.
+        """
+        if isinstance(chosen, slice):
+            chosen = range(len(self))[chosen]
+        index = torch.atleast_1d(torch.as_tensor(chosen, dtype=torch.long))
         return replace(
             self,
             rows=self.rows[index],

@@ -74,6 +74,15 @@ class VectorClusters:
         """Mask of one cluster's tokens."""
         return self.labels == cluster
 
+    def masks(self) -> dict[str, Bool[Tensor, " M"]]:
+        """``"vector:cluster"`` -> mask of its tokens, for every cluster.
+
+        >>> labels = torch.tensor([0, -1, 1])
+        >>> VectorClusters(3, True, labels, labels < 0).masks()["3:1"].tolist()
+        [False, False, True]
+        """
+        return {f"{self.vector}:{cluster}": self.members(cluster) for cluster in range(self.count)}
+
 
 def cluster_trajectories(
     projected_loss: Float[Tensor, "T K M"],

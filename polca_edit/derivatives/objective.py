@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -61,14 +61,21 @@ class PassCount:
         return {"forward": self.forward, "backward": self.backward, "tangent": self.tangent, "hvp": self.hvp}
 
 
-@dataclass
 class Objective:
     """A module, its chosen parameters and a token loss: what every derivative is taken of.
 
+    >>> module = nn.Linear(1, 1, bias=False)
+    >>> loss = Objective(module, lambda m, x: m(x).square())
+    >>> tokens = TokenSet(torch.tensor([[2.0]]), torch.ones(1, 1, dtype=torch.bool), torch.zeros(1))
+    >>> loss.losses(torch.tensor([3.0]), tokens).tolist()  # (3 x 2)^2
+    [36.0]
+    >>> loss.directional(torch.tensor([3.0]), torch.ones(1, 1), tokens)[1].tolist()  # 2 x 3 x 2^2
+    [[24.0]]
+
     Attributes:
         module: the model; its own weights are never changed by this class.
-        space: which parameters, in which flat order.
         token_loss: ``token_loss(module, inputs)`` -> (B, P) nats.
+        space: which parameters, in which flat order.
         batch_size: sequences per batch; bounds memory, never changes a result beyond rounding.
         route: how derivatives are computed; ``auto`` picks by the number of vectors.
         compiled: pass traced tangent parts through ``torch.compile``.
@@ -78,20 +85,32 @@ class Objective:
         passes: running count of the work done.
     """
 
-    module: nn.Module
-    space: ParameterSpace
-    token_loss: TokenLossFunction
-    batch_size: int = 256
-    route: Route = "auto"
-    compiled: bool = False
-    memory_budget: int = 1 << 30
-    route_used: Route | None = None
-    route_note: str = ""
-    passes: PassCount = field(default_factory=PassCount)
-    _traces: dict[tuple[object, ...], Linearization] = field(default_factory=dict, repr=False)
-    _reverse_only: bool = field(default=False, repr=False)
-    _untraceable: bool = field(default=False, repr=False)
-    _adjoint: AdjointRoute | None = field(default=None, repr=False)
+    def __init__(
+        self,
+        module: nn.Module,
+        token_loss: TokenLossFunction,
+        space: ParameterSpace | None = None,
+        *,
+        batch_size: int = 256,
+        route: Route = "auto",
+        compiled: bool = False,
+        memory_budget: int = 1 << 30,
+    ) -> None:
+        """See the attributes; ``space`` defaults to all trainable parameters."""
+        self.module = module
+        self.token_loss = token_loss
+        self.space = ParameterSpace.from_module(module) if space is None else space
+        self.batch_size = batch_size
+        self.route: Route = route
+        self.compiled = compiled
+        self.memory_budget = memory_budget
+        self.route_used: Route | None = None
+        self.route_note = ""
+        self.passes = PassCount()
+        self._traces: dict[tuple[object, ...], Linearization] = {}
+        self._reverse_only = False
+        self._untraceable = False
+        self._adjoint: AdjointRoute | None = None
 
     @property
     def device(self) -> torch.device:
