@@ -26,9 +26,11 @@ Record = TypeVar("Record")
 
 #: The one way between records and plain JSON values; unknown keys of older files are left out. JSON has no
 #: NaN: a number that is not finite is null, and null where a record wants a number is NaN.
+#: Values of no stated type (``object``) stay plain.
 CONVERTER = make_converter()
 CONVERTER.register_unstructure_hook(float, lambda value: value if math.isfinite(value) else None)
 CONVERTER.register_structure_hook(float, lambda value, _: math.nan if value is None else float(value))
+CONVERTER.register_structure_hook_func(lambda kind: kind is object, lambda value, _: value)
 
 
 def to_plain(value: Any) -> Any:

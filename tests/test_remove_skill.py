@@ -173,11 +173,12 @@ def test_study_end_to_end(folder: Path, tmp_path: Path) -> None:
     back = from_plain(StudyResult, to_plain(replace(result, rows=(wild, *result.rows[1:]))))
     assert math.isnan(back.rows[0].worst_off_share)
     assert math.isnan(back.rows[0].groups["10s"])
-    assert back.rows[3:4] == result.rows[3:4]
+    assert to_plain(back.rows[1:]) == to_plain(result.rows[1:])
     # The judged numbers are those of the edit itself: none of the original model's weights changed.
     again = run_study(replace(study, methods=("layer rollback",)), [0], workers=1, folder=folder)
     first = next(row for row in result.rows if row.method == "layer rollback")
-    assert replace(again.rows[0], seconds=0, cpu_seconds=0) == replace(first, seconds=0, cpu_seconds=0)
+    timeless = [to_plain(replace(row, seconds=0.0, cpu_seconds=0.0)) for row in (again.rows[0], first)]
+    assert timeless[0] == timeless[1]
 
 
 def test_the_verb_writes_results_and_figures(
