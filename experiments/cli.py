@@ -82,13 +82,9 @@ def run(
 def report(directory: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
     """Draw report.html and the figures again from a run's records; no model is needed."""
     from experiments.report.page import write_report
-    from experiments.report.sections import extra_sections
     from experiments.run.store import RunDirectory
-    from experiments.run.summary import read_summary
 
-    read_summary(directory)
-    opened = RunDirectory(directory)
-    say(f"Report: {write_report(opened, say, extra_sections(opened))}")
+    say(f"Report: {write_report(RunDirectory(directory), say)}")
 
 
 @app.command(epilog="Example: `polca-edit inspect runs/demo --json | jq .cost`")
@@ -99,14 +95,14 @@ def inspect(
     """Print what a finished run found."""
     import json
 
-    from experiments.report.tables import print_summary
+    from experiments.report.answers import print_summary
+    from experiments.run.store import RunDirectory
     from experiments.run.summary import read_summary
 
-    summary = read_summary(directory)
     if json_:
-        typer.echo(json.dumps(summary, indent=1, sort_keys=True))
+        typer.echo(json.dumps(read_summary(directory), indent=1, sort_keys=True))
     else:
-        print_summary(summary, console)
+        print_summary(RunDirectory(directory), console)
 
 
 app.command(name="open")(text_verbs.open_checkpoints)

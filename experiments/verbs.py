@@ -144,33 +144,32 @@ def label(
     """
     import json
 
+    from experiments.report.labels import print_labels, transferred_table
     from experiments.report.page import write_report
-    from experiments.report.sections import extra_sections
-    from experiments.run.labelling import describe_labels, transferred_labels, write_labels
+    from experiments.run.labels import transferred_labels, write_labels
+    from experiments.run.run import console
     from experiments.run.stages import load_run
     from experiments.run.summary import write_summary
     from experiments.tasks.text import transfer_tokens
+    from polca_edit.artifacts import to_plain
     from polca_edit.checkpoints.files import write_json
 
     run = load_run(directory)
     if transfer is not None:
         other = transfer_tokens(run.config, transfer, sequences)
         rows = [row for b in run.config.bases for row in transferred_labels(run, b.label, other)]
-        write_json(run.directory.path / "labels" / "transfer.json", {"text": transfer, "rows": rows})
-        for row in rows:
-            there = "none there" if row["auc_transferred"] is None else f"{row['auc_transferred']:.2f}"
-            typer.echo(
-                f"  {row['basis']} {row['vector']}:{row['cluster']}  AUC {row['auc']:.2f}, "
-                f"on the other text {there} ({row['tokens']} tokens)"
-            )
+        found = {"text": transfer, "rows": to_plain(rows)}
+        write_json(run.directory.path / "labels" / "transfer.json", found)
+        console.print(transferred_table(rows).terminal())
         return
     labels = write_labels(run)
     write_summary(run)
-    page = write_report(run.directory, typer.echo, extra_sections(run.directory))
+    page = write_report(run.directory, typer.echo)
     if json_:
-        typer.echo(json.dumps(labels, indent=1, sort_keys=True))
+        typer.echo(json.dumps(to_plain(labels), indent=1, sort_keys=True))
     else:
-        typer.echo(f"{describe_labels(labels)}\nReport: {page}")
+        print_labels(labels, console)
+        typer.echo(f"Report: {page}")
 
 
 def plan(

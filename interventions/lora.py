@@ -89,10 +89,13 @@ def transposed_weights(space: ParameterSpace, module: nn.Module | None = None) -
         if len(shape) != 2 or bias is None or bias != (shape[1],):
             continue
         (square if shape[0] == shape[1] else told).add(name)
-    alike = {name.split(".")[-2] for name in told}
-    return frozenset(
-        told | {name for name in square if name.split(".")[-2:-1] and name.split(".")[-2] in alike}
-    )
+    alike = {_owner(name) for name in told}
+    return frozenset(told | {name for name in square if _owner(name) in alike})
+
+
+def _owner(name: str) -> str:
+    """Last name of the module that holds a parameter, empty for the root's own."""
+    return name.rpartition(".")[0].rpartition(".")[2]
 
 
 def _adaptable(name: str, part: Tensor) -> bool:

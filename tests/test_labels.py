@@ -11,7 +11,12 @@ import numpy as np
 import pytest
 import torch
 from hub_models import story
+from markupsafe import escape
 
+from experiments.report.labels import label_section, read_labels, transferred_table
+from experiments.run.label_records import EXACT_LOSS, BasisLabels, ClusterLabel, TagRecord, TransferredLabel
+from experiments.run.store import RunDirectory
+from polca_edit.artifacts import save_record
 from polca_edit.clusters.labels import (
     LABEL_AUC,
     covering_tags,
@@ -201,6 +206,47 @@ class TestOverlap:
         # a-b and b-d overlap by more than half, a-d does not; the chain joins all three.
         assert distinct(masks, 0.65) == [("a", "b", "d"), ("c",)]
         assert distinct({}) == []
+
+
+class TestReport:
+    def labels(self) -> BasisLabels:
+        rule = "token is ',' and previous shape is 'piece' and distance >= 7 and position in 3..9 " * 3
+        tags = TagRecord("1 before: DET", True, 30, 0.75, 4.5, 0.1)
+        clusters = (
+            ClusterLabel(3, 0, 1234, rule, 0.953, 0.51, 0.8, 0.7, 900, 0.1, True, ("<a>[b]c",), tags),
+            ClusterLabel(5, 1, 60, "position >= 9", 0.61, 0.5, 0.2, 0.3, 9, 0.1, False, (), tags),
+        )
+        return BasisLabels(0.9, clusters, ((1.0, 0.2), (0.2, 1.0)), (("3:0", "5:1"),), 4, 1, 2, 1)
+
+    def test_the_chapter_has_the_records_numbers_and_whole_rules(self, tmp_path):
+        directory = RunDirectory(tmp_path)
+        save_record(tmp_path / "labels" / "hessian.json", self.labels())
+        save_record(tmp_path / "labels" / f"{EXACT_LOSS}.json", self.labels())
+        (tmp_path / "labels" / "transfer.json").write_text("{}")
+        assert read_labels(directory)["hessian"] == self.labels()
+        section = label_section(directory)
+        page = "".join(block.__html__() for block in section.blocks)
+        assert str(escape(self.labels().clusters[0].rule)) in page
+        assert "1 of 4 kept vectors have a cluster with a feature rule of AUC 0.9" in page
+        assert "1 of 2 clusters have a feature rule of AUC 0.9" in page
+        for number in ("1,234", "0.95", "0.51", "0.80", "0.70", "900", "1 before: DET", "0.75", "4.5"):
+            assert f">{number}</td>" in page
+        assert "&lt;a&gt;<mark>b</mark>c" in page
+        assert "Tokens in context of 1 of 2 clusters." in page
+
+    def test_without_labels_there_is_no_chapter(self, tmp_path):
+        assert label_section(RunDirectory(tmp_path)) is None
+
+    def test_labels_on_another_text(self):
+        rows = [
+            TransferredLabel("hessian", 3, 0, "a rule", 0.95, 0.91, 40),
+            TransferredLabel("hessian", 3, 1, "b rule", 0.95, None, 0),
+        ]
+        shown = transferred_table(rows).markdown().splitlines()[2:]
+        assert shown == [
+            "| hessian | 3:0 | 0.95 | 0.91 | 40 | a rule |",
+            "| hessian | 3:1 | 0.95 | – | 0 | b rule |",
+        ]
 
 
 class TestTaggers:

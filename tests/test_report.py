@@ -3,27 +3,51 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import re
 from dataclasses import replace
 from pathlib import Path
 
 import jsonschema
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import yaml
+from markupsafe import Markup
 
-from experiments.report import figures
-from experiments.report.formats import highlighted, nats, percent
-from experiments.report.page import Section, write_report
-from experiments.report.records import ClusterView, allocate_only, by_interest, over_headroom, read_run
-from experiments.report.tokens import exact_combinations, nearest_to_medoid
+from experiments.report.answers import Answer, Loss, answers
+from experiments.report.figures_damage import damage_map
+from experiments.report.figures_removal import RemovalCurves, draw_removal
+from experiments.report.figures_robustness import Survival, draw_survival
+from experiments.report.formats import highlighted, nats, share
+from experiments.report.page import write_report
+from experiments.report.records import ClusterEntry, read_summary
+from experiments.report.sections import (
+    AxisRow,
+    Discovery,
+    FoundCluster,
+    Section,
+    WindowRow,
+    discovery_section,
+)
+from experiments.report.style import Drawing, new_figure, styled
+from experiments.report.tables import Cell, Column, Table, table
+from experiments.report.view import (
+    ClusterView,
+    allocate_only,
+    by_interest,
+    exact_combinations,
+    over_headroom,
+    read_run,
+)
 from experiments.run.store import RunDirectory
 from experiments.run.summary import summary_schema
 from polca_edit.allocation.allocate import Projections, allocate
-from polca_edit.artifacts import save_record
+from polca_edit.artifacts import from_plain, save_record, to_plain
+from polca_edit.clusters.medoid import nearest_to_medoid
 
 STEPS = torch.arange(0, 110, 10)
 TOKENS, VECTORS = 40, 3
@@ -209,8 +233,17 @@ def make_run(path: Path, bases: dict[str, bool], *, with_skills: bool = True) ->
 
 
 def words(page: str) -> str:
-    """The page without pictures and tags."""
-    return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", re.sub(r'src="data:[^"]*"', "", page)))
+    """The page's body without pictures, style, code and tags."""
+    body = page[page.index("<body>") : page.index("<script>")]
+    plain = re.sub(r'(src|title)="[^"]*"', "", body)
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", plain))
+
+
+def rows_of(page: str, first: str) -> list[list[str]]:
+    """Cells of every table row that begins with a cell."""
+    rows = re.findall(r"<tr>(.*?)</tr>", page, re.DOTALL)
+    cells = [[re.sub(r"<[^>]*>", "", c) for c in re.findall(r"<td[^>]*>(.*?)</td>", row)] for row in rows]
+    return [row for row in cells if row and row[0] == first]
 
 
 @pytest.fixture(scope="module")
@@ -229,105 +262,370 @@ def drawn(tmp_path_factory):
     return directory, path.read_text(encoding="utf-8")
 
 
-def test_page_needs_nothing_beside_it(drawn) -> None:
-    _, page = drawn
-    assert "<script" not in page
-    assert "<link" not in page
-    sources = re.findall(r'<img src="([^"]*)"', page)
-    assert sources
-    for source in sources:
-        kind, _, content = source.partition(",")
-        assert kind == "data:image/svg+xml;base64"
-        assert b"<svg" in base64.b64decode(content)
-    assert all(target.startswith("#") for target in re.findall(r'href="([^"]*)"', page))
-    assert "url(" not in page
+class TestPage:
+    def test_it_needs_nothing_beside_it(self, drawn) -> None:
+        _, page = drawn
+        assert "<link" not in page
+        assert "<script src" not in page
+        sources = re.findall(r'<img src="([^"]*)"', page)
+        assert sources
+        for source in sources:
+            kind, _, content = source.partition(",")
+            assert kind == "data:image/svg+xml;base64"
+            assert b"<svg" in base64.b64decode(content)
+        assert all(target.startswith("#") for target in re.findall(r'href="([^"]*)"', page))
+        assert not re.search(r"url\(|@import|fetch\(|XMLHttpRequest|https?://", page)
+
+    def test_every_link_has_a_target(self, drawn) -> None:
+        targets = re.findall(r'href="#([^"]*)"', drawn[1])
+        assert len(targets) >= 5
+        assert set(targets) <= set(re.findall(r'id="([^"]*)"', drawn[1]))
+
+    def test_figures_follow_the_theme(self, drawn) -> None:
+        first = re.search(r'<img src="data:image/svg\+xml;base64,([^"]*)"', drawn[1])
+        svg = base64.b64decode(first.group(1)).decode()
+        assert "prefers-color-scheme:dark" in svg
+        assert "var(--ink)" in svg
+        assert "#222222" not in svg.replace("--ink:#222222", "")
+
+    def test_same_figures_as_png_and_no_stale_ones(self, drawn) -> None:
+        directory, page = drawn
+        named = set(re.findall(r"figures/([\w-]+\.png)", page))
+        assert {p.name for p in (directory / "figures").iterdir()} == named
+        assert len(named) == page.count("<img ")
+        for name in named:
+            assert (directory / "figures" / name).read_bytes().startswith(b"\x89PNG")
+
+    def test_numbers_come_from_the_records(self, drawn) -> None:
+        page, text = drawn[1], words(drawn[1])
+        assert "123,456 parameters" in text
+        assert "from 6.000 to 1.000 nats" in text
+        assert "(3 hessian and 3 trajectory)" in text
+        # Cost: 80 sequences over 40 select sequences are two passes.
+        assert rows_of(page, "projections") == [["projections", "3.2", "2.0", "0.0", "0.0", "0.0", "1.50"]]
+        assert rows_of(page, "together") == [["together", "12.5", "3.0", "1.0", "2.0", "4.0", "2.00"]]
+        # Cluster v0.c1 holds tokens 30..39, half of them 10s: damage 3.45 on it, 1.45 on the others.
+        plain, judged = rows_of(page, "v0·c1")
+        assert plain[:9] == ["v0·c1", "10", "–", "0.33", "0.50", "0.25", "0.25", "0.50", "50"]
+        assert plain[9:] == ["yes", "+3.450", "+1.450", "–", "+2.000"]
+        assert judged[1] == "the rule assigns no evaluate token"
+        evaluated = rows_of(page, "v0·c0")[1]
+        assert evaluated[1:4] == ["place &lt;= 0 &amp; digit &gt; 3", "0.88", "9"]
+        assert evaluated[-3:] == ["+0.450", "+2.450", "+2.000"]
+
+    def test_maps_hold_the_damage_of_every_vector(self, drawn) -> None:
+        damage = damage_table()
+        # One row in the map of skills and one in that of clusters, beside the one in the vectors' table.
+        on_skills, on_clusters = [row for row in rows_of(drawn[1], "v2 (step 20)") if len(row) in (7, 4)][:2]
+        everything = nats(float(damage[2].mean()))
+        assert on_skills[1:5] == [everything, everything, "+0.100", "+0.200"]
+        assert on_skills[5:] == [f"{damage[2, mask].mean():.2f}" for mask in SKILLS.values()]
+        order = [(2, 0), (0, 0), (0, 1)]
+        assert on_clusters[1:] == [f"{damage[2, MEMBERS[place]].mean():.2f}" for place in order]
+
+    def test_eigenpairs_come_with_residuals_and_attributions_with_their_share(self, drawn) -> None:
+        row = next(row for row in rows_of(drawn[1], "v0") if len(row) == 8)
+        assert row == ["v0", "0", "12.5", "0.032", "yes", "17", "50.0\xa0%", "2"]
+        # With the clusters and with the attribution of each of two bases.
+        assert words(drawn[1]).count("Explained share: 84.0 %") == 4
+
+    def test_a_cluster_carries_a_skill_only_where_it_fits(self, drawn) -> None:
+        page = drawn[1]
+        # v2.c0 holds exactly the 10s; the others have an F1 of a third.
+        assert rows_of(page, "v2·c0")[0][2:5] == ["10s", "1.00", "1.00"]
+        assert rows_of(page, "v0·c0")[0][2] == "–"
+        assert "v2·c0 10s" in page
+        assert "v0·c0 10s" not in page
+        assert "v0·c0 carry" not in page
+
+    def test_words_stay_within_the_evidence(self, drawn) -> None:
+        text = words(drawn[1])
+        assert "the trained model depends on the movement along this vector for these tokens" in text
+        assert "Membership comes from a rule that never saw a loss." in text
+        assert not re.search(r"\bcauses?\b", text)
+
+    def test_a_basis_without_clusters_says_so(self, drawn) -> None:
+        directory, page = drawn
+        assert page.count("No cluster was found along any vector") == 1
+        assert not (directory / "figures" / "trajectory-curves.png").exists()
+        assert (directory / "figures" / "trajectory-loss-change.png").exists()
+
+    def test_contexts_are_escaped_and_marked(self, drawn) -> None:
+        page = drawn[1]
+        assert "&lt;b&gt;3&amp;<mark>3</mark>" in page
+        assert "<b>3&" not in page
+
+    def test_second_report_has_the_same_bytes_and_takes_added_sections(self, drawn) -> None:
+        directory, page = drawn
+        figure = new_figure(1.0)
+        figure.subplots().plot([0, 1], [0, 1])
+        blocks = (Markup("<p>told <em>apart</em></p>"), Drawing("extra", "a line", figure))
+        section = Section("A study's own", blocks)
+        added = write_report(directory, lambda _: None, [section]).read_text(encoding="utf-8")
+        assert "<p>told <em>apart</em></p>" in added
+        assert '<a href="#added-1">A study&#39;s own</a>' in added
+        assert (directory / "figures" / "extra.png").exists()
+        # All other pictures are the same bytes as before.
+        pictures = re.findall(r'<img src="([^"]*)"', page)
+        assert [p for p in re.findall(r'<img src="([^"]*)"', added) if p in pictures] == pictures
+        twice = replace(section, blocks=[*section.blocks, *section.blocks])
+        with pytest.raises(ValueError, match="own title"):
+            write_report(directory, lambda _: None, [twice])
+
+    def test_without_skills_and_with_more_clusters_than_fit(self, tmp_path, monkeypatch) -> None:
+        monkeypatch.setattr("experiments.report.chapter.MOST_CLUSTERS", 2)
+        directory = make_run(tmp_path, {"hessian": True}, with_skills=False)
+        told: list[str] = []
+        page = write_report(directory, told.append).read_text(encoding="utf-8")
+        assert "showing 2 of 3" in words(page)
+        assert any("1 smaller clusters" in line for line in told)
+        assert not (directory / "figures" / "hessian-composition.png").exists()
+        # The first table tells of clusters instead; v2.c0 loses 5.7 nats, no headroom to speak of.
+        assert rows_of(page, "hessian v2·c0")[0][2:4] == ["+5.700", "–"]
+
+    def test_missing_records_are_named(self, tmp_path) -> None:
+        with pytest.raises(ValueError, match="summary.json"):
+            write_report(RunDirectory(tmp_path))
+        directory = make_run(tmp_path, {"hessian": True})
+        (tmp_path / "tokens.parquet").unlink()
+        with pytest.raises(ValueError, match="tokens.parquet"):
+            write_report(directory)
+        summary = json.loads((tmp_path / "summary.json").read_text())
+        del summary["analyses"]["hessian"]["basis"]["explained_share"]
+        (tmp_path / "summary.json").write_text(json.dumps(summary))
+        with pytest.raises(ValueError, match="explained_share"):
+            read_summary(tmp_path)
+        assert not (tmp_path / "report.html").exists()
 
 
-def test_same_figures_as_png_and_no_stale_ones(drawn) -> None:
-    directory, page = drawn
-    named = set(re.findall(r"figures/([\w-]+\.png)", page))
-    assert {p.name for p in (directory / "figures").iterdir()} == named
-    assert len(named) == page.count("<img ")
-    for name in named:
-        assert (directory / "figures" / name).read_bytes().startswith(b"\x89PNG")
+class TestAnswers:
+    """Three vectors, two digits and a carry that cuts across both; every loss is set by hand."""
+
+    @pytest.fixture
+    def view(self, tmp_path):
+        view = read_run(make_run(tmp_path, {"hessian": True}))
+        half = np.arange(TOKENS) < 20
+        carry = np.arange(TOKENS) % 2 == 0
+        skills = {"10s": half, "1s": ~half, "carry": carry}
+        # v0 takes the 10s alone, v1 every token, v2 a tenth of the 1s.
+        damage = np.stack([4.0 * half, np.full(TOKENS, 4.0), 0.5 * ~half])
+        analysis = view.analyses[0]
+        rows = tuple(
+            replace(
+                row,
+                groups={k: 2 * float(damage[row.vector, m].mean()) for k, m in skills.items()},
+                group_headroom=dict.fromkeys(skills, 5.0),
+            )
+            for row in analysis.entry.damage
+            if row.cluster is None and row.split == "evaluate"
+        )
+        entry = replace(analysis.entry, damage=rows)
+        summary = replace(view.summary, analyses={"hessian": entry})
+        own = replace(analysis, damage=damage, entry=entry)
+        return replace(view, summary=summary, skills=skills, analyses=(own,))
+
+    def test_the_vector_is_chosen_on_select_and_judged_on_evaluate(self, view) -> None:
+        found = {answer.skill: answer for answer in answers(view)}
+        assert found["10s"].vector == 0
+        assert found["10s"].outcome == "alone"
+        # Evaluate damage was set to twice the select damage: 8 nats of a headroom of 5.
+        assert found["10s"].own == Loss("10s", 8.0, 1.6, "evaluate")
+        assert found["10s"].worst.share == 0.0
+        assert found["1s"].vector == 1
+        assert found["1s"].outcome == "with others"
+        assert found["1s"].worst == Loss("10s", 8.0, 1.6, "evaluate")
+
+    def test_a_skill_across_others_is_judged_by_their_rest(self, view) -> None:
+        """Undoing v1 takes every carry token, and as much of every digit without a carry."""
+        carry = next(answer for answer in answers(view) if answer.skill == "carry")
+        assert carry.outcome == "with others"
+        assert carry.worst.group in ("rest of 10s", "rest of 1s")
+        assert (carry.worst.damage, carry.worst.split) == (4.0, "select")
+        assert carry.worst.share == pytest.approx(4.0 / 5.0)
+
+    def test_what_no_vector_takes(self, view) -> None:
+        weak = replace(view.analyses[0], damage=0.1 * view.analyses[0].damage)
+        for answer in answers(replace(view, analyses=(weak,))):
+            own = replace(answer.own, share=0.1)
+            assert replace(answer, own=own).outcome == "not taken"
+            assert "No vector takes" in replace(answer, own=own).sentence
+
+    def test_the_first_screen_says_it(self, tmp_path, view, monkeypatch) -> None:
+        monkeypatch.setattr("experiments.report.page.read_run", lambda _: view)
+        text = words(write_report(view.directory, lambda _: None).read_text(encoding="utf-8"))
+        assert "1 of 3 skills can be taken away alone by undoing one direction: 10s." in text
+        assert (
+            "Undoing hessian v0 costs 10s +8.00 nats (160 %), and no other skill loses more than 1s 0.00"
+            in text
+        )
+        # The answer stands before the map, and the map before the clusters.
+        assert text.index("Undoing hessian v0") < text.index("What undoing each vector costs")
+        assert text.index("What undoing each vector costs") < text.index("Clusters: tokens")
+
+    def test_no_headroom_no_answer(self, view) -> None:
+        assert answers(replace(view, headroom=np.full(TOKENS, 0.01))) == []
+
+    def test_a_lonely_skill(self) -> None:
+        alone = Answer("hessian", 1, Loss("10s", 1.0, 0.9, "evaluate"), None)
+        assert alone.outcome == "alone"
 
 
-def test_numbers_come_from_the_records(drawn) -> None:
-    text = words(drawn[1])
-    assert "123,456 parameters" in text
-    assert "from 6.000 to 1.000 nats per token" in text
-    assert "the trajectory basis (3 directions) accounts for 84.0 % of the mean change" in text
-    # Cost: 80 sequences over 40 select sequences are two passes.
-    assert "projections 3.2 2.0 0.0 0.0 0.0 1.50" in text
-    # Cluster v0.c0 holds tokens 0..9: damage 0.45 on it, 2.45 on the others, its headroom 2.
-    assert "v0·c0 10 10s 0.50 0.25 0.25 0.50 50 yes +0.450 +2.450 – +2.000" in text
-    # Its evaluate row.
-    assert "place &lt;= 0 &amp; digit &gt; 3 0.88 9 10s 0.62 0.38 1.25 +0.450 +2.450 +2.000" in text
+class TestSections:
+    def test_verdicts_and_discovery_come_from_records(self, tmp_path) -> None:
+        directory = make_run(tmp_path, {"hessian": True})
+        summary = json.loads((tmp_path / "summary.json").read_text())
+        verdict = {
+            "vector": 2,
+            "cluster": 0,
+            "family": "POLCA's clusters",
+            "word": "selective",
+            "damage": 1.25,
+        }
+        verdict |= {"share": 0.5, "leakage": 0.08, "sentence": "Undoing <v2> costs the 10s.", "seeds": 3}
+        summary["analyses"]["hessian"]["verdicts"] = [verdict]
+        (tmp_path / "summary.json").write_text(json.dumps(summary))
+        found = Discovery(
+            (WindowRow(0, 120, 1.9, {"10s": 0.58}),),
+            (FoundCluster("s0", 77, "10s", 1.0, 0.51, 4.0),),
+            (AxisRow("hessian", "10s", 2.5, 1.1, "1s", 0.01),),
+        )
+        (tmp_path / "discovery.json").write_text(json.dumps(to_plain(found)))
+        page = write_report(directory, lambda _: None).read_text(encoding="utf-8")
+        assert rows_of(page, "hessian v2")[0] == [
+            "hessian v2", "v2·c0", "POLCA&#39;s clusters", "selective", "+1.250", "50.0\xa0%", "0.08", "3",
+            "Undoing &lt;v2&gt; costs the 10s.",
+        ]  # fmt: skip
+        assert rows_of(page, "0 to 120") == [["0 to 120", "1.90", "58.0\xa0%"]]
+        assert rows_of(page, "s0") == [["s0", "77", "10s", "1.00", "0.51", "4.00"]]
+        assert ["hessian", "10s", "+2.500", "110\xa0%", "1s", "1.0\xa0%"] in rows_of(page, "hessian")
+
+    def test_what_was_not_found_is_left_out(self) -> None:
+        assert not discovery_section(Discovery()).blocks
+
+    def test_removals_of_a_run(self, tmp_path) -> None:
+        directory = make_run(tmp_path, {"hessian": False})
+        removal = {
+            "skill": "10s", "target_share": 0.995, "worst_off_share": -0.0012, "worst_positive_share": 0.004,
+            "kl": 0.0314, "accuracy": 0.12, "norm": 3.5, "rank": 7, "refit": {"chance": 0.1, "kept": 0.98},
+            "groups": {"1s": -0.002, "never": None}, "passes": {"ignored": 1},
+        }  # fmt: skip
+        (tmp_path / "edits").mkdir()
+        (tmp_path / "edits" / "10s.result.json").write_text(json.dumps({"removals": [removal]}))
+        page = write_report(directory, lambda _: None).read_text(encoding="utf-8")
+        row = next(row for row in rows_of(page, "10s") if len(row) == 10)
+        assert row[2:] == [
+            "99.5\xa0%", "−0.12\xa0%", "0.4\xa0%", "0.031", "12.0\xa0% (10.0\xa0%)", "98.0\xa0%", "3.50 / 7",
+            "1s −0.2\xa0%",
+        ]  # fmt: skip
 
 
-def test_eigenpairs_come_with_residuals_and_attributions_with_their_share(drawn) -> None:
-    text = words(drawn[1])
-    assert "0 0 12.5 0.032 yes 17 50.0 % 2" in text
-    assert text.count("Explained share: 84.0 %") == 2
-
-
-def test_words_stay_within_the_evidence(drawn) -> None:
-    text = words(drawn[1])
-    assert "the trained model depends on the movement along this vector for these tokens" in text
-    assert "Membership comes from a rule that never saw a loss." in text
-    assert not re.search(r"\bcauses?\b", text)
-
-
-def test_a_basis_without_clusters_says_so(drawn) -> None:
-    directory, page = drawn
-    assert page.count("No cluster was found along any vector") == 1
-    assert not (directory / "figures" / "trajectory-curves.png").exists()
-    assert (directory / "figures" / "trajectory-damage-skills.png").exists()
-
-
-def test_contexts_are_escaped_and_marked(drawn) -> None:
-    page = drawn[1]
-    assert "&lt;b&gt;3&amp;<mark>3</mark>" in page
-    assert "<b>3&" not in page
-
-
-def test_second_report_has_the_same_bytes_and_takes_extra_sections(drawn) -> None:
-    directory, page = drawn
-    figure = figures.new_figure(1.0)
-    figure.subplots().plot([0, 1], [0, 1])
-    section = Section(
-        "Verdicts of a study", "<p>told <em>apart</em></p>", [figures.Drawing("extra", "a line", figure)]
+class TestTables:
+    made = table(
+        [Column("name", left=True, note="who"), "size"],
+        [["a|b", Cell("1,200", sort=1200.0)], [Cell("<c>", colour="#0072B2"), Cell("−3", sort=-3.0)]],
+        "Things",
     )
-    added = write_report(directory, lambda _: None, [section]).read_text(encoding="utf-8")
-    assert "<p>told <em>apart</em></p>" in added
-    assert '<a href="#extra-1">Verdicts of a study</a>' in added
-    assert (directory / "figures" / "extra.png").exists()
-    # All other pictures are the same bytes as before.
-    pictures = re.findall(r'<img src="([^"]*)"', page)
-    assert [p for p in re.findall(r'<img src="([^"]*)"', added) if p in pictures] == pictures
-    twice = replace(section, figures=[*section.figures, *section.figures])
-    with pytest.raises(ValueError, match="own name"):
-        write_report(directory, lambda _: None, [twice])
+
+    def test_page_terminal_and_document_share_the_cells(self) -> None:
+        from rich.console import Console
+
+        html, text = self.made.__html__(), Console(width=60)
+        with text.capture() as shown:
+            text.print(self.made.terminal())
+        for cell in ("1,200", "−3"):
+            assert cell in html
+            assert cell in shown.get()
+            assert cell in self.made.markdown()
+        assert "&lt;c&gt;" in html
+        assert "<c>" in shown.get()
+        assert 'data-sort="1200.0"' in html
+        assert "a\\|b" in self.made.markdown()
+
+    def test_words_are_never_cut(self) -> None:
+        from rich.console import Console
+
+        rule = "token is ',' and previous shape is 'piece' and distance >= 7 " * 4
+        console = Console(width=40)
+        with console.capture() as shown:
+            console.print(table(["rule"], [[rule]]).terminal())
+        letters = re.sub(r"[^\w'>=,]", "", shown.get())
+        assert re.sub(r"[^\w'>=,]", "", rule) in letters
+
+    def test_a_row_must_fit(self) -> None:
+        with pytest.raises(ValueError, match="one cell for each of 1 columns"):
+            Table((Column("a"),), ((Cell("1"), Cell("2")),))
 
 
-def test_without_skills_and_with_more_clusters_than_fit(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("experiments.report.page.MOST_CLUSTERS", 2)
-    directory = make_run(tmp_path, {"hessian": True}, with_skills=False)
-    told: list[str] = []
-    page = write_report(directory, told.append).read_text(encoding="utf-8")
-    assert "1 more clusters are not shown" in page
-    assert any("1 smaller clusters" in line for line in told)
-    assert not (directory / "figures" / "hessian-composition.png").exists()
+class TestFigures:
+    def test_drawing_leaves_the_callers_settings(self, tmp_path) -> None:
+        """A caller with a backend and a style of its own finds both unchanged."""
+        with matplotlib.rc_context({"font.size": 17.0, "svg.fonttype": "none"}):
+            before = {key: matplotlib.rcParams._get(key) for key in matplotlib.rcParams}
+            write_report(make_run(tmp_path, {"hessian": True}), lambda _: None)
+            draw_survival({"a": Survival(0.5, 2, {"rule": {"x": 1.0, "y": 0.0}})}, tmp_path / "s.png")
+            assert {key: matplotlib.rcParams._get(key) for key in matplotlib.rcParams} == before
 
+    def test_importing_changes_no_setting_and_starts_no_backend(self) -> None:
+        import subprocess
+        import sys
 
-def test_missing_records_are_named(tmp_path) -> None:
-    with pytest.raises(ValueError, match="summary.json"):
-        write_report(RunDirectory(tmp_path))
-    directory = make_run(tmp_path, {"hessian": True})
-    (tmp_path / "tokens.parquet").unlink()
-    with pytest.raises(ValueError, match="tokens.parquet"):
-        write_report(directory)
-    assert not (tmp_path / "report.html").exists()
+        code = (
+            "import matplotlib as m; before = {k: m.rcParams._get(k) for k in m.rcParams}\n"
+            "import experiments.report.page, experiments.report.figures_removal\n"
+            "import experiments.report.figures_robustness, sys\n"
+            "assert {k: m.rcParams._get(k) for k in m.rcParams} == before\n"
+            "assert 'matplotlib.pyplot' not in sys.modules\n"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True)
+
+    def test_every_title_has_its_own_file(self, tmp_path) -> None:
+        titles = ["x" * 70 + "1", "x" * 70 + "2", "a/b", "a b", "a-b"]
+        for number, title in enumerate(titles, 1):
+            figure = new_figure(1.0, number)
+            figure.subplots()
+            drawing = Drawing(title, "", figure)
+            drawing.write_png(tmp_path / f"{drawing.name}.png")
+        assert len(list(tmp_path.iterdir())) == len(titles)
+        assert all(len(path.stem) <= 60 for path in tmp_path.iterdir())
+
+    def test_one_colour_a_skill(self, drawn) -> None:
+        """Curves, column heads and dots use the same colour for a skill."""
+        _, page = drawn
+        dots = set(re.findall(r'background:(#\w+)"></span>10s', page))
+        assert dots == {"#0072B2"}
+        svgs = [base64.b64decode(c).decode() for c in re.findall(r"base64,([^\"]*)", page)]
+        training, overview = svgs[:2]
+        for svg in (training, overview):
+            assert "#0072b2" in svg
+            assert "#e69f00" in svg
+
+    def test_the_map_is_white_at_zero_in_both_signs(self) -> None:
+        figure = damage_map(np.array([[2.0, -1.0, np.nan]]), ["v0"], ["a", "b", "c"], {"a": "#0072B2"})
+        image = figure.axes[0].images[0]
+        assert image.norm(0.0) == 0.5
+        assert image.get_clim() == (-2.0, 2.0)
+        assert [t.get_text() for t in figure.axes[0].texts] == ["2.00", "−1.00", "–"]
+
+    def test_removal_figures_from_a_result_file(self, tmp_path) -> None:
+        points = [{"target_share": 0.5, "worst_positive_share": 0.01, "dose": 1.0}]
+        result = {
+            "pareto": [{"skill": "10s", "method": f"m{i}", "points": points, "seed": 0} for i in range(12)],
+            "required": {"10s": {"target": 0.99, "off": 0.005}},
+            "relearning": [
+                {"skill": "10s", "method": "m0", "data": "all", "points": [{"step": 0, "accuracy": None}]}
+            ],
+            "rows": [],
+        }
+        paths = draw_removal(from_plain(RemovalCurves, result), tmp_path)
+        assert [path.name for path in paths] == ["pareto.png", "relearning.png"]
+        digests = {hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+        assert len(digests) == 2
+
+    def test_a_style_ends_with_its_function(self) -> None:
+        before = matplotlib.rcParams["font.size"]
+        with pytest.raises(RuntimeError), styled():
+            raise RuntimeError
+        assert matplotlib.rcParams["font.size"] == before
 
 
 # -- the quantities behind the figures --------------------------------------------------------
@@ -384,11 +682,12 @@ def test_exact_sets_are_a_partition_with_the_rare_ones_together() -> None:
 
 def test_best_of_every_label_comes_first() -> None:
     def view(label: str, share: float) -> ClusterView:
-        entry = {"label": label, "tokens": 5, "homogeneity": {label: share}, "recall_all": {label: share}}
-        return ClusterView("b", 0, 0, np.ones(1, dtype=bool), entry, None, (), None, ())
+        agreement = {label: share}
+        entry = ClusterEntry(0, 0, 5, agreement, agreement, {}, False, label, 1)
+        return ClusterView("b", np.ones(1, dtype=bool), entry)
 
     order = by_interest([view("a", 0.7), view("a", 0.9), view("b", 0.2), view("a", 0.8)])
-    assert [(v.entry["label"], v.interest[0]) for v in order] == [
+    assert [(v.entry.label, v.f1) for v in order] == [
         ("a", pytest.approx(0.9)),
         ("b", pytest.approx(0.2)),
         ("a", pytest.approx(0.8)),
@@ -405,4 +704,4 @@ def test_formats() -> None:
     assert nats(-0.0001) == "0.000"
     assert nats(1.5) == "+1.500"
     assert str(highlighted("no mark <i>")) == "no mark &lt;i&gt;"
-    assert percent(-0.0002) == "-0.02 %"
+    assert share(-0.0002) == "−0.02\xa0%"

@@ -30,7 +30,7 @@ from experiments.removal.rows import Place
 from experiments.removal.skills import REQUIRED, SKILL_GROUPS
 from experiments.run.machine import hardware, versions
 from interventions.removal.problem import Limits
-from polca_edit.artifacts import to_plain
+from polca_edit.artifacts import from_plain, to_plain
 from polca_edit.checkpoints.files import write_json
 
 RELEARNERS = ("span optimised", "GradDiff", "NPO", "retrained without")
@@ -212,9 +212,9 @@ def remove_skill_study(
         study, chosen, workers=workers, folder=keep, save=lambda found: write_json(json_, to_plain(found))
     )
     if figures is not None:
-        from experiments.report.figures_removal import draw_removal
+        from experiments.report.figures_removal import RemovalCurves, draw_removal
 
-        draw_removal(to_plain(result), figures)
+        draw_removal(from_plain(RemovalCurves, to_plain(result)), figures)
     met = {(row.seed, row.skill) for row in result.rows if row.ours and row.met}
     typer.echo(
         f"{json_}: {len(result.rows)} rows, all bounds met for {len(met)} of "

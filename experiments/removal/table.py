@@ -19,6 +19,9 @@ from experiments.removal.comparison import matched_damage, over_seeds
 from experiments.removal.found import Effort
 from experiments.removal.results import StudyResult
 from experiments.removal.rows import DoseCurve, RelearningCurve, Row
+from experiments.report.formats import share
+from experiments.report.tables import Column
+from experiments.report.tables import table as drawn
 from interventions.removal.problem import Limits
 from polca_edit.artifacts import from_plain, to_plain
 from polca_edit.checkpoints.files import write_atomically, write_json
@@ -223,22 +226,23 @@ def rounded(value: float, digits: int) -> float:
 
 def markdown(rows: Sequence[Row]) -> str:
     """The table of :func:`~experiments.removal.comparison.over_seeds`."""
-
-    def percent(value: float | None) -> str:
-        return "-" if value is None else f"{100 * value:.1f} %"
-
-    lines = [
-        "| skill | method | goal reached | and within the bound | worst other group: median | largest | "
-        "kept after relabelling |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for line in over_seeds(rows):
-        lines.append(
-            f"| {line.skill} | {line.method} | {line.reached} of {line.seeds} "
-            f"| {line.selective} of {line.seeds} | {percent(line.worst_off_median)} "
-            f"| {percent(line.worst_off_max)} | {percent(line.refit_kept_median)} |"
+    columns = (
+        Column("skill", left=True), Column("method", left=True), "goal reached", "and within the bound",
+        "worst other group: median", "largest", "kept after relabelling",
+    )  # fmt: skip
+    cells = (
+        (
+            line.skill,
+            line.method,
+            f"{line.reached} of {line.seeds}",
+            f"{line.selective} of {line.seeds}",
+            share(line.worst_off_median),
+            share(line.worst_off_max),
+            share(line.refit_kept_median),
         )
-    return "\n".join(lines) + "\n"
+        for line in over_seeds(rows)
+    )
+    return drawn(columns, cells).markdown()
 
 
 def removal_table(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from experiments.removal.skills import GROUPS, SKILL_GROUPS, arithmetic_logits, assign_groups, skill_rule
 from experiments.report.page import write_report
-from experiments.report.sections import extra_sections
+from experiments.run.damage import open_evaluate
 from experiments.run.machine import hardware, versions
 from experiments.run.stages import ClusterRecord, Run, load_run
 from experiments.tasks.arithmetic import data_of
@@ -281,7 +281,7 @@ def remove(
     span, limits = edit_span(opened, basis), Limits(target, off, kl)
     tokens = opened.task.splits.evaluate.fingerprint()
     plan = RemovalPlan(names, limits, BUDGETS[budget], span.kind, tokens)
-    opening = open_evaluate(opened, plan, by="remove")
+    opening = open_evaluate(opened, to_plain(plan))
     edit, removals = removed(opened, rules, plan, span)
     sentences = tuple(
         sentence for r in removals for sentence in missed_bounds(r.skill, r.together or r, limits)
@@ -289,7 +289,13 @@ def remove(
     edit = replace(edit, provenance={**edit.provenance, "results": to_plain(removals)})
     written = save_edit(path, edit, opened.task.space)
     record = RemovalFile(
-        tuple(removals), plan, opening.exploratory, sentences, versions(), hardware(), opened.config.seed
+        tuple(removals),
+        plan,
+        bool(opening["exploratory"]),
+        sentences,
+        versions(),
+        hardware(),
+        opened.config.seed,
     )
     write_json(written.with_suffix(".result.json"), to_plain(record))
     for removal in removals:
@@ -300,7 +306,7 @@ def remove(
         )
     typer.echo(f"Edit: {written}")
     if written.parent == run / "edits" and (run / "summary.json").exists():
-        write_report(opened.directory, lambda _: None, extra_sections(opened.directory))
+        write_report(opened.directory, lambda _: None)
     if sentences:
         for sentence in sentences:
             typer.echo(f"polca-edit: {sentence}", err=True)

@@ -1,34 +1,39 @@
-"""Figures of damage: signed heat maps and dose curves. Nats per token unless stated."""
+"""Figures of damage: signed maps and dose curves. Nats per token unless stated."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
-from experiments.report.figures import GREY, INK, PALE, STYLE, WIDTH, colours, new_figure
-from experiments.report.formats import brief
-from experiments.report.records import AnalysisView, ClusterView
+from experiments.report.formats import decimal, nats
+from experiments.report.records import ControlEntry
+from experiments.report.style import (
+    FIXED_INK,
+    GREY,
+    INK,
+    PALE,
+    SLATE,
+    WIDTH,
+    new_figure,
+    panels,
+    shared_legend,
+    styled,
+)
+from experiments.report.view import AnalysisView, ClusterView
 
+#: Half the height of a dose panel at least, so that noise does not fill it.
 SMALLEST_SCALE = 0.1
 
-CLUSTER_DAMAGE_CAPTION = (
-    "Damage: mean loss change of the cluster's tokens (columns) when the whole movement along a vector "
-    "(rows) is undone in the trained model. Red: the loss rises. Left in nats per token; right as a share "
-    "of the headroom, the loss that going back to the reference checkpoint would cost those tokens (grey "
-    "where it is below 0.05 nats). Framed: the cluster's own vector."
-)
-SKILL_DAMAGE_CAPTION = (
-    "Damage of every vector (rows) on all tokens of a skill (columns): mean loss change when the whole "
-    "movement along the vector is undone in the trained model. Red: the loss rises. Left in nats per token, "
-    "right as a share of the skill's headroom."
+OVERVIEW_CAPTION = (
+    "What undoing each vector costs each skill on the evaluate tokens: mean loss change in nats per token. "
+    "Red: the loss rises. A row with a single red cell is a vector that takes one skill and leaves the rest."
 )
 CLUSTER_DOSE_CAPTION = (
     "Damage when a part of the movement along the cluster's own vector is undone: dose 0 leaves the model "
@@ -44,67 +49,46 @@ VECTOR_DOSE_CAPTION = (
 )
 
 
-def damage_matrix(
-    raw: np.ndarray,
-    relative: np.ndarray,
-    rows: Sequence[str],
-    columns: Sequence[str],
-    own: Sequence[tuple[int, int]] = (),
+@styled()
+def damage_map(
+    values: np.ndarray, rows: Sequence[str], columns: Sequence[str], hues: Mapping[str, str]
 ) -> Figure:
-    """(K, C) damage as a signed heat map, nats on the left and over the headroom on the right."""
-    with matplotlib.rc_context(STYLE):
-        written = max(len(rows), len(columns)) <= 20 and len(columns) <= 12
-        figure = new_figure(min(1.6 + 0.27 * len(rows), 14.0))
-        left, right = figure.subplots(1, 2, sharey=True)
-        # The largest size sets the scale: both signs share it, so that white is always zero.
-        largest = max(float(np.nanmax(np.abs(raw), initial=0.0)), 1e-6)
-        _heat(figure, left, raw, largest, "damage (nats per token)", written, own, False)
-        _heat(figure, right, relative, 1.0, "damage over headroom", written, own, True)
-        for axes in (left, right):
-            axes.set_xticks(range(len(columns)), columns, rotation=50, ha="right", rotation_mode="anchor")
-        left.set_yticks(range(len(rows)), rows)
-        left.set_ylabel("vector undone")
+    """Signed map of (K, C) damage of vectors on groups of tokens, half a page wide."""
+    figure = new_figure(min(1.5 + 0.2 * len(rows), 12.0), WIDTH / 2)
+    axes = figure.subplots()
+    # The largest size sets the scale: both signs share it, so that white is always zero.
+    largest = largest_of(values)
+    shades = matplotlib.colormaps["RdBu_r"].with_extremes(bad=PALE)
+    scale = Normalize(-largest, largest)
+    image = axes.imshow(np.ma.masked_invalid(values), cmap=shades, norm=scale, aspect="auto")
+    figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02, aspect=max(20.0, 1.2 * len(values)))
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    if values.size <= 400:
+        for (row, column), value in np.ndenumerate(values):
+            ink = "white" if np.isfinite(value) and abs(value) > 0.6 * largest else FIXED_INK
+            told = cell_text(value)
+            axes.text(column, row, told, ha="center", va="center", fontsize=7.5, color=ink)
+    axes.set_xticks(range(len(columns)), columns, rotation=50, ha="right", rotation_mode="anchor")
+    for tick, name in zip(axes.get_xticklabels(), columns, strict=True):
+        tick.set_color(hues.get(name, INK))
+    axes.set_yticks(range(len(rows)), rows)
     return figure
 
 
-def _heat(
-    figure: Figure,
-    axes: Axes,
-    values: np.ndarray,
-    largest: float,
-    title: str,
-    written: bool,
-    own: Sequence[tuple[int, int]],
-    clipped: bool,
-) -> None:
-    shades = matplotlib.colormaps["RdBu_r"].with_extremes(bad="#EEEEEE")
-    image = axes.imshow(
-        np.ma.masked_invalid(values), cmap=shades, norm=Normalize(-largest, largest), aspect="auto"
-    )
-    figure.colorbar(
-        image,
-        ax=axes,
-        shrink=0.8,
-        pad=0.02,
-        aspect=max(20, 1.2 * len(values)),
-        extend="both" if clipped else "neither",
-    )
-    axes.set_title(title)
-    axes.tick_params(length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    if written:
-        for (row, column), value in np.ndenumerate(values):
-            dark = np.isfinite(value) and abs(value) > 0.6 * largest
-            text = f"{value:.2f}" if np.isfinite(value) else "–"
-            text = "0" if text in ("0.00", "-0.00") else text.replace("-", "−")
-            axes.text(
-                column, row, text, ha="center", va="center", fontsize=7.5, color="white" if dark else INK
-            )
-    for row, column in own:
-        axes.add_patch(
-            Rectangle((column - 0.47, row - 0.46), 0.94, 0.92, fill=False, edgecolor=INK, linewidth=1.3)
-        )
+def largest_of(values: np.ndarray) -> float:
+    """The largest size in a map, the scale of its shades."""
+    return max(float(np.nanmax(np.abs(values), initial=0.0)), 1e-6)
+
+
+def cell_text(value: float) -> str:
+    """A map's number: two decimals, "0" where that is nothing.
+
+    >>> cell_text(0.004), cell_text(-1.25), cell_text(float("nan"))
+    ('0', '−1.25', '–')
+    """
+    text = decimal(float(value) if np.isfinite(value) else None)
+    return "0" if text == "0.00" else text
 
 
 @dataclass(frozen=True)
@@ -115,124 +99,84 @@ class DosePanel:
         title: above the panel.
         doses: (D,) share of the movement undone, 1 for all of it.
         lines: name -> (D,) damage in nats.
+        hues: name -> colour.
         headroom: loss that undoing all learning would cost, None where unknown.
-        controls: random-direction records with ``on_target_mean`` and ``on_target_max``.
+        controls: random directions, measured on the same tokens.
     """
 
     title: str
     doses: Sequence[float]
     lines: Mapping[str, Sequence[float | None]]
+    hues: Mapping[str, str]
     headroom: float | None
-    controls: Sequence[Mapping[str, Any]]
+    controls: Sequence[ControlEntry]
 
 
-def dose_curves(panels: Sequence[DosePanel]) -> Figure:
+@styled()
+def dose_curves(shown: Sequence[DosePanel]) -> Figure:
     """Damage over dose, with random directions of the same norm in grey."""
-    columns = min(4, len(panels))
-    rows = -(-len(panels) // columns)
-    names = list(dict.fromkeys(name for panel in panels for name in panel.lines))
-    by_name = dict(zip(names, colours(len(names)), strict=True))
-    with matplotlib.rc_context(STYLE):
-        figure = new_figure(0.7 + 2.5 * rows, max(WIDTH * columns / 4, 6.0))
-        grid = figure.subplots(rows, columns, squeeze=False)
-        for index, axes in enumerate(grid.flat):
-            if index >= len(panels):
-                axes.set_axis_off()
-                continue
-            _dose_panel(axes, panels[index], by_name)
-            axes.set_xlabel("dose" if index + columns >= len(panels) else "")
-            axes.set_ylabel("damage (nats)" if index % columns == 0 else "")
-        handles: dict[str, Any] = {}
-        for axes in grid.flat:
-            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-                handles.setdefault(label, handle)
-        figure.legend(
-            list(handles.values()),
-            list(handles),
-            loc="outside lower center",
-            ncols=min(len(handles), 5 if columns > 2 else 3),
-        )
+    figure, grid = panels(len(shown), WIDTH / 4, 2.5, most=4)
+    for index, (axes, panel) in enumerate(zip(grid, shown, strict=True)):
+        _dose_panel(axes, panel)
+        axes.set_xlabel("dose" if index + 4 >= len(shown) else "")
+        axes.set_ylabel("damage (nats)" if index % 4 == 0 else "")
+    shared_legend(figure, grid, min(5, 2 * len(shown)))
     return figure
 
 
-def _dose_panel(axes: Axes, panel: DosePanel, colours: Mapping[str, str]) -> None:
-    axes.axhline(0, color=GREY, linewidth=0.8)
-    axes.axvline(1, color=PALE, linewidth=0.8, zorder=0)
-    with_control = sorted(panel.controls, key=lambda row: float(row.get("dose", 1.0)))
-    if with_control:
-        at = np.array([float(row.get("dose", 1.0)) for row in with_control])
-        low = np.array([float(row["on_target_mean"]) for row in with_control])
-        high = np.array([float(row["on_target_max"]) for row in with_control])
-        if len(at) == 1:
-            # Measured at one norm only: the band must not suggest other doses.
-            at, low, high = at[0] + np.array([-0.18, 0.18]), low.repeat(2), high.repeat(2)
+def _dose_panel(axes: Axes, panel: DosePanel) -> None:
+    axes.axhline(0, color=PALE, linewidth=1)
+    axes.axvline(1.0, color=PALE, linewidth=1)
+    # Measured at one norm only: the band must not suggest other doses.
+    means = [c.on_target_mean for c in panel.controls if c.on_target_mean is not None]
+    largest = [c.on_target_max for c in panel.controls if c.on_target_max is not None]
+    if means and largest:
+        label = "random directions, same norm"
         axes.fill_between(
-            at,
-            low,
-            high,
-            color="#888888",
+            (0.82, 1.18),
+            min(means),
+            max(largest),
+            color=GREY,
             alpha=0.6,
             linewidth=4,
-            label="random directions, same norm",
+            label=label,
             zorder=1.5,
         )
     for name, values in panel.lines.items():
         known = [np.nan if value is None else value for value in values]
-        style = "--" if name.startswith("all other") else "-"
-        axes.plot(
-            panel.doses,
-            known,
-            style,
-            color=colours[name],
-            marker="o",
-            markersize=2.8,
-            linewidth=1.4,
-            label=name,
-        )
+        line, hue = "--" if name.startswith("all other") else "-", panel.hues.get(name, INK)
+        axes.plot(panel.doses, known, line, color=hue, marker="o", markersize=2.8, lw=1.4, label=name)
     # Noise must not fill a panel, and a headroom far above must not flatten the curves.
     bottom, top = min(axes.get_ylim()[0], -SMALLEST_SCALE / 4), max(axes.get_ylim()[1], SMALLEST_SCALE)
     if panel.headroom is not None and panel.headroom < 2.5 * top:
         axes.axhline(panel.headroom, color=GREY, linestyle=":", linewidth=1.2, label="headroom")
         top = max(top, 1.08 * panel.headroom)
     elif panel.headroom is not None:
-        axes.text(
-            0.03,
-            0.97,
-            f"headroom {panel.headroom:.2f}",
-            transform=axes.transAxes,
-            va="top",
-            color=GREY,
-            fontsize=8,
-        )
+        told = f"headroom {nats(panel.headroom, 2)}"
+        axes.text(0.03, 0.97, told, transform=axes.transAxes, va="top", color=GREY, fontsize=8)
     axes.set_ylim(bottom, top)
-    axes.set_title(panel.title, fontsize=9)
+    axes.locator_params(nbins=5)
+    axes.set_title(textwrap.fill(panel.title, 34, break_long_words=False), fontsize=9)
 
 
 def cluster_doses(view: ClusterView) -> DosePanel:
     """The dose curve of one cluster under its own vector."""
     row = view.at_one
-    label = view.entry["label"]
-    return DosePanel(
-        f"{view.name}" + (f" ({brief(label)})" if label else ""),
-        [float(r["dose"]) for r in view.damage],
-        {
-            "the cluster's tokens": [r["on_target"] for r in view.damage],
-            "all other tokens": [r["off_target"] for r in view.damage],
-        },
-        None if row is None else row["headroom"],
-        view.controls,
-    )
+    lines = {
+        "the cluster's tokens": [r.on_target for r in view.damage],
+        "all other tokens": [r.off_target for r in view.damage],
+    }
+    hues = {"the cluster's tokens": SLATE, "all other tokens": GREY}
+    room = None if row is None else row.headroom
+    return DosePanel(view.heading, [r.dose for r in view.damage], lines, hues, room, view.controls)
 
 
 def vector_doses(
-    analysis: AnalysisView,
-    vector: int,
-    title: str,
-    skills: Sequence[str],
-    controls: Sequence[Mapping[str, Any]],
+    analysis: AnalysisView, vector: int, title: str, skills: Sequence[str], hues: Mapping[str, str]
 ) -> DosePanel:
     """The dose curves of every skill under one vector."""
-    rows = analysis.vector_rows(vector)
-    lines: dict[str, list[float | None]] = {skill: [r["groups"].get(skill) for r in rows] for skill in skills}
-    lines["all tokens"] = [r["on_target"] for r in rows]
-    return DosePanel(title, [float(r["dose"]) for r in rows], lines, None, controls)
+    rows = analysis.entry.damage_rows(vector, None, "select")
+    lines: dict[str, list[float | None]] = {skill: [r.groups.get(skill) for r in rows] for skill in skills}
+    lines["all tokens"] = [r.on_target for r in rows]
+    controls = analysis.entry.random_controls(vector, None)
+    return DosePanel(title, [r.dose for r in rows], lines, hues, None, controls)

@@ -1,47 +1,50 @@
-"""Numbers and contexts as the report writes them."""
+"""Numbers and contexts as every table and figure writes them: a true minus, "–" for what is missing."""
 
 from __future__ import annotations
 
 import re
-import textwrap
 
 from markupsafe import Markup, escape
 
-
-def percent(value: float) -> str:
-    """A share with enough digits to tell a small one from zero.
-
-    >>> percent(0.9985), percent(0.0006), percent(0.0)
-    ('99.9 %', '0.06 %', '0 %')
-    """
-    size = abs(100 * value)
-    return f"{100 * value:.1f} %" if size >= 1 else f"{100 * value:.2g} %"
+MISSING = "–"
 
 
-def share_text(share: float | None) -> str:
-    """An explained share in words.
-
-    >>> share_text(0.861), share_text(None)
-    ('86.1 %', 'not defined')
-    """
-    return "not defined" if share is None else f"{100 * share:.1f} %"
+def _printed(text: str) -> str:
+    """A true minus sign, and none before a zero."""
+    if not text.strip("+-0.,"):
+        text = text.lstrip("+-")
+    return text.replace("-", "−")
 
 
-def nats(value: float | None) -> str:
+def nats(value: float | None, digits: int = 3) -> str:
     """A signed loss change.
 
-    >>> nats(-2.2951), nats(0.0), nats(None)
-    ('−2.295', '0.000', '–')
+    >>> nats(-2.2951), nats(0.0), nats(None), nats(4.638, 2)
+    ('−2.295', '0.000', '–', '+4.64')
     """
-    if value is None:
-        return "–"
-    text = f"{value:+.3f}"
-    return "0.000" if text in ("+0.000", "-0.000") else text.replace("-", "−")
+    return MISSING if value is None else _printed(f"{value:+.{digits}f}")
 
 
 def share(value: float | None) -> str:
-    """A share in percent, "–" where it is not defined."""
-    return "–" if value is None else percent(value).replace("-", "−")
+    r"""A share in percent, with enough digits to tell a small one from zero.
+
+    >>> share(0.9985), share(0.0006), share(0.0), share(2.187), share(None)
+    ('99.9\xa0%', '0.06\xa0%', '0\xa0%', '219\xa0%', '–')
+    """
+    if value is None:
+        return MISSING
+    size = abs(100 * value)
+    style = ".2g" if size < 1 else ".1f" if size < 99.95 else ".0f"
+    return _printed(f"{100 * value:{style}}") + "\N{NO-BREAK SPACE}%"
+
+
+def decimal(value: float | None, digits: int = 2) -> str:
+    """A number with fixed decimals.
+
+    >>> decimal(0.854), decimal(-0.001), decimal(None)
+    ('0.85', '0.00', '–')
+    """
+    return MISSING if value is None else _printed(f"{value:,.{digits}f}")
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -51,8 +54,8 @@ def number(value: float | None, digits: int = 3) -> str:
     ('0.000312', '–', '−41.2', '1,183')
     """
     if value is None:
-        return "–"
-    return (f"{value:,.0f}" if 1e3 <= abs(value) < 1e7 else f"{value:.{digits}g}").replace("-", "−")
+        return MISSING
+    return _printed(f"{value:,.0f}" if 1e3 <= abs(value) < 1e7 else f"{value:.{digits}g}")
 
 
 def count(value: float) -> str:
@@ -62,6 +65,15 @@ def count(value: float) -> str:
     '9,475,594'
     """
     return f"{value:,.0f}"
+
+
+def listed(names: list[str]) -> str:
+    """Names as a sentence has them.
+
+    >>> listed(["a"]), listed(["a", "b"]), listed(["a", "b", "c"])
+    ('a', 'a and b', 'a, b and c')
+    """
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def highlighted(context: str) -> Markup:
@@ -75,12 +87,3 @@ def highlighted(context: str) -> Markup:
         return escape(context)
     before, token, after = (escape(part) for part in found.groups())
     return before + Markup("<mark>") + token + Markup("</mark>") + after
-
-
-def brief(label: str, width: int = 32) -> str:
-    """A label for a narrow title; rules found for texts can be long.
-
-    >>> brief("10s"), brief("token is ',' and previous shape is 'piece' and distance >= 7")
-    ('10s', "token is ',' and previous ...")
-    """
-    return textwrap.shorten(label, width, placeholder=" ...")

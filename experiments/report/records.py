@@ -1,300 +1,331 @@
-"""What the report draws, read from the records of a run directory; no model, no figure.
+"""Typed views of the records a run leaves: summary.json, run.json and config.yaml.
 
-Only summary.json, tokens.parquet, run.json, config.yaml and the stored projections are read, so a
-report can be drawn again on a machine that has neither the weights nor the training data.
+Everything the report writes comes from these and from tokens.parquet, so it can be drawn again on a
+machine that has neither the weights nor the training data. Keys that are not shown are ignored, so
+records with further keys can still be read.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
-import torch
 import yaml
-from torch import Tensor
 
-from experiments.report.tokens import skill_masks
 from experiments.run.store import RunDirectory
-from experiments.run.summary import read_summary
-from polca_edit.allocation.allocate import Allocation, Projections, allocate
-from polca_edit.artifacts import load_record
-from polca_edit.clusters.breakthroughs import breakthrough_start, fitting_delta
-
-SMALL_HEADROOM = 0.05
+from polca_edit.artifacts import from_plain, load_record
 
 
 @dataclass(frozen=True)
-class ClusterView:
-    """One cluster with everything the report says about it.
+class LossParts:
+    """A loss change and what it is made of, nats per token: exact = attributed + residual + error."""
 
-    Attributes:
-        basis: label of its basis.
-        vector: index in that basis.
-        cluster: index along that vector.
-        members: (M,) its tokens.
-        entry: its entry in summary.json.
-        evaluate: its rule-assigned counterpart on the evaluate split, None where the rule found no token.
-        damage: own-vector damage rows on the select split, one per dose, by rising dose.
-        damage_evaluate: own-vector damage row on the evaluate split.
-        controls: random-direction controls of the same vector and target.
-    """
+    exact: float
+    attributed: float
+    residual: float
+    quadrature_error: float
 
-    basis: str
+
+@dataclass(frozen=True)
+class LossChange(LossParts):
+    """The same over all scored tokens and per skill group."""
+
+    per_group: dict[str, LossParts]
+
+
+@dataclass(frozen=True)
+class BasisEntry:
+    """``analyses.NAME.basis``: what the basis is and how much of movement and loss it holds."""
+
+    kind: str
+    supervised: bool
+    vectors: int
+    captured_net: float
+    captured_path: float
+    random_walk_net: float
+    random_walk_path: float
+    explained_share: float | None
+    rule: str
+    guarded_denominators: int
+    flat_after: int
+
+
+@dataclass(frozen=True)
+class VectorEntry:
+    """``analyses.NAME.vectors[]``."""
+
+    vector: int
+    origin: int | None
+    eigenvalue: float | None
+    residual: float | None
+    kept: bool
+    dropped_tokens: int
+    outlier_share: float
+
+    @property
+    def title(self) -> str:
+        """Index and the step it was taken at, as row titles have it."""
+        return f"v{self.vector}" + ("" if self.origin is None else f" (step {self.origin})")
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How well a set of tokens agrees with each known skill; skill -> number."""
+
     vector: int
     cluster: int
-    members: np.ndarray
-    entry: Mapping[str, Any]
-    evaluate: Mapping[str, Any] | None
-    damage: tuple[Mapping[str, Any], ...]
-    damage_evaluate: Mapping[str, Any] | None
-    controls: tuple[Mapping[str, Any], ...]
+    tokens: int
+    homogeneity: dict[str, float]
+    recall_all: dict[str, float]
+    lift: dict[str, float]
 
-    @property
-    def name(self) -> str:
-        """Short name, as in figures."""
-        return f"v{self.vector}·c{self.cluster}"
-
-    @property
-    def at_one(self) -> Mapping[str, Any] | None:
-        """Damage row of the whole movement undone."""
-        return next((row for row in self.damage if row["dose"] == 1.0), None)
-
-    @property
-    def interest(self) -> tuple[float, int]:
-        """F1 with the cluster's label (0 without labels), then size."""
-        label = self.entry["label"]
-        share, recall = self.entry["homogeneity"].get(label, 0.0), self.entry["recall_all"].get(label, 0.0)
-        total = share + recall
-        return (2 * share * recall / total if total else 0.0), int(self.entry["tokens"])
+    def f1(self, skill: str | None) -> float:
+        """F1 of homogeneity and recall over all tokens of the skill, 0 where it is unknown."""
+        if skill is None:
+            return 0.0
+        share, recall = self.homogeneity.get(skill, 0.0), self.recall_all.get(skill, 0.0)
+        return 2 * share * recall / (share + recall) if share + recall else 0.0
 
 
 @dataclass(frozen=True)
-class Curves:
-    """Trajectories of one cluster's tokens.
+class ClusterEntry(Agreement):
+    """``analyses.NAME.clusters[]``."""
 
-    Attributes:
-        steps: (T,) optimiser steps.
-        projected: (m, T) projected loss along the cluster's vector, nats.
-        exact: (m, T) exact loss of the same tokens, nats.
-        starts: (m,) step at which the decrease of each token's projected loss accelerates most.
-    """
-
-    steps: np.ndarray
-    projected: np.ndarray
-    exact: np.ndarray
-    starts: np.ndarray
+    hidden_breakthrough: bool
+    label: str | None
+    label_support: int
+    recall_paper: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class AnalysisView:
-    """One basis.
+class EvaluateClusterEntry(Agreement):
+    """``analyses.NAME.evaluate_clusters[]``: the evaluate tokens that a rule assigns to a cluster."""
 
-    Attributes:
-        name: its label.
-        entry: its entry under ``analyses`` in summary.json.
-        steps: (T,) optimiser steps.
-        losses: (T, M) exact loss, nats.
-        clusters: every cluster, the best of every label first (:func:`by_interest`).
-        damage: (K, M) loss change of each token when a vector's movement is undone, nats.
-    """
-
-    name: str
-    entry: Mapping[str, Any]
-    steps: np.ndarray
-    losses: np.ndarray
-    clusters: tuple[ClusterView, ...]
-    damage: np.ndarray
-
-    def cluster_damage(self, shown: Sequence[ClusterView]) -> tuple[np.ndarray, np.ndarray]:
-        """(K, C) damage of every vector on every given cluster, raw and over the cluster's headroom."""
-        empty = np.zeros((len(self.damage), 0))
-        raw = (
-            np.stack([self.damage[:, c.members].mean(1, dtype=np.float64) for c in shown], 1)
-            if shown
-            else empty
-        )
-        rooms = [row["headroom"] if (row := c.at_one) is not None else None for c in shown]
-        return raw, over_headroom(raw, rooms)
-
-    def skill_damage(self, skills: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """(K, S) damage of every vector on every skill, raw and over the skill's headroom."""
-        rows = sorted(
-            (
-                r
-                for r in self.entry["damage"]
-                if r["cluster"] is None and r["split"] == "select" and r["dose"] == 1.0
-            ),
-            key=lambda r: r["vector"],
-        )
-        raw = np.array([[row["groups"].get(skill, np.nan) for skill in skills] for row in rows], dtype=float)
-        rooms = [rows[0]["group_headroom"].get(skill) for skill in skills] if rows else []
-        return raw, over_headroom(raw, rooms)
-
-    def vector_rows(self, vector: int, split: str = "select") -> list[Mapping[str, Any]]:
-        """Damage rows of a vector alone, by rising dose."""
-        found = [
-            r
-            for r in self.entry["damage"]
-            if r["vector"] == vector and r["cluster"] is None and r["split"] == split
-        ]
-        return sorted(found, key=lambda r: float(r["dose"]))
+    rule: str
+    rule_auc: float | None
 
 
 @dataclass(frozen=True)
-class RunView:
-    """A whole run as the report sees it.
+class DamageEntry:
+    """``analyses.NAME.damage[]``: loss change under one edit, nats per token; cluster None = all tokens."""
+
+    vector: int
+    cluster: int | None
+    operator: str
+    dose: float
+    split: str
+    on_target: float | None
+    off_target: float | None
+    off_target_worst: float | None
+    headroom: float | None
+    groups: dict[str, float]
+    group_headroom: dict[str, float]
+
+
+@dataclass(frozen=True)
+class ControlEntry:
+    """``analyses.NAME.controls[]``: edits of the wrong direction, damage in nats per token."""
+
+    control: str
+    vector: int | None = None
+    cluster: int | None = None
+    split: str = "select"
+    draws: int = 0
+    norm: float | None = None
+    on_target_mean: float | None = None
+    on_target_max: float | None = None
+
+
+@dataclass(frozen=True)
+class VerdictEntry:
+    """``analyses.NAME.verdicts[]``: one row of the causal test.
 
     Attributes:
-        directory: where it lies.
-        summary: summary.json.
-        run: run.json.
-        config: config.yaml.
-        tokens: one row per scored select token.
-        skills: skill name -> (M,) tokens that have it.
-        analyses: one per basis.
+        vector: basis vector, None where the edit is not one of them.
+        cluster: cluster along it, as in ``clusters[]``; None where the target is a group.
+        family: where the hypothesis came from.
+        word: inert, shared, selective, carrier or unclear.
+        damage: loss change on the target, nats per token.
+        share: the same over the target's headroom.
+        leakage: largest share on another group over the target's.
+        sentence: the answer in words.
+        group: the skill that was the target, where it is no cluster.
+        seeds: runs that went into the row.
     """
 
-    directory: RunDirectory
-    summary: Mapping[str, Any]
-    run: Mapping[str, Any]
-    config: Mapping[str, Any]
-    tokens: pd.DataFrame
-    skills: Mapping[str, np.ndarray]
-    analyses: tuple[AnalysisView, ...]
-
-    def curves(self, shown: Sequence[ClusterView]) -> list[Curves]:
-        """Trajectories of the given clusters of one basis; only their vectors are integrated."""
-        if not shown:
-            return []
-        vectors = sorted({view.vector for view in shown})
-        projections = load_record(Projections, self.directory.projections(shown[0].basis))
-        rule = self.summary["analyses"][shown[0].basis]["basis"]["rule"]
-        allocation = allocate_only(projections, vectors, rule)
-        paths = allocation.projected_loss()
-        steps = projections.steps
-        delta = fitting_delta(int(self.config.get("breakthrough_delta", 100)), steps)
-        result = []
-        for view in shown:
-            members = torch.from_numpy(view.members)
-            own = paths[:, vectors.index(view.vector)].T[members]
-            starts = breakthrough_start(own, steps, delta).double().numpy()
-            exact = projections.losses.T[members]
-            result.append(Curves(steps.numpy(), own.double().numpy(), exact.double().numpy(), starts))
-        return result
+    vector: int | None
+    cluster: int | None
+    family: str
+    word: str
+    damage: float
+    share: float | None
+    leakage: float | None
+    sentence: str
+    group: str | None = None
+    seeds: int = 1
 
 
-def allocate_only(projections: Projections, vectors: Sequence[int], rule: Any) -> Allocation:
-    """The allocation of a few vectors, so that a report needs little memory on large runs."""
-    index = torch.as_tensor(vectors, dtype=torch.long)
+@dataclass(frozen=True)
+class Analysis:
+    """``analyses.NAME``: one basis."""
 
-    def columns(value: Tensor | None) -> Tensor | None:
-        return None if value is None else value[:, index]
+    loss_change: LossChange
+    basis: BasisEntry
+    vectors: tuple[VectorEntry, ...]
+    clusters: tuple[ClusterEntry, ...]
+    evaluate_clusters: tuple[EvaluateClusterEntry, ...]
+    damage: tuple[DamageEntry, ...]
+    controls: tuple[ControlEntry, ...]
+    verdicts: tuple[VerdictEntry, ...] = ()
 
-    chosen = replace(
-        projections,
-        gradients=projections.gradients[:, index],
-        displacements=projections.displacements[:, index],
-        interior_gradients=columns(projections.interior_gradients),
-        mean_gradients=columns(projections.mean_gradients),
-        curvatures=columns(projections.curvatures),
-    )
-    return allocate(chosen, rule)
+    def damage_row(self, vector: int, cluster: int | None, split: str) -> DamageEntry | None:
+        """What undoing the whole movement along a vector costs a target."""
+        rows = self.damage_rows(vector, cluster, split)
+        return next((row for row in rows if row.dose == 1.0), None)
+
+    def damage_rows(self, vector: int, cluster: int | None, split: str) -> tuple[DamageEntry, ...]:
+        """The same at every dose, by rising dose."""
+        place = (vector, cluster, split)
+        found = (row for row in self.damage if (row.vector, row.cluster, row.split) == place)
+        return tuple(sorted(found, key=lambda row: row.dose))
+
+    def random_controls(self, vector: int, cluster: int | None) -> tuple[ControlEntry, ...]:
+        """Random directions of the same norm, measured on a target of the select split."""
+        place = ("random_direction", vector, cluster, "select")
+        return tuple(c for c in self.controls if (c.control, c.vector, c.cluster, c.split) == place)
 
 
-def over_headroom(raw: np.ndarray, rooms: Sequence[float | None]) -> np.ndarray:
-    """Damage over headroom per column; NaN where the headroom is below ``SMALL_HEADROOM`` nats."""
-    sizes = np.array(
-        [np.nan if room is None or room < SMALL_HEADROOM else room for room in rooms], dtype=float
-    )
-    return raw / sizes[None] if raw.size else raw
+@dataclass(frozen=True)
+class ModelEntry:
+    """``model``."""
+
+    parameters: int
 
 
-def read_run(directory: RunDirectory) -> RunView:
-    """Collect the records of a finished run.
+@dataclass(frozen=True)
+class TokenCounts:
+    """``tokens``: scored tokens per split, and checkpoints."""
+
+    select: int
+    evaluate: int
+    checkpoints: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """``cost``: passes are passes over the select split."""
+
+    seconds: float
+    peak_rss_bytes: int
+    passes: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Opening:
+    """``evaluate``: the plan under which the evaluate split was opened."""
+
+    plan: str
+    exploratory: bool
+
+
+@dataclass(frozen=True)
+class Summary:
+    """summary.json."""
+
+    schema: str
+    task: str
+    seed: int
+    model: ModelEntry
+    tokens: TokenCounts
+    cost: Cost
+    evaluate: Opening
+    analyses: dict[str, Analysis]
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """One stage of run.json; passes count sequences."""
+
+    seconds: float
+    passes: dict[str, float]
+    peak_rss_bytes: int
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The machine of run.json."""
+
+    processor: str
+    cores: int | None
+    torch_threads: int
+    accelerator: str | None = None
+
+
+@dataclass(frozen=True)
+class RunFile:
+    """run.json."""
+
+    select_sequences: int = 1
+    stages: dict[str, StageCost] = field(default_factory=dict)
+    hardware: Hardware | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrainingFile:
+    """``training`` of config.yaml."""
+
+    steps: int | None = None
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    weight_decay: float = 0.0
+    record_every: int | None = None
+
+
+@dataclass(frozen=True)
+class DamageFile:
+    """``damage`` of config.yaml: the checkpoint that headroom is counted from, by index."""
+
+    reference: int = 0
+
+
+@dataclass(frozen=True)
+class ConfigFile:
+    """What the report says of config.yaml."""
+
+    breakthrough_delta: int = 100
+    damage: DamageFile = DamageFile()
+    training: TrainingFile | None = None
+    checkpoints: Any = None
+
+    @property
+    def trained_here(self) -> bool:
+        """Whether the run made its checkpoints itself."""
+        return self.checkpoints is None
+
+
+def read_summary(directory: Path) -> Summary:
+    """summary.json of a run directory.
 
     Raises:
-        ValueError: if summary.json or tokens.parquet is missing.
+        ValueError: if there is none, or it was written by another version.
     """
-    summary = read_summary(directory.path)
-    table = directory / "tokens.parquet"
-    if not table.exists():
-        raise ValueError(
-            f"'{directory.path}' must hold tokens.parquet beside summary.json; run 'polca-edit run' again"
-        )
-    tokens = pd.read_parquet(table)
-    config = directory / "config.yaml"
-    return RunView(
-        directory,
-        summary,
-        _json(directory / "run.json"),
-        (yaml.safe_load(config.read_text()) or {}) if config.exists() else {},
-        tokens,
-        skill_masks(tokens),
-        tuple(_analysis(directory, name, entry, tokens) for name, entry in summary["analyses"].items()),
-    )
+    file = directory / "summary.json"
+    if not file.exists():
+        raise ValueError(f"'{directory}' must hold a finished run (summary.json); run 'polca-edit run' first")
+    return load_record(Summary, file)
 
 
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
+def read_run_file(directory: RunDirectory) -> RunFile:
+    """run.json, empty where there is none."""
+    path = directory / "run.json"
+    return load_record(RunFile, path) if path.exists() else RunFile()
 
 
-def _analysis(
-    directory: RunDirectory, name: str, entry: Mapping[str, Any], tokens: pd.DataFrame
-) -> AnalysisView:
-    projections = load_record(Projections, directory.projections(name))
-    columns = [f"damage:{name}:{vector['vector']}" for vector in entry["vectors"]]
-    damage = np.stack([tokens[column].to_numpy(dtype=np.float64) for column in columns])
-    views = [_cluster(name, entry, cluster, tokens) for cluster in entry["clusters"]]
-    return AnalysisView(
-        name, entry, projections.steps.numpy(), projections.losses.numpy(), by_interest(views), damage
-    )
-
-
-def by_interest(views: Sequence[ClusterView]) -> tuple[ClusterView, ...]:
-    """The best cluster of every label first, then the second best, and so on; no label: by size."""
-    seen: dict[Any, int] = {}
-    rounds: list[tuple[int, ClusterView]] = []
-    for view in sorted(views, key=lambda view: view.interest, reverse=True):
-        label = view.entry["label"]
-        rounds.append((seen.get(label, 0) if label is not None else 0, view))
-        seen[label] = seen.get(label, 0) + 1
-    return tuple(view for _, view in sorted(rounds, key=lambda pair: pair[0]))
-
-
-def _cluster(
-    basis: str, entry: Mapping[str, Any], cluster: Mapping[str, Any], tokens: pd.DataFrame
-) -> ClusterView:
-    vector, index = cluster["vector"], cluster["cluster"]
-
-    def own(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        return [row for row in rows if row["vector"] == vector and row["cluster"] == index]
-
-    rows = own(entry["damage"])
-    return ClusterView(
-        basis,
-        vector,
-        index,
-        tokens[f"cluster:{basis}:{vector}"].to_numpy() == index,
-        cluster,
-        next(iter(own(entry["evaluate_clusters"])), None),
-        tuple(sorted((r for r in rows if r["split"] == "select"), key=lambda r: float(r["dose"]))),
-        next((r for r in rows if r["split"] == "evaluate" and r["dose"] == 1.0), None),
-        tuple(random_controls(entry, vector, index)),
-    )
-
-
-def random_controls(entry: Mapping[str, Any], vector: int, cluster: int | None) -> list[Mapping[str, Any]]:
-    """Matched-norm random directions of one vector, measured on one target of the select split."""
-    return [
-        row
-        for row in entry["controls"]
-        if row["control"] == "random_direction"
-        and row.get("vector") == vector
-        and row.get("cluster") == cluster
-        and row.get("split", "select") == "select"
-    ]
+def read_config(directory: RunDirectory) -> ConfigFile:
+    """config.yaml, its defaults where there is none."""
+    path = directory / "config.yaml"
+    values = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.exists() else {}
+    config: ConfigFile = from_plain(ConfigFile, values)
+    return config

@@ -1,65 +1,302 @@
-"""Chapters that labels and removals add to a run's report, from the records they left."""
+"""Chapters of the page that other experiments add: removals, the causal test, discovery.
+
+A section is a title over blocks; a block is anything with ``__html__``: words, a table, a drawing.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from html import escape
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
-from experiments.report.page import Section
-from experiments.run.labelling import label_sections
+from markupsafe import Markup
+
+from experiments.report.answers import share_cell
+from experiments.report.formats import MISSING, decimal, nats, share
+from experiments.report.records import Summary, VerdictEntry
+from experiments.report.style import Drawing
+from experiments.report.tables import Cell, Column, Table, table
 from experiments.run.store import RunDirectory
+from polca_edit.artifacts import load_record
 
 
-def extra_sections(directory: RunDirectory) -> list[Section]:
-    """Every chapter the run has records for: labels, causal tests, removals."""
-    return [*label_sections(directory), *removal_sections(directory)]
+class Block(Protocol):
+    """A part of a section as HTML; whoever makes it escapes what came from data."""
+
+    def __html__(self) -> str: ...
 
 
-def removal_sections(directory: RunDirectory) -> list[Section]:
-    """One chapter with every edit that ``polca-edit remove`` left in the run."""
-    rows = []
-    for path in sorted((directory.path / "edits").glob("*.result.json")):
-        for result in json.loads(path.read_text())["removals"]:
-            groups = {k: v for k, v in result["groups"].items() if v is not None}
-            rows.append(
-                [
-                    path.name.removesuffix(".result.json"),
-                    result["skill"],
-                    f"{result['target_share']:.1%}",
-                    f"{result['worst_off_share']:+.2%}",
-                    f"{result['worst_positive_share']:.2%}",
-                    f"{result['kl']:.3f}",
-                    f"{result['accuracy']:.1%} ({result['refit']['chance']:.1%})",
-                    f"{result['refit']['kept']:.0%}",
-                    f"{result['norm']:.2f} / {result['rank']}",
-                    ", ".join(f"{name} {share:+.1%}" for name, share in groups.items()),
-                ]
-            )
+@dataclass(frozen=True)
+class Section:
+    """A chapter of the page.
+
+    Attributes:
+        title: heading.
+        blocks: what stands below it, in order.
+    """
+
+    title: str
+    blocks: Sequence[Block]
+
+    @property
+    def drawings(self) -> list[Drawing]:
+        """Its figures."""
+        return [block for block in self.blocks if isinstance(block, Drawing)]
+
+
+def paragraph(text: str) -> Markup:
+    """A paragraph of plain words."""
+    return Markup("<p>{}</p>").format(text)
+
+
+def note(text: str) -> Markup:
+    """A paragraph in small print."""
+    return Markup('<p class="note">{}</p>').format(text)
+
+
+# -- removals -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Refit:
+    """What a refit of the outputs gives back; chance is that of the skill's commonest answer."""
+
+    chance: float
+    kept: float
+
+
+@dataclass(frozen=True)
+class Removal:
+    """One removal in an edit's result file; shares are of headroom, its other keys are ignored."""
+
+    skill: str
+    target_share: float
+    worst_off_share: float
+    worst_positive_share: float
+    kl: float
+    accuracy: float
+    norm: float
+    rank: int
+    refit: Refit
+    groups: dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class RemovalFile:
+    """``edits/NAME.result.json``."""
+
+    removals: tuple[Removal, ...]
+
+
+def removal_section(directory: RunDirectory) -> Section | None:
+    """Every edit that ``polca-edit remove`` left in the run."""
+    rows = [
+        _removal_cells(path, removal)
+        for path in sorted((directory / "edits").glob("*.result.json"))
+        for removal in load_record(RemovalFile, path).removals
+    ]
     if not rows:
-        return []
-    heads = (
-        "edit",
-        "skill",
-        "damage on target",
-        "worst other group",
-        "its positive part",
-        "largest KL elsewhere",
-        "accuracy (chance)",
-        "kept after a refit",
-        "norm / rank",
-        "share of headroom per group",
-    )
+        return None
+    columns = (
+        Column("edit", left=True), Column("skill", left=True), "damage on target", "worst other group",
+        "its positive part", "largest KL elsewhere", "accuracy (chance)", "kept after a refit", "norm / rank",
+        Column("share of headroom per group", left=True),
+    )  # fmt: skip
     text = (
-        "<p>Edits fitted on the select split and judged on the evaluate split. Damage is in shares of "
-        "headroom; a refit may change an output bias and permute the answers.</p>"
+        "Edits fitted on the select split and judged on the evaluate split. Damage is in shares of "
+        "headroom; a refit may change an output bias and permute the answers."
     )
-    return [Section("Skill removal", text + _table(heads, rows))]
+    return Section("Skill removal", (paragraph(text), table(columns, rows)))
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f'<th class="l">{escape(h)}</th>' for h in heads)
-    body = "".join(
-        "<tr>" + "".join(f'<td class="l">{escape(cell)}</td>' for cell in row) + "</tr>" for row in rows
+def _removal_cells(path: Path, removal: Removal) -> list[Cell | str]:
+    groups = [f"{name} {share(value)}" for name, value in removal.groups.items() if value is not None]
+    return [
+        path.name.removesuffix(".result.json"),
+        removal.skill,
+        share_cell(removal.target_share),
+        share_cell(removal.worst_off_share),
+        share_cell(removal.worst_positive_share),
+        Cell(decimal(removal.kl, 3), sort=removal.kl),
+        Cell(f"{share(removal.accuracy)} ({share(removal.refit.chance)})", sort=removal.accuracy),
+        share_cell(removal.refit.kept),
+        f"{decimal(removal.norm)} / {removal.rank}",
+        ", ".join(groups),
+    ]
+
+
+# -- the causal test ------------------------------------------------------------------------------
+
+
+def causal_section(summary: Summary) -> Section | None:
+    """The chapter "Causal test": one line per verdict of every basis."""
+    rows = [_verdict_cells(name, v) for name, a in summary.analyses.items() for v in a.verdicts]
+    if not rows:
+        return None
+    columns = (
+        Column("undone", left=True), Column("target", left=True), Column("family", left=True),
+        Column("answer", left=True), "damage (nats)", "of headroom", "leakage", "runs",
+        Column("in words", left=True),
+    )  # fmt: skip
+    text = (
+        "Hypotheses that were fixed before the evaluate tokens were opened, and what the test says of each."
     )
-    return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
+    return Section("Causal test", (paragraph(text), table(columns, rows, look="cards")))
+
+
+def _verdict_cells(basis: str, verdict: VerdictEntry) -> list[Cell | str]:
+    target = verdict.group or (
+        "all tokens" if verdict.cluster is None else f"v{verdict.vector}·c{verdict.cluster}"
+    )
+    return [
+        basis if verdict.vector is None else f"{basis} v{verdict.vector}",
+        target,
+        verdict.family,
+        Cell(verdict.word, look="strong"),
+        Cell(nats(verdict.damage), sort=verdict.damage),
+        share_cell(verdict.share),
+        Cell(decimal(verdict.leakage), sort=verdict.leakage),
+        str(verdict.seeds),
+        Cell(verdict.sentence, look="sentence"),
+    ]
+
+
+# -- discovery ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class WindowRow:
+    """One stretch of training undone in the final model: skill -> share of headroom lost."""
+
+    start: int
+    end: int
+    norm: float
+    shares: dict[str, float]
+
+
+@dataclass(frozen=True)
+class FoundCluster:
+    """Tokens that many partial undo edits hurt alike.
+
+    Attributes:
+        name: short name.
+        tokens: how many.
+        skill: nearest known skill, None where there are none.
+        homogeneity: share of its tokens with that skill.
+        recall: share of the skill's tokens in it.
+        lift: homogeneity over what a random group would have.
+    """
+
+    name: str
+    tokens: int
+    skill: str | None = None
+    homogeneity: float | None = None
+    recall: float | None = None
+    lift: float | None = None
+
+
+@dataclass(frozen=True)
+class AxisRow:
+    """A direction of a basis's span whose own movement hurts one skill most selectively when undone."""
+
+    basis: str
+    skill: str
+    damage: float
+    share: float | None
+    worst: str | None
+    worst_share: float | None
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """``discovery.json`` of a run: what undoing training, without a basis chosen before, has found."""
+
+    timeline: tuple[WindowRow, ...] = ()
+    clusters: tuple[FoundCluster, ...] = ()
+    axes: tuple[AxisRow, ...] = ()
+
+
+def discovery_section(found: Discovery) -> Section:
+    """The chapter "Discovery": timeline, interventional clusters, skill axes; what is empty is left out."""
+    blocks: list[Block] = []
+    if found.timeline:
+        blocks += [
+            _heading("Timeline: which stretch of training each skill needs"),
+            timeline_table(found.timeline),
+        ]
+    if found.clusters:
+        blocks += [_heading("Tokens that are hurt together"), found_table(found.clusters)]
+    if found.axes:
+        blocks += [_heading("Skill axes (found with the skill's labels)"), axes_table(found.axes)]
+    return Section("Discovery", blocks)
+
+
+def _heading(text: str) -> Markup:
+    return Markup("<h3>{}</h3>").format(text)
+
+
+def timeline_table(rows: Sequence[WindowRow]) -> Table:
+    """Share of headroom that each skill loses when a window's movement is undone."""
+    skills = sorted({skill for row in rows for skill in row.shares})
+    cells = [
+        [
+            Cell(f"{row.start} to {row.end}", sort=row.start),
+            Cell(decimal(row.norm), sort=row.norm),
+            *(share_cell(row.shares.get(skill)) for skill in skills),
+        ]
+        for row in rows
+    ]
+    return table(["steps undone", "norm", *skills], cells)
+
+
+def found_table(rows: Sequence[FoundCluster]) -> Table:
+    """Interventional clusters beside the nearest known skill."""
+    columns: list[Column | str] = [
+        "cluster",
+        "tokens",
+        Column("nearest skill", left=True),
+        "homogeneity",
+        "recall",
+        "lift",
+    ]
+    cells: list[list[Cell | str]] = [
+        [
+            row.name,
+            Cell(str(row.tokens), sort=row.tokens),
+            row.skill or MISSING,
+            *(Cell(decimal(value), sort=value) for value in (row.homogeneity, row.recall, row.lift)),
+        ]
+        for row in rows
+    ]
+    return table(columns, cells)
+
+
+def axes_table(rows: Sequence[AxisRow]) -> Table:
+    """Skill axes with what undoing them costs the skill and the worst other one."""
+    columns: list[Column | str] = [
+        Column("span", left=True), Column("skill", left=True), "damage (nats)", "of headroom",
+        Column("worst other skill", left=True), "its share",
+    ]  # fmt: skip
+    cells: list[list[Cell | str]] = [
+        [
+            row.basis, row.skill, Cell(nats(row.damage), sort=row.damage), share_cell(row.share),
+            row.worst or MISSING, share_cell(row.worst_share),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return table(columns, cells)
+
+
+# -- which chapters a run has ---------------------------------------------------------------------
+
+
+def sections_of(directory: RunDirectory, summary: Summary) -> Iterator[Section]:
+    """Every added chapter that the run has records for."""
+    if (causal := causal_section(summary)) is not None:
+        yield causal
+    file = directory / "discovery.json"
+    if file.exists():
+        yield discovery_section(load_record(Discovery, file))
+    if (removals := removal_section(directory)) is not None:
+        yield removals

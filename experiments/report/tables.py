@@ -1,159 +1,170 @@
-"""Terminal tables that a newcomer can read."""
+"""One table, written as HTML for the page, as a terminal table, or as Markdown: the cells are shared."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-from rich.console import Console
-from rich.table import Table
+import rich.table
+from markupsafe import Markup, escape
+from rich.text import Text
 
-
-def print_summary(summary: dict[str, Any], console: Console) -> None:
-    """What a run found, in two tables and a few sentences."""
-    bases = Table(
-        title="How much of the loss change each basis accounts for (nats per token)", title_justify="left"
-    )
-    for heading in (
-        "basis",
-        "vectors",
-        "exact",
-        "attributed",
-        "residual",
-        "quadrature error",
-        "explained share",
-    ):
-        bases.add_column(heading, justify="left" if heading == "basis" else "right")
-    bases.add_column("movement held (net / path)", justify="right")
-    bases.add_column("random walk", justify="right")
-    for name, analysis in summary["analyses"].items():
-        change, basis = analysis["loss_change"], analysis["basis"]
-        share = basis["explained_share"]
-        bases.add_row(
-            name,
-            str(basis["vectors"]),
-            f"{change['exact']:.3f}",
-            f"{change['attributed']:.3f}",
-            f"{change['residual']:.3f}",
-            f"{change['quadrature_error']:.3f}",
-            "-" if share is None else f"{share:.1%}",
-            f"{basis['captured_net']:.2%} / {basis['captured_path']:.2%}",
-            f"{basis['random_walk_net']:.1%} / {basis['random_walk_path']:.1%}",
-        )
-    console.print(bases)
-    console.print(_cluster_table(summary))
-    best = most_selective(summary)
-    if best:
-        console.print(
-            f"Most selective vector: undoing {best['basis']} {best['vector']} costs '{best['skill']}' "
-            f"{best['on']:+.2f} nats and each other digit at most {best['off']:+.3f} ({best['split']} split)."
-        )
+#: From this shade on letters are white.
+DEEP = 0.55
 
 
-PER_SKILL, ROWS = 2, 12
+@dataclass(frozen=True)
+class Column:
+    """A heading.
 
-
-def f1(cluster: dict[str, Any]) -> float:
-    """F1 of homogeneity and recall for the cluster's label, 0 without one."""
-    label = cluster["label"]
-    if label not in cluster["homogeneity"]:
-        return 0.0
-    precision, recall = float(cluster["homogeneity"][label]), float(cluster["recall_all"][label])
-    return 2.0 * precision * recall / max(precision + recall, 1e-12)
-
-
-def _cluster_table(summary: dict[str, Any]) -> Table:
-    table = Table(
-        title="Clusters that agree best with a known skill; cost of undoing their vector (select split)",
-        title_justify="left",
-    )
-    for heading in ("basis", "vector", "cluster", "tokens", "best skill", "homogeneity", "recall", "lift"):
-        table.add_column(heading, justify="left" if heading in ("basis", "best skill") else "right")
-    table.add_column("damage on / off target", justify="right")
-    found = [(name, a, c) for name, a in summary["analyses"].items() for c in a["clusters"]]
-    found.sort(key=lambda item: (-f1(item[2]), -item[2]["tokens"]))
-    shown: dict[str | None, int] = {}
-    for name, analysis, c in found:
-        label = c["label"]
-        shown[label] = shown.get(label, 0) + 1
-        known = label in c["homogeneity"]
-        if sum(shown.values()) > ROWS or (known and shown[label] > PER_SKILL):
-            shown[label] -= 1
-            continue
-        hit = find_damage(analysis, c["vector"], c["cluster"], "select")
-        table.add_row(
-            name,
-            str(c["vector"]),
-            str(c["cluster"]),
-            str(c["tokens"]),
-            label or "-",
-            f"{c['homogeneity'][label]:.2f}" if known else "-",
-            f"{c['recall_all'][label]:.2f}" if known else "-",
-            f"{c['lift'][label]:.1f}" if known else "-",
-            "-" if hit is None else f"{hit['on_target']:+.3f} / {hit['off_target'] or 0:+.3f}",
-        )
-    if not found:
-        table.add_row("no clusters found", *[""] * 8)
-    return table
-
-
-def find_damage(
-    analysis: dict[str, Any], vector: int, cluster: int | None, split: str
-) -> dict[str, Any] | None:
-    """The project_out row of a (vector, cluster) on a split."""
-    return next(
-        (
-            row
-            for row in analysis["damage"]
-            if row["vector"] == vector
-            and row["cluster"] == cluster
-            and row["split"] == split
-            and row["dose"] == 1.0
-        ),
-        None,
-    )
-
-
-def most_selective(
-    summary: dict[str, Any],
-    partition: tuple[str, ...] = ("1000s", "100s", "10s", "1s"),
-    split: str = "evaluate",
-) -> dict[str, Any] | None:
-    """The vector whose removal costs one part at least 1 nat and the worst other part least of that.
-
-    It is chosen on the select split; the numbers are those of ``split``.
+    Attributes:
+        heading: its words.
+        left: words stand left, numbers right.
+        note: what it means, shown when the pointer rests on the heading of the page.
     """
-    chosen: tuple[float, str, int, str] | None = None
-    for name, analysis in summary["analyses"].items():
-        for row in analysis["damage"]:
-            parts = _parts(row, partition, "select")
-            if len(parts) < 2:
-                continue
-            skill = max(parts, key=lambda key: parts[key])
-            off = max(value for key, value in parts.items() if key != skill)
-            share = max(off, 0.0) / max(parts[skill], 1e-12)
-            if parts[skill] >= 1.0 and (chosen is None or share < chosen[0]):
-                chosen = share, name, row["vector"], skill
-    if chosen is None:
-        return None
-    _, name, vector, skill = chosen
-    row = find_damage(summary["analyses"][name], vector, None, split)
-    parts = {} if row is None else _parts(row, partition, split)
-    if skill not in parts:
-        return None
-    off = max(value for key, value in parts.items() if key != skill)
-    return {
-        "basis": name,
-        "vector": vector,
-        "skill": skill,
-        "on": parts[skill],
-        "off": off,
-        "share": max(off, 0.0) / parts[skill] if parts[skill] > 0 else None,
-        "split": split,
-    }
+
+    heading: str
+    left: bool = False
+    note: str = ""
 
 
-def _parts(row: dict[str, Any], partition: tuple[str, ...], split: str) -> dict[str, float]:
-    """Damage per part of a whole-vector project_out row of the split; empty for other rows."""
-    if row["cluster"] is not None or row["split"] != split or row["dose"] != 1.0:
-        return {}
-    return {skill: row["groups"][skill] for skill in partition if skill in row["groups"]}
+@dataclass(frozen=True)
+class Cell:
+    """A value as it is shown.
+
+    Attributes:
+        text: its words; ``Markup`` goes into the page as it is.
+        sort: what the page sorts by, where that is not the text itself.
+        look: CSS classes.
+        colour: of a dot before the text.
+        note: shown when the pointer rests on it.
+        shade: of a map, from -1 (blue) over nothing to 1 (red).
+    """
+
+    text: str
+    sort: float | None = None
+    look: str = ""
+    colour: str | None = None
+    note: str = ""
+    shade: float | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells under columns.
+
+    Attributes:
+        columns: one per cell of a row.
+        rows: plain text is a cell too.
+        title: above the terminal's table.
+        total: a last row that sorting leaves in place.
+        look: CSS classes of the page's table.
+    """
+
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    title: str = ""
+    total: tuple[Cell, ...] | None = None
+    look: str = ""
+
+    def __post_init__(self) -> None:
+        for row in (*self.rows, *([self.total] if self.total else [])):
+            if len(row) != len(self.columns):
+                raise ValueError(
+                    f"a row needs one cell for each of {len(self.columns)} columns, got {len(row)}; "
+                    "add or drop cells"
+                )
+
+    def __html__(self) -> str:
+        """The table for the page: headings sort it, and narrow screens scroll it."""
+        head = "".join(_heading(column) for column in self.columns)
+        body = "".join(self._html_row(row) for row in self.rows)
+        total = f"<tfoot>{self._html_row(self.total)}</tfoot>" if self.total else ""
+        look = escape(f"sortable {self.look}".strip())
+        return (
+            f'<div class="scroll"><table class="{look}"><thead><tr>{head}</tr></thead>'
+            f"<tbody>{body}</tbody>{total}</table></div>"
+        )
+
+    def terminal(self) -> rich.table.Table:
+        """The table for a console; long words wrap and are never cut."""
+        made = rich.table.Table(title=self.title or None, title_justify="left", show_footer=bool(self.total))
+        for index, column in enumerate(self.columns):
+            footer = _plain(self.total[index]) if self.total else ""
+            made.add_column(
+                Text(column.heading),
+                footer=Text(footer),
+                justify="left" if column.left else "right",
+                overflow="fold",
+            )
+        for row in self.rows:
+            made.add_row(*(Text(_plain(cell)) for cell in row))
+        return made
+
+    def markdown(self) -> str:
+        """The table for a document."""
+        lines = [
+            [column.heading for column in self.columns],
+            ["---" if column.left else "---:" for column in self.columns],
+            *([_plain(cell) for cell in row] for row in (*self.rows, *([self.total] if self.total else []))),
+        ]
+        return "".join("| " + " | ".join(c.replace("|", "\\|") for c in line) + " |\n" for line in lines)
+
+    def _html_row(self, row: Sequence[Cell]) -> str:
+        cells = "".join(_html_cell(cell, column) for cell, column in zip(row, self.columns, strict=True))
+        return f"<tr>{cells}</tr>"
+
+
+def table(
+    columns: Iterable[Column | str], rows: Iterable[Iterable[Cell | str]], title: str = "", look: str = ""
+) -> Table:
+    """A table from cells and plain text; headings given as text are of numbers, all but the first.
+
+    >>> print(table(["vector", "damage"], [["v1", "+0.25"]]).markdown(), end="")
+    | vector | damage |
+    | --- | ---: |
+    | v1 | +0.25 |
+    """
+    heads = tuple(
+        Column(column, left=not index) if isinstance(column, str) else column
+        for index, column in enumerate(columns)
+    )
+    cells = tuple(tuple(Cell(c) if isinstance(c, str) else c for c in row) for row in rows)
+    return Table(heads, cells, title, look=look)
+
+
+def _plain(cell: Cell) -> str:
+    return cell.text.striptags() if isinstance(cell.text, Markup) else cell.text
+
+
+def _heading(column: Column) -> str:
+    side, note = (' class="l"' if column.left else ""), _note(column.note)
+    return f'<th scope="col"{side}{note}><button type="button">{escape(column.heading)}</button></th>'
+
+
+def _html_cell(cell: Cell, column: Column) -> str:
+    look = f"{'l ' if column.left else ''}{cell.look}".strip()
+    sort = "" if cell.sort is None else f' data-sort="{cell.sort!r}"'
+    text = escape(cell.text)
+    if cell.colour is not None:
+        first, space, rest = text.partition(" ")
+        dot = f'<span class="dot" style="background:{cell.colour}"></span>'
+        text = Markup(f'<span class="joined">{dot}{first}</span>{space}{rest}')
+    shade = _shade(cell.shade)
+    if cell.shade is not None and abs(cell.shade) > DEEP:
+        look += " deep"
+    classes = f' class="{escape(look.strip())}"' if look else ""
+    label = f' data-label="{escape(column.heading)}"'
+    return f"<td{classes}{label}{sort}{shade}{_note(cell.note)}>{text}</td>"
+
+
+def _shade(value: float | None) -> str:
+    """Background of a map's cell; the paper shows through small values, in every theme."""
+    if value is None:
+        return ""
+    colour = "178,24,43" if value > 0 else "33,102,172"
+    return f' style="background:rgba({colour},{min(abs(value), 1.0):.2f})"'
+
+
+def _note(text: str) -> str:
+    return f' title="{escape(text)}"' if text else ""

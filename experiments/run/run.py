@@ -37,11 +37,11 @@ def execute(
 ) -> dict[str, Any] | None:
     """Run all stages of a config, write summary and report, print the tables."""
     from experiments.config import load_config
+    from experiments.report.answers import print_summary
+    from experiments.report.labels import print_labels
     from experiments.report.page import write_report
-    from experiments.report.sections import extra_sections
-    from experiments.report.tables import print_summary
     from experiments.run import stages as pipeline
-    from experiments.run.labelling import describe_labels, write_labels
+    from experiments.run.labels import write_labels
     from experiments.run.summary import write_summary
 
     started = time.perf_counter()
@@ -61,10 +61,9 @@ def execute(
     pipeline.run_stages(opened, redo)
     labels = write_labels(opened) if opened.task.name == "text" else {}
     summary = write_summary(opened)
-    page = write_report(opened.directory, say, extra_sections(opened.directory))
+    page = write_report(opened.directory, say)
     say(f"  {'total':<24} {time.perf_counter() - started:7.1f} s")
-    print_summary(summary, console)
-    if labels:
-        say(describe_labels(labels))
+    print_summary(opened.directory, console)
+    print_labels(labels, console)
     say(f"Report: {page}")
     return summary

@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.application import run_application
-from experiments.report.tables import find_damage, most_selective
 from experiments.run.machine import hardware, versions
 from polca_edit.checkpoints.files import write_json
 
@@ -64,6 +63,69 @@ def best_cluster(summary: dict[str, Any]) -> dict[str, Any] | None:
         for split, hit in damage.items()
     }
     return row
+
+
+def find_damage(
+    analysis: dict[str, Any], vector: int, cluster: int | None, split: str
+) -> dict[str, Any] | None:
+    """The project_out row of a (vector, cluster) on a split."""
+    return next(
+        (
+            row
+            for row in analysis["damage"]
+            if row["vector"] == vector
+            and row["cluster"] == cluster
+            and row["split"] == split
+            and row["dose"] == 1.0
+        ),
+        None,
+    )
+
+
+def most_selective(
+    summary: dict[str, Any],
+    partition: tuple[str, ...] = ("1000s", "100s", "10s", "1s"),
+    split: str = "evaluate",
+) -> dict[str, Any] | None:
+    """The vector whose removal costs one part at least 1 nat and the worst other part least of that.
+
+    It is chosen on the select split; the numbers are those of ``split``.
+    """
+    chosen: tuple[float, str, int, str] | None = None
+    for name, analysis in summary["analyses"].items():
+        for row in analysis["damage"]:
+            parts = _parts(row, partition, "select")
+            if len(parts) < 2:
+                continue
+            skill = max(parts, key=lambda key: parts[key])
+            off = max(value for key, value in parts.items() if key != skill)
+            share = max(off, 0.0) / max(parts[skill], 1e-12)
+            if parts[skill] >= 1.0 and (chosen is None or share < chosen[0]):
+                chosen = share, name, row["vector"], skill
+    if chosen is None:
+        return None
+    _, name, vector, skill = chosen
+    row = find_damage(summary["analyses"][name], vector, None, split)
+    parts = {} if row is None else _parts(row, partition, split)
+    if skill not in parts:
+        return None
+    off = max(value for key, value in parts.items() if key != skill)
+    return {
+        "basis": name,
+        "vector": vector,
+        "skill": skill,
+        "on": parts[skill],
+        "off": off,
+        "share": max(off, 0.0) / parts[skill] if parts[skill] > 0 else None,
+        "split": split,
+    }
+
+
+def _parts(row: dict[str, Any], partition: tuple[str, ...], split: str) -> dict[str, float]:
+    """Damage per part of a whole-vector project_out row of the split; empty for other rows."""
+    if row["cluster"] is not None or row["split"] != split or row["dose"] != 1.0:
+        return {}
+    return {skill: row["groups"][skill] for skill in partition if skill in row["groups"]}
 
 
 def seed_row(run: Path) -> dict[str, Any]:
