@@ -83,7 +83,8 @@ def transposed_weights(space: ParameterSpace, module: nn.Module | None = None) -
         layers = {name for name, layer in module.named_modules() if type(layer).__name__ == "Conv1D"}
         return frozenset(n for n in space.names if n.removesuffix(".weight") in layers)
     shapes = dict(zip(space.names, space.shapes, strict=True))
-    told, square = set(), set()
+    told: set[str] = set()
+    square: set[str] = set()
     for name, shape in shapes.items():
         bias = shapes.get(f"{name.removesuffix('.weight')}.bias")
         if len(shape) != 2 or bias is None or bias != (shape[1],):

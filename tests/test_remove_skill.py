@@ -305,7 +305,9 @@ def test_table_over_seeds_by_hand() -> None:
     assert ours.worst_off_max == 0.02
     # The seed on which NPO stays below the goal counts neither as cheap nor as lasting.
     assert (npo.reached, npo.worst_off_max, npo.refit_kept_median) == (1, 0.04, 0.2)
-    assert "| 10s | NPO | 1 of 2 | 0 of 2 | 4.0 % | 4.0 % | 20.0 % |" in removal_table.markdown(result.rows)
+    assert "| 10s | NPO | 1 of 2 | 0 of 2 | 4.0 % | 4.0 % | 20.0 % |" in removal_table.markdown(
+        result.rows
+    ).replace("\u00a0", " ")
 
 
 def test_the_small_file_names_what_is_missed_and_takes_medians() -> None:

@@ -108,7 +108,8 @@ class Work:
 
     @classmethod
     def on(cls, problem: RemovalProblem) -> Work:
-        """From now on, for the predictor of a problem."""
+        """From now on, for the predictor of a problem; what all its methods share is done before."""
+        _ = problem.headroom, problem.select.before
         return cls(problem.predictor, before=problem.predictor.passes)
 
     @property

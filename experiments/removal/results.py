@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 from experiments.removal.comparison import Match, matched_damage
 from experiments.removal.found import Effort, Setting, Tried
@@ -95,7 +96,7 @@ class StudyResult(Part):
     schema: str = SCHEMA
 
     @classmethod
-    def of(cls, part: Part, **given: object) -> StudyResult:
+    def of(cls, part: Part, **given: Any) -> StudyResult:
         """The parts in order, compared."""
         part = part.ordered()
         return cls(

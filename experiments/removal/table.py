@@ -77,17 +77,20 @@ class ShortRow:
     @classmethod
     def of(cls, row: Row) -> ShortRow:
         """Of a row."""
-        numbers = (
-            row.target_share,
-            row.worst_off_share,
-            row.worst_positive_share,
-            row.accuracy,
-            row.refit.kept,
-            row.refit.kept_of_untrained,
-            row.passes,
+        return cls(
+            row.skill,
+            row.method,
+            row.seed,
+            target_share=rounded(row.target_share, 4),
+            worst_off_share=rounded(row.worst_off_share, 4),
+            worst_positive_share=rounded(row.worst_positive_share, 4),
+            accuracy=rounded(row.accuracy, 4),
+            refit_kept=rounded(row.refit.kept, 4),
+            refit_kept_of_untrained=rounded(row.refit.kept_of_untrained, 4),
+            passes=rounded(row.passes, 4),
+            met=row.met,
+            missed=tuple(sorted(name for name, met in row.checks.items() if not met)),
         )
-        missed = tuple(sorted(name for name, met in row.checks.items() if not met))
-        return cls(row.skill, row.method, row.seed, *(rounded(n, 4) for n in numbers), row.met, missed)
 
 
 @dataclass(frozen=True)

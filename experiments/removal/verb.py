@@ -277,25 +277,33 @@ def remove(
     else:
         rules = [skill_groups(opened, name) for name in skill or []]
     names = tuple(rule.skill for rule in rules)
-    path = out or run / "edits" / "+".join(n.replace(":", "-").replace("@", "-at-") for n in names)
-    span, limits = edit_span(opened, basis), Limits(target, off, kl)
-    tokens = opened.task.splits.evaluate.fingerprint()
-    plan = RemovalPlan(names, limits, BUDGETS[budget], span.kind, tokens)
-    opening = open_evaluate(opened, to_plain(plan))
+    span, tokens = edit_span(opened, basis), opened.task.splits.evaluate.fingerprint()
+    plan = RemovalPlan(names, Limits(target, off, kl), BUDGETS[budget], span.kind, tokens)
+    opening = open_evaluate(opened, plan, by="remove")
     edit, removals = removed(opened, rules, plan, span)
+    path = out or run / "edits" / "+".join(n.replace(":", "-").replace("@", "-at-") for n in names)
+    record = _written(opened, path, edit, removals, plan, opening.exploratory)
+    if path.parent == run / "edits" and (run / "summary.json").exists():
+        write_report(opened.directory, lambda _: None)
+    if record.missed:
+        for sentence in record.missed:
+            typer.echo(f"polca-edit: {sentence}", err=True)
+        raise typer.Exit(1)
+
+
+def _written(
+    run: Run, path: Path, edit: Edit, removals: Sequence[Removal], plan: RemovalPlan, exploratory: bool
+) -> RemovalFile:
+    """Write the edit and its result file, and say what it does."""
     sentences = tuple(
-        sentence for r in removals for sentence in missed_bounds(r.skill, r.together or r, limits)
+        sentence
+        for removal in removals
+        for sentence in missed_bounds(removal.skill, removal.together or removal, plan.limits)
     )
     edit = replace(edit, provenance={**edit.provenance, "results": to_plain(removals)})
-    written = save_edit(path, edit, opened.task.space)
+    written = save_edit(path, edit, run.task.space)
     record = RemovalFile(
-        tuple(removals),
-        plan,
-        bool(opening["exploratory"]),
-        sentences,
-        versions(),
-        hardware(),
-        opened.config.seed,
+        tuple(removals), plan, exploratory, sentences, versions(), hardware(), run.config.seed
     )
     write_json(written.with_suffix(".result.json"), to_plain(record))
     for removal in removals:
@@ -305,9 +313,4 @@ def remove(
             f"{removal.refit.chance:.1%}), {removal.refit.kept:.0%} of the damage stays after a refit"
         )
     typer.echo(f"Edit: {written}")
-    if written.parent == run / "edits" and (run / "summary.json").exists():
-        write_report(opened.directory, lambda _: None)
-    if sentences:
-        for sentence in sentences:
-            typer.echo(f"polca-edit: {sentence}", err=True)
-        raise typer.Exit(1)
+    return record

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from jaxtyping import Bool
@@ -30,6 +31,7 @@ from polca_edit.tokens import TokenSet
 
 #: A skill by the name of its label, a mask of the split's tokens, or groups by a rule of one's own.
 Target = str | Bool[Tensor, " M"] | GroupRule
+Wanted = TypeVar("Wanted")
 
 
 @dataclass(frozen=True)
@@ -209,8 +211,8 @@ def draws(tokens: TokenSet, size: int, seed: int = 0) -> Callable[[int], TokenSe
 
 def remove_in_order(
     split: EvaluatedSplit,
-    targets: Sequence[Target],
-    remove: Callable[[EvaluatedSplit, Target], RemovalResult],
+    targets: Sequence[Wanted],
+    remove: Callable[[EvaluatedSplit, Wanted], RemovalResult],
 ) -> tuple[Edit, list[RemovalResult]]:
     """Remove several skills one after the other; each starts from the weights the last one left.
 
@@ -226,7 +228,7 @@ def remove_in_order(
         All movements together as one edit of the original weights, and the single results.
     """
     moved = torch.zeros_like(split.theta)
-    results = []
+    results: list[RemovalResult] = []
     for target in targets:
         results.append(remove(at_weights(split, split.theta + moved) if results else split, target))
         moved = moved + results[-1].edit.delta()
