@@ -15,8 +15,9 @@ import torch
 from oracles import quadratic_problem, walk
 
 from experiments.config import load_config
+from experiments.run.driver import run_stages
 from experiments.run.engines import Blocks, local_slopes
-from experiments.run.stages import open_run, run_stages
+from experiments.run.run import open_run
 from polca_edit.allocation.allocate import slopes_at
 from polca_edit.artifacts import checksum
 from polca_edit.basis.record import random_basis
@@ -54,14 +55,7 @@ def projected(out: Path, **overrides: object) -> tuple[dict[str, str], dict[str,
     }
     run = open_run(load_config("smoke", values), out, lambda text: None)
     stages = ["train", "basis:trajectory", "basis:random", "projections"]
-    import experiments.run.stages as pipeline
-
-    names = pipeline.stage_names
-    pipeline.stage_names = lambda config: stages
-    try:
-        run_stages(run)
-    finally:
-        pipeline.stage_names = names
+    run_stages(run, stages=stages)
     record = json.loads((out / "stages" / "projections.json").read_text())
     return {p.name: checksum(p) for p in sorted((out / "projections").glob("*.safetensors"))}, record[
         "passes"

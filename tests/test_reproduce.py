@@ -19,7 +19,7 @@ from experiments.reproduce.rows import (
     share_fields,
 )
 from experiments.reproduce.verb import NUMBERS, PRESETS, run_reproduction
-from experiments.run.stages import open_run
+from experiments.run.run import open_run
 from experiments.study.multiverse import Branch, branches, group_damage, outcome, survival, thinned
 from experiments.tasks.arithmetic import make_data, token_loss
 from polca_edit.allocation.allocate import Allocation, Projections, allocate, project

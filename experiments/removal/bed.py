@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from experiments.config import RunConfig, load_config
 from experiments.removal.skills import GROUPS, arithmetic_logits, assign_groups, skill_rule
-from experiments.run.stages import Run, _train, open_run, training_settings
+from experiments.run.run import Run, open_run
+from experiments.run.stages.training import trained_series, training_settings
 from experiments.tasks import arithmetic
 from experiments.tasks.arithmetic import (
     ArithmeticData,
@@ -171,8 +172,7 @@ def open_bed(
     """The bed of one seed under a folder; its run is trained if it is not there with these very settings."""
     config = settings.config.model_copy(update={"seed": seed})
     run = open_run(config, folder / f"seed-{seed}", say)
-    if not run.directory.finished("train", run.key("train")):
-        _train(run, "train")
+    trained_series(run)
     bed = Bed(settings, run, Predictor(run.objective, arithmetic_logits))
     say(f"  seed {seed}: {len(bed.thetas)} checkpoints, {len(bed.vectors.rows)} vectors with their curvature")
     return bed

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from experiments.removal.skills import GROUPS, SKILL_GROUPS, arithmetic_logits, assign_groups, skill_rule
 from experiments.report.page import write_report
-from experiments.run.damage import open_evaluate
 from experiments.run.machine import hardware, versions
-from experiments.run.stages import ClusterRecord, Run, load_run
+from experiments.run.run import Run, load_run
+from experiments.run.run_record import open_evaluate
+from experiments.run.stages.clusters import ClusterRecord
 from experiments.tasks.arithmetic import data_of
 from interventions.damage import EvaluatedSplit
 from interventions.edit_files import save_edit

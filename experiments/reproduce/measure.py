@@ -18,8 +18,9 @@ from torch import Tensor
 from experiments.config import Rotation
 from experiments.reproduce.rows import TokenSplits
 from experiments.run.parts import Ledger, kept_parts, spent_on
-from experiments.run.rotated import fit_rotation
-from experiments.run.stages import Run, recorder_of, training_settings
+from experiments.run.run import Run
+from experiments.run.stages.rotated import fit_rotation
+from experiments.run.stages.training import recorder_of, training_settings
 from interventions.edits import weights_fingerprint
 from polca_edit.allocation.allocate import CheckpointSlopes, Projections, project
 from polca_edit.allocation.quadrature import (

@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
-from experiments.application import run_application
+from experiments.application import run_application, settings_from
 from experiments.config import RunConfig, load_config
 from experiments.reproduce.claims import judge_claims
 from experiments.reproduce.measure import Measured, Say, Settings, measure_bases, rotations_of, trained
@@ -38,8 +38,7 @@ from experiments.reproduce.rows import (
 )
 from experiments.reproduce.tables import print_tables
 from experiments.run.machine import hardware, versions
-from experiments.run.run import settings_from
-from experiments.run.stages import open_run
+from experiments.run.run import open_run
 from polca_edit.allocation.allocate import allocate
 from polca_edit.allocation.quadrature import FixedRule
 from polca_edit.checkpoints.files import write_json

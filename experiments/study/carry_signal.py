@@ -25,7 +25,7 @@ from experiments.config import load_config
 from experiments.reproduce.measure import Say, trained
 from experiments.reproduce.rivals import CURVATURE_SUMS
 from experiments.run.machine import hardware, versions
-from experiments.run.stages import Run, open_run
+from experiments.run.run import Run, open_run
 from experiments.study.multiverse import best_carry, group_damage, thinned
 from experiments.study.robustness import stored_projections
 from interventions.damage import EvaluatedSplit

@@ -14,10 +14,10 @@ from typing import Annotated, Any
 
 import typer
 
-from experiments.application import run_application
+from experiments.application import run_application, settings_from
 from experiments.run.machine import hardware, versions
-from experiments.run.run import execute, settings_from
 from experiments.run.store import RunDirectory
+from experiments.verbs.pipeline import execute
 from polca_edit.checkpoints.files import write_json
 
 SCHEMA = "polca-edit/paper-scale/1"

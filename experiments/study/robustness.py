@@ -25,7 +25,7 @@ from experiments.config import RunConfig, load_config
 from experiments.report.figures_robustness import Survival, draw_survival
 from experiments.reproduce.measure import Say, basis_inputs, trained
 from experiments.run.machine import hardware, versions
-from experiments.run.stages import Run, open_run
+from experiments.run.run import Run, open_run
 from experiments.study.multiverse import branches, conclusions, outcome, survival
 from polca_edit.allocation.allocate import Projections, Rule, project
 from polca_edit.artifacts import from_plain, load_record, save_record
