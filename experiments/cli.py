@@ -48,6 +48,12 @@ VERBS = {
     "report": Verb("verbs.records:report", "Draw report.html and the figures again from a run's records."),
     "inspect": Verb("verbs.records:inspect", "Print what a finished run found."),
     "label": Verb("verbs.records:label", "Label the clusters of a run from what their tokens share."),
+    "test": Verb(
+        "verdicts.verb:causal_test",
+        "Does the model need each movement for its tokens, and for them only?",
+        "Tests",
+        "Examples: `polca-edit test runs/demo` · `polca-edit test runs/demo runs/demo-1 --out studies/demo`",
+    ),
     "remove": Verb(
         "removal.verb:remove",
         "Find an edit that removes one skill, and judge it on the evaluate split.",

@@ -187,7 +187,7 @@ def evidence(**changes: object) -> Evidence:
         worst="other",
         others={"other": Other(0.03, Interval(0.05, 0.0, 0.1, 50), False)},
         selectivity=0.57,
-        selectivity_null=np.zeros(199),
+        selectivity_null=(0.0,) * 199,
         insertion=Insertion(Interval(0.5, 0.3, 0.6, 50), Interval(0.4, 0.2, 0.5, 50), 0.1),
     )
     return replace(own, **changes)
@@ -213,8 +213,8 @@ PAIR = Hypothesis("p", torch.eye(2)[:1], TokenGroup("g"), "own", "b", (0,))
         ({"leakage": Interval(0.5, 0.4, 0.6, 50)}, "shared"),
         ({"leakage": Interval(0.3, 0.2, 0.4, 50)}, "unclear"),
         # Directions of the span at the same damage are as selective.
-        ({"selectivity_null": np.ones(199)}, "unclear"),
-        ({"selectivity_null": np.array([])}, "unclear"),
+        ({"selectivity_null": (1.0,) * 199}, "unclear"),
+        ({"selectivity_null": ()}, "unclear"),
         # A group with hardly any headroom loses nats instead.
         ({"others": {"small": Other(float("nan"), Interval(0.9, 0.8, 1.0, 50), True)}}, "shared"),
         ({"others": {"small": Other(float("nan"), Interval(0.0, -0.01, 0.01, 50), True)}}, "carrier"),
@@ -251,7 +251,7 @@ def test_answers_over_runs_come_from_t_intervals() -> None:
 
 def test_a_pair_found_by_a_search_takes_the_p_of_the_search() -> None:
     settings = TestSettings()
-    strong = evidence(selectivity_null=np.zeros(199))
+    strong = evidence(selectivity_null=(0.0,) * 199)
     assert pool([strong], settings, searched_p=0.4).p == 0.4
     [row] = judge([PAIR], [pool([strong], settings, searched_p=0.4)], settings, [(0,)])
     assert row.answers["S"] == "unclear"

@@ -69,8 +69,8 @@ def without_projections(source: Path, target: Path) -> Path:
     return target
 
 
-def test_local_run_resumes_inside_projections(tmp_path, monkeypatch):
-    whole = projected(tmp_path / "whole")
+def test_local_run_resumes_inside_projections(smoke_run, tmp_path, monkeypatch):
+    whole = projected(without_projections(smoke_run, tmp_path / "whole"))
     again = without_projections(tmp_path / "whole", tmp_path / "again")
     import experiments.run.engines as engines
 
@@ -110,11 +110,11 @@ def kill_workers(journal: Path, stop: threading.Event, killed: list[int]) -> Non
 
 
 @pytest.mark.timeout(300)
-def test_ray_writes_the_same_bytes_though_workers_are_killed(tmp_path, monkeypatch):
+def test_ray_writes_the_same_bytes_though_workers_are_killed(smoke_run, tmp_path, monkeypatch):
     ray = pytest.importorskip("ray", reason="the optional extra 'ray' is not installed")
     from ray.cluster_utils import Cluster
 
-    local = projected(tmp_path / "local")
+    local = projected(without_projections(smoke_run, tmp_path / "local"))
     again = without_projections(tmp_path / "local", tmp_path / "ray")
     journal = tmp_path / "journal"
     journal.mkdir()

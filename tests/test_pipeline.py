@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -45,10 +44,9 @@ def without_clock(summary: dict) -> dict:
     return copy
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
-    out = tmp_path_factory.mktemp("runs") / "smoke"
-    return out, run_smoke(out)
+@pytest.fixture
+def finished(smoke_run: Path) -> tuple[Path, dict]:
+    return smoke_run, read_summary(smoke_run)
 
 
 def test_the_summary_adds_up(finished: tuple[Path, dict]) -> None:
@@ -136,24 +134,20 @@ def test_same_seed_same_summary_after_a_kill_in_every_stage(
     assert not list(out.rglob("*.part"))
 
 
-def test_new_cluster_settings_keep_the_expensive_stages(finished: tuple[Path, dict], tmp_path: Path) -> None:
-    copied = tmp_path / "copy"
-    shutil.copytree(finished[0], copied)
+def test_new_cluster_settings_keep_the_expensive_stages(smoke_copy: Path) -> None:
     lines: list[str] = []
     config = load_config("smoke", {"threads": 1, "clusters.min_cluster_share": 0.1})
-    run_stages(open_run(config, copied, lines.append))
+    run_stages(open_run(config, smoke_copy, lines.append))
     kept = [line.split()[0] for line in lines if "kept" in line]
     assert kept == ["train", "basis:hessian", "basis:trajectory", "projections"]
-    record = json.loads((copied / "run.json").read_text())
+    record = json.loads((smoke_copy / "run.json").read_text())
     assert [opening["exploratory"] for opening in record["evaluate_openings"]][0] is False
 
 
-def test_a_damaged_stage_file_is_found_and_done_again(finished: tuple[Path, dict], tmp_path: Path) -> None:
-    copied = tmp_path / "copy"
-    shutil.copytree(finished[0], copied)
-    (copied / "basis" / "trajectory.safetensors").write_bytes(b"nothing")
+def test_a_damaged_stage_file_is_found_and_done_again(finished: tuple[Path, dict], smoke_copy: Path) -> None:
+    (smoke_copy / "basis" / "trajectory.safetensors").write_bytes(b"nothing")
     lines: list[str] = []
-    run = open_run(load_config("smoke", {"threads": 1}), copied, lines.append)
+    run = open_run(load_config("smoke", {"threads": 1}), smoke_copy, lines.append)
     run_stages(run)
     assert not any("basis:trajectory" in line and "kept" in line for line in lines)
     assert without_clock(write_summary(run)) == without_clock(finished[1])
@@ -274,7 +268,7 @@ def test_every_preset_is_valid() -> None:
 def test_inspect_prints_a_table_and_json(finished: tuple[Path, dict]) -> None:
     code, output = invoke("inspect", str(finished[0]))
     assert code == 0
-    assert "explained share" in output
+    assert "How much of the loss change each basis accounts for" in output
     code, output = invoke("inspect", str(finished[0]), "--json")
     assert json.loads(output) == read_summary(finished[0])
 

@@ -36,8 +36,9 @@ def finished_run(out: Path, bases: list[dict[str, object]], say=lambda _: None) 
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return finished_run(tmp_path_factory.mktemp("plain") / "run", PLAIN)
+def plain(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The shared run's weights, with other bases."""
+    return finished_run(Path(shutil.copytree(smoke_run, tmp_path_factory.mktemp("plain") / "run")), PLAIN)
 
 
 @pytest.fixture(scope="module")

@@ -30,8 +30,10 @@ from experiments.run.summary_records import (
     ModelEntry,
     PlanEntry,
     Summary,
+    TestedFile,
     TokenCounts,
     VectorEntry,
+    VerdictEntry,
 )
 from experiments.run.token_table import write_token_table
 from polca_edit.allocation.allocate import explained_share, loss_change
@@ -108,7 +110,18 @@ def _analysis(run: Run, label: str, evaluated: EvaluateRecord) -> Analysis:
         own.scores,
         (*damage.damage, *own.damage),
         damage.controls,
+        *_tested(run, label),
     )
+
+
+def _tested(run: Run, label: str) -> tuple[tuple[VerdictEntry, ...], dict[str, str]]:
+    """Verdicts and answers of the last causal test; none where these clusters were not the ones tested."""
+    file = run.directory / "verdicts.json"
+    tested = load_record(TestedFile, file) if file.exists() else TestedFile()
+    if tested.clusters.get(label) != run.key(f"clusters:{label}"):
+        return (), {}
+    answers = next(({"A": b.A, "P": b.P} for b in tested.bases if b.basis == label), {})
+    return tuple(row.entry() for row in tested.rows if row.basis == label), answers
 
 
 def _basis_entry(run: Run, basis: Basis, observation: Observation, change: LossChange) -> BasisEntry:

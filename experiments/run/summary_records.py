@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from experiments.run.stages.damage_rows import ControlRow, DamageRow
 from experiments.run.stages.evaluate import RuleScore
 
-SUMMARY_SCHEMA = "polca-edit/summary/1"
+SUMMARY_SCHEMA = "polca-edit/summary/2"
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,119 @@ class ClusterEntry:
 
 
 @dataclass(frozen=True)
+class VerdictEntry:
+    """``analyses.NAME.verdicts[]``: one pair of the last causal test (nats per token, shares of headroom).
+
+    Attributes:
+        name: of the pair.
+        vector: index, None where the edit is no single vector of the basis.
+        cluster: as in ``clusters[]``, None for a skill or a group of the user's.
+        group: name of the tokens.
+        family: polca, interventional, skill or own.
+        word: inert, shared, selective, carrier or unclear.
+        answers: N, S, W, L.
+        damage: D_C.
+        share: n_C.
+        leakage: lambda.
+        worst: group that loses most besides.
+        intervals: damage, leakage, rest_of_parent, gain -> bounds.
+        p_values: of S, before and after correction.
+        sentence: in plain words.
+        seeds: of the runs.
+    """
+
+    name: str
+    vector: int | None
+    cluster: int | None
+    group: str
+    family: str
+    word: str
+    answers: dict[str, str]
+    damage: float | None
+    share: float | None
+    leakage: float | None
+    worst: str
+    intervals: dict[str, tuple[float | None, float | None] | None]
+    p_values: dict[str, float | None]
+    sentence: str
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TestedRow:
+    """What the summary takes from a row of ``verdicts.json``."""
+
+    name: str
+    basis: str
+    vector: int | None
+    cluster: int | None
+    group: str
+    family: str
+    word: str
+    answers: dict[str, str]
+    damage: float | None
+    damage_interval: tuple[float | None, float | None] | None
+    share: float | None
+    leakage: float | None
+    leakage_interval: tuple[float | None, float | None] | None
+    worst: str
+    rest_interval: tuple[float | None, float | None] | None
+    gain_interval: tuple[float | None, float | None] | None
+    p_values: dict[str, float | None]
+    sentence: str
+    seeds: tuple[int, ...]
+
+    def entry(self) -> VerdictEntry:
+        """The row as the summary has it."""
+        return VerdictEntry(
+            self.name,
+            self.vector,
+            self.cluster,
+            self.group,
+            self.family,
+            self.word,
+            self.answers,
+            self.damage,
+            self.share,
+            self.leakage,
+            self.worst,
+            {
+                "damage": self.damage_interval,
+                "leakage": self.leakage_interval,
+                "rest_of_parent": self.rest_interval,
+                "gain": self.gain_interval,
+            },
+            self.p_values,
+            self.sentence,
+            self.seeds,
+        )
+
+
+@dataclass(frozen=True)
+class TestedBasis:
+    """What the summary takes from ``bases[]`` of ``verdicts.json``."""
+
+    basis: str
+    A: str
+    P: str
+
+
+@dataclass(frozen=True)
+class TestedFile:
+    """What the summary takes from ``verdicts.json``.
+
+    Attributes:
+        rows: one per pair.
+        bases: answers A and P.
+        clusters: basis -> key of the clusters that were tested.
+    """
+
+    rows: tuple[TestedRow, ...] = ()
+    bases: tuple[TestedBasis, ...] = ()
+    clusters: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Analysis:
     """``analyses.NAME``: one basis."""
 
@@ -85,7 +198,8 @@ class Analysis:
     evaluate_clusters: tuple[RuleScore, ...]
     damage: tuple[DamageRow, ...]
     controls: tuple[ControlRow, ...]
-    verdicts: tuple[dict[str, object], ...] = ()
+    verdicts: tuple[VerdictEntry, ...] = ()
+    answers: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

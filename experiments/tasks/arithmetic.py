@@ -261,4 +261,5 @@ def build(config: RunConfig, tokenizer: object = None) -> Task:
         training,
         {"seed": config.seed, "rule": DATA_ORDER, "batch_size": data.batch_size},
         unseen=None if opened else unseen,
+        parents=PLACES,
     )

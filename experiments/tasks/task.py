@@ -68,6 +68,7 @@ class Task:
             dicts are not enough (Hugging Face models); None leaves it to the run.
         unseen: draws tokens that neither training nor a split has used; None where the task cannot know
             (opened checkpoints) or has no more to draw (texts).
+        parents: names of skills that partition the tokens (digits); empty where there are none.
         tags: gold part-of-speech tags of the select tokens, where the text has them.
         tokenizer: what was trained on the text, None where there is none of its own.
     """
@@ -81,6 +82,7 @@ class Task:
     data_order: dict[str, object]
     open_checkpoints: Callable[[], Checkpoints] | None = None
     unseen: Unseen | None = None
+    parents: tuple[str, ...] = ()
     tags: GoldTags | None = None
     tokenizer: Tokenizer | None = None
 

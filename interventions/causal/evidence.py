@@ -91,7 +91,7 @@ class Evidence:
     worst: str
     others: Mapping[str, Other]
     selectivity: float
-    selectivity_null: Array
+    selectivity_null: tuple[float, ...]
     rest: Interval | None = None
     rest_share: float | None = None
     insertion: Insertion | None = None
@@ -251,7 +251,7 @@ def measure(bench: Bench, pair: Hypothesis, members: Bits, attributed: Array | N
 
 def _selectivity(
     bench: Bench, pair: Hypothesis, change: Array, members: Bits, others: Mapping[str, Bits]
-) -> tuple[float, Array]:
+) -> tuple[float, tuple[float, ...]]:
     """The pair's selectivity on the null's tokens, and that of its span's directions at equal damage."""
     kept, room = bench.kept, bench.headroom[bench.kept]
     target = members[kept]
@@ -261,8 +261,8 @@ def _selectivity(
     pool = bench.pools.get(pair.basis)
     # Where undoing the movement costs nothing in total there is nothing to match.
     if pool is None or level <= 0 or not target.any():
-        return own, np.array([])
-    return own, np.array([selectivity_of(c, room, target, there) for c in pool.matched(level)])
+        return own, ()
+    return own, tuple(selectivity_of(c, room, target, there) for c in pool.matched(level))
 
 
 def _rest_of_parent(

@@ -66,22 +66,22 @@ def t_interval(values: Sequence[float]) -> Interval:
     return Interval(float(v.mean()), float(v.mean()) - half, float(v.mean()) + half, len(v))
 
 
-def rank_p(value: float, null: Array) -> float:
+def rank_p(value: float, null: Array | Sequence[float]) -> float:
     """One-sided p of ``value`` among null draws, (1 + #{null >= value}) / (1 + R).
 
     >>> rank_p(3.0, np.array([1.0, 2.0, 4.0]))
     0.5
     """
-    return (1 + int(np.sum(null >= value))) / (1 + len(null))
+    return (1 + int(np.sum(np.asarray(null) >= value))) / (1 + len(null))
 
 
-def rank_p_over_runs(values: Sequence[float], nulls: Sequence[Array]) -> float:
+def rank_p_over_runs(values: Sequence[float], nulls: Sequence[Array | Sequence[float]]) -> float:
     """P of a mean over runs: draw r of one run is averaged with draw r of the next, as the value is.
 
     The null of a named pair averaged like the pair itself, so power rises with the number of runs.
     """
     shortest = min(len(null) for null in nulls)
-    mean = np.mean([null[:shortest] for null in nulls], axis=0)
+    mean = np.mean([np.asarray(null)[:shortest] for null in nulls], axis=0)
     return rank_p(float(np.mean(values)), mean)
 
 
