@@ -147,6 +147,12 @@ def _write_like(source: Path, target: Path, changed: Mapping[str, Tensor]) -> No
     write_atomically(target, lambda part: torch.save(state, part))
 
 
+def _make_empty(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out must be a new or empty folder, '{out}' holds something; choose another")
+    out.mkdir(parents=True, exist_ok=True)
+
+
 def apply_edit(
     file: EditFile,
     model: Path,
@@ -177,9 +183,7 @@ def apply_edit(
     files = weight_files(model)
     tensors = read_weights(model)
     changed, survival = edited_tensors(file, tensors, dose, cast)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out must be a new or empty folder, '{out}' holds something; choose another")
-    out.mkdir(parents=True, exist_ok=True)
+    _make_empty(out)
     if model.is_dir():
         for path in sorted(model.rglob("*")):
             if path.is_file() and path not in files:
@@ -234,9 +238,7 @@ def undo_edit(file: EditFile, model: Path, out: Path) -> list[str]:
             raise ValueError(
                 f"the undo record of '{entry.file}' is damaged; restore the model from your own copy"
             )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out must be a new or empty folder, '{out}' holds something; choose another")
-    out.mkdir(parents=True, exist_ok=True)
+    _make_empty(out)
     restored = {entry.file for entry in record.files}
     for source in sorted(folder.rglob("*")):
         relative = source.relative_to(folder)
