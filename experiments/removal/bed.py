@@ -30,7 +30,8 @@ from interventions.removal.problem import Limits, RemovalProblem
 from interventions.removal.rivals import masked_loss
 from interventions.removal.searches import GroupCurvature, group_curvature
 from interventions.removal.spans import Span, span_by_tensor, stacked_displacements
-from polca_edit.basis.record import hessian_basis, trajectory_basis
+from polca_edit.basis.hessian import EigenSettings, hessian_basis
+from polca_edit.basis.path import trajectory_basis
 from polca_edit.checkpoints.opening import open_checkpoints
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.derivatives.lanczos import orthonormalise
@@ -184,15 +185,8 @@ def _vectors(bed: Bed) -> BedVectors:
     objective.passes = bed.run.objective.passes
     sample = task.splits.curvature.select(torch.arange(settings.curvature_sample))
     count = settings.hessian_vectors
-    chosen = series.subset([round((i + 1) * (len(series) - 1) / count) for i in range(count)])
-    hessian = hessian_basis(
-        objective,
-        chosen,
-        sample,
-        generator=torch.Generator().manual_seed(bed.seed),
-        max_products=12,
-        tolerance=3e-2,
-    )
+    eigen = EigenSettings(tolerance=3e-2, max_products=12, seed=bed.seed)
+    hessian = hessian_basis(objective, series, sample, count, eigen)
     trajectory = trajectory_basis(series, settings.trajectory_vectors)
     rows = orthonormalise(torch.cat([trajectory.rows, hessian.rows]))
     curvature = _curvature(objective, bed.thetas[-1], sample, rows)
