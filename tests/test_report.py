@@ -413,11 +413,12 @@ class TestAnswers:
         rows = tuple(
             replace(
                 row,
-                groups={k: 2 * float(damage[row.vector, m].mean()) for k, m in skills.items()},
+                groups={k: scale * float(damage[row.vector, m].mean()) for k, m in skills.items()},
                 group_headroom=dict.fromkeys(skills, 5.0),
             )
             for row in analysis.entry.damage
-            if row.cluster is None and row.split == "evaluate"
+            for scale in [2.0 if row.split == "evaluate" else 1.0]
+            if row.cluster is None and row.dose == 1.0
         )
         entry = replace(analysis.entry, damage=rows)
         summary = replace(view.summary, analyses={"hessian": entry})

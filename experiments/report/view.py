@@ -314,7 +314,7 @@ def exact_combinations(skills: Mapping[str, np.ndarray], most: int = 9) -> dict[
 
     >>> sets = exact_combinations({"carry": np.array([1, 0]) > 0, "10s": np.array([1, 1]) > 0})
     >>> {name: mask.tolist() for name, mask in sets.items()}
-    {'10s': [False, True], '10s + carry': [True, False]}
+    {'10s': [False, True], 'carry + 10s': [True, False]}
     """
     if not skills:
         return {}
