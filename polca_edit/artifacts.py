@@ -25,6 +25,8 @@ Record = TypeVar("Record")
 
 #: The one way between records and plain JSON values; unknown keys of older files are left out.
 CONVERTER = make_converter()
+#: Provenance may hold any plain value; it comes back as it was stored.
+CONVERTER.register_structure_hook_func(lambda kind: kind is object, lambda value, _: value)
 
 
 def to_plain(value: Any) -> Any:

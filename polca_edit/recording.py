@@ -1,6 +1,6 @@
 """Recording the series this toolkit reads from other people's training loops.
 
-Three ways: :class:`PlainRecorder` in a loop of one's own (three lines), a ``transformers``
+Three ways: :class:`Recorder` in a loop of one's own (three lines), a ``transformers``
 TrainerCallback, a Lightning callback (package ``lightning``, optional). All write what
 :mod:`polca_edit.training` writes: ``step-*.safetensors``, ``state-*.safetensors`` and
 ``series.json``, which ``polca_edit.open_checkpoints`` opens.
@@ -21,12 +21,12 @@ from polca_edit.parameters import ParameterSpace
 from polca_edit.training import optimiser_tensors
 
 
-class PlainRecorder:
+class Recorder:
     """Records a plain loop.
 
     ::
 
-        recorder = PlainRecorder("run/checkpoints", model, optimiser, every=20)
+        recorder = Recorder("run/checkpoints", model, optimiser, every=20)
         for batch in loader:
             ...                      # forward, backward, optimiser.step()
             recorder.step()
@@ -162,17 +162,17 @@ def trainer_callback(directory: Path | str, **settings: Any) -> Any:
 
     Args:
         directory: where the series goes.
-        **settings: as for :class:`PlainRecorder` (``every``, ``state_every``, ``steps``, ``include``).
+        **settings: as for :class:`Recorder` (``every``, ``state_every``, ``steps``, ``include``).
     """
     from transformers import TrainerCallback
 
     class Recording(TrainerCallback):  # type: ignore[misc]
         """Weights after optimiser steps; data order from the training arguments."""
 
-        recorder: PlainRecorder | None = None
+        recorder: Recorder | None = None
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-            self.recorder = PlainRecorder(
+            self.recorder = Recorder(
                 directory, given["model"], given.get("optimizer"), first_step=state.global_step, **settings
             )
 
@@ -196,7 +196,7 @@ def lightning_callback(directory: Path | str, **settings: Any) -> Any:
 
     Args:
         directory: where the series goes.
-        **settings: as for :class:`PlainRecorder`.
+        **settings: as for :class:`Recorder`.
 
     Raises:
         ValueError: without the package ``lightning``.
@@ -206,11 +206,11 @@ def lightning_callback(directory: Path | str, **settings: Any) -> Any:
     class Recording(callback):  # type: ignore[misc, valid-type]
         """Weights after optimiser steps of the wrapped module."""
 
-        recorder: PlainRecorder | None = None
+        recorder: Recorder | None = None
 
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             optimiser = trainer.optimizers[0] if trainer.optimizers else None
-            self.recorder = PlainRecorder(
+            self.recorder = Recorder(
                 directory, pl_module, optimiser, first_step=trainer.global_step, **settings
             )
 

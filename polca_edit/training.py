@@ -89,7 +89,7 @@ def restore_optimiser(
 
 
 @dataclass(frozen=True)
-class Recorder:
+class SeriesWriter:
     """What to keep of a run, and where.
 
     Attributes:
@@ -136,7 +136,7 @@ def train(
     batch_loss: Callable[[nn.Module, int], Tensor],
     settings: TrainingSettings,
     *,
-    recorder: Recorder | None = None,
+    recorder: SeriesWriter | None = None,
     data_order: dict[str, object] | None = None,
     start: int = 0,
     stop: int | None = None,
@@ -187,7 +187,7 @@ def train(
     return module
 
 
-def _resume(module: nn.Module, optimiser: torch.optim.Optimizer, recorder: Recorder) -> int:
+def _resume(module: nn.Module, optimiser: torch.optim.Optimizer, recorder: SeriesWriter) -> int:
     step = recorder.resume_step()
     if step is None:
         return 0

@@ -12,7 +12,7 @@ from interventions.blocking import Curve, Hold
 from polca_edit.checkpoints.files import SeriesFolder, read_weights
 from polca_edit.derivatives.lanczos import orthonormalise
 from polca_edit.parameters import ParameterSpace
-from polca_edit.training import Recorder, TrainingSettings, train
+from polca_edit.training import SeriesWriter, TrainingSettings, train
 
 SETTINGS = TrainingSettings(12, 0.05, 0.1, (0.9, 0.95), warmup=0)
 
@@ -32,7 +32,7 @@ def recorded(tmp_path: Path) -> tuple[SeriesFolder, ParameterSpace]:
     module = make_module()
     space = ParameterSpace.from_module(module)
     folder = SeriesFolder(tmp_path)
-    train(module, batch_loss, SETTINGS, recorder=Recorder(folder, space, range(0, 13, 2), 4))
+    train(module, batch_loss, SETTINGS, recorder=SeriesWriter(folder, space, range(0, 13, 2), 4))
     return folder, space
 
 

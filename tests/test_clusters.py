@@ -19,7 +19,7 @@ from polca_edit.clusters.density import (
     shaped,
     skill_scores,
 )
-from polca_edit.observe import ObserveSettings, analyse, observe
+from polca_edit.observation import ObserveSettings, analyse, observe
 
 TIME = torch.linspace(0, 1, 30, dtype=torch.float64)
 SETTINGS = ClusterSettings(min_cluster_share=0.05, min_samples_share=0.02)

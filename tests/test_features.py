@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from experiments.tasks.arithmetic import make_data, token_loss
-from polca_edit import features
 from polca_edit.allocation.allocate import project
 from polca_edit.basis.path import parameter_axes_basis
 from polca_edit.basis.record import random_basis
 from polca_edit.checkpoints.opening import open_checkpoints
+from polca_edit.clusters import features
 from polca_edit.derivatives.objective import Objective
 from polca_edit.models import TransformerShape, build_small_transformer
 from polca_edit.parameters import ParameterSpace, call_with

@@ -21,7 +21,7 @@ from experiments.run import engines, parts
 from experiments.run.summary import read_summary, summary_schema, write_summary
 from interventions.damage import EvaluatedSplit
 from polca_edit import artifacts, training
-from polca_edit.checkpoints import series as checkpoint_files
+from polca_edit.checkpoints import files as checkpoint_files
 
 
 def quiet(_: str) -> None:

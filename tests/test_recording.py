@@ -12,7 +12,7 @@ from torch import nn
 from polca_edit.checkpoints.files import SeriesFolder, read_weights
 from polca_edit.checkpoints.opening import open_checkpoints
 from polca_edit.parameters import ParameterSpace
-from polca_edit.recording import PlainRecorder, lightning_callback, trainer_callback
+from polca_edit.recording import Recorder, lightning_callback, trainer_callback
 from polca_edit.training import restore_optimiser
 
 
@@ -37,7 +37,7 @@ class TestPlainLoop:
     def run(self, directory, steps=25, every=5, **settings):
         module = model()
         optimiser = torch.optim.AdamW(module.parameters(), lr=1e-2, weight_decay=0.3)
-        recorder = PlainRecorder(directory, module, optimiser, every=every, **settings)
+        recorder = Recorder(directory, module, optimiser, every=every, **settings)
         seen = [flat(module).clone()]
         for step in range(1, steps + 1):
             update(module, optimiser, step)
@@ -72,7 +72,7 @@ class TestPlainLoop:
     def test_a_stopped_run_leaves_a_series_that_opens(self, tmp_path):
         module = model()
         optimiser = torch.optim.SGD(module.parameters(), lr=0.1)
-        recorder = PlainRecorder(tmp_path / "c", module, optimiser, every=2)
+        recorder = Recorder(tmp_path / "c", module, optimiser, every=2)
         for step in range(1, 6):
             update(module, optimiser, step)
             recorder.step()
@@ -81,7 +81,7 @@ class TestPlainLoop:
     def test_chosen_steps_and_chosen_parameters(self, tmp_path):
         module = model()
         optimiser = torch.optim.SGD(module.parameters(), lr=0.1)
-        recorder = PlainRecorder(tmp_path / "c", module, optimiser, steps=[1, 4], include=("2.*",))
+        recorder = Recorder(tmp_path / "c", module, optimiser, steps=[1, 4], include=("2.*",))
         for step in range(1, 6):
             update(module, optimiser, step)
             recorder.step()
@@ -94,17 +94,17 @@ class TestPlainLoop:
     def test_misuse_is_refused(self, tmp_path):
         self.run(tmp_path / "c")
         with pytest.raises(ValueError, match="already"):
-            PlainRecorder(tmp_path / "c", model())
+            Recorder(tmp_path / "c", model())
         with pytest.raises(ValueError, match="at least 1"):
-            PlainRecorder(tmp_path / "d", model(), every=0)
-        recorder = PlainRecorder(tmp_path / "e", model())
+            Recorder(tmp_path / "d", model(), every=0)
+        recorder = Recorder(tmp_path / "e", model())
         recorder.reached(3)
         with pytest.raises(ValueError, match="increase"):
             recorder.reached(3)
 
     def test_an_unknown_learning_rate_is_unknown(self, tmp_path):
         module = model()
-        recorder = PlainRecorder(tmp_path / "c", module, every=1)
+        recorder = Recorder(tmp_path / "c", module, every=1)
         recorder.step()
         series = open_checkpoints(tmp_path / "c", recorder.space)
         assert series.learning_rates is None

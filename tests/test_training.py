@@ -18,7 +18,7 @@ from polca_edit import training as module_under_test
 from polca_edit.checkpoints.files import SeriesFolder, read_weights
 from polca_edit.checkpoints.opening import open_checkpoints
 from polca_edit.parameters import ParameterSpace
-from polca_edit.training import Recorder, TrainingSettings, train
+from polca_edit.training import SeriesWriter, TrainingSettings, train
 
 SETTINGS = TrainingSettings(steps=40, learning_rate=1e-2, warmup=10, seed=7)
 WEIGHT_STEPS = tuple(range(0, 41, 5))
@@ -45,8 +45,10 @@ def batch_loss(module: nn.Module, step: int) -> torch.Tensor:
     return (module(x)[:, 0] - x.sum(1).sin()).square().mean()
 
 
-def recorder(directory: Path, module: nn.Module) -> Recorder:
-    return Recorder(SeriesFolder(directory), ParameterSpace.from_module(module), WEIGHT_STEPS, state_every=10)
+def recorder(directory: Path, module: nn.Module) -> SeriesWriter:
+    return SeriesWriter(
+        SeriesFolder(directory), ParameterSpace.from_module(module), WEIGHT_STEPS, state_every=10
+    )
 
 
 def run(directory: Path, loss=batch_loss, **options) -> nn.Module:

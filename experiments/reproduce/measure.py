@@ -34,7 +34,7 @@ from polca_edit.artifacts import load_record, save_record
 from polca_edit.basis.build import (
     KINDS,
     BasisInputs,
-    build_kind,
+    build_basis,
     output_logits,
     recorded_second_moments,
 )
@@ -182,7 +182,7 @@ def measure_bases(
     for kind in settings.kinds:
         started = time.perf_counter()
         wanted = count if kind in MAIN or settings.others is None else min(count, settings.others)
-        basis, spent = parts.basis(kind, wanted, functools.partial(build_kind, kind, inputs, wanted))
+        basis, spent = parts.basis(kind, wanted, functools.partial(build_basis, kind, inputs, wanted))
         built[kind] = (basis, cost(spent, splits.select.sequences))
         say(f"  basis {kind:<20} {time.perf_counter() - started:6.1f} s")
     bases = [basis for basis, _ in built.values()]

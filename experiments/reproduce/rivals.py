@@ -12,11 +12,11 @@ from torch import nn
 from experiments.reproduce.measure import Measured, Settings
 from experiments.reproduce.rows import TokenSplits, carry_fields, cluster_variants, projected
 from experiments.run.stages import Run
-from polca_edit import features
 from polca_edit.allocation.allocate import Projections, allocate, project, second_order_terms
 from polca_edit.allocation.quadrature import FixedRule, adaptive_plan, fixed_plan, measure_nodes
 from polca_edit.basis.record import Basis, unlabelled
 from polca_edit.checkpoints.series import Checkpoints
+from polca_edit.clusters import features
 from polca_edit.clusters.density import ClusterSettings
 from polca_edit.derivatives.objective import Objective
 from polca_edit.tokens import TokenSet

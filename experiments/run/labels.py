@@ -20,9 +20,9 @@ from polca_edit.artifacts import load_record, save_record
 from polca_edit.basis.record import Basis
 from polca_edit.clusters.comparators import cluster_both
 from polca_edit.clusters.density import ClusterSettings, VectorClusters, cluster_trajectories
+from polca_edit.clusters.features import exact_loss
 from polca_edit.clusters.labels import LABEL_AUC, distinct, overlap, rule_label, tag_label, transferred_auc
 from polca_edit.clusters.medoid import nearest_to_medoid
-from polca_edit.features import exact_loss
 from polca_edit.tokens import TokenSet
 
 CONTEXTS = 10

@@ -44,8 +44,8 @@ from polca_edit.checkpoints.opening import open_checkpoints
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.clusters.density import ClusterSettings, VectorClusters
 from polca_edit.derivatives.objective import Objective
-from polca_edit.observe import Observation, ObserveSettings, analyse
-from polca_edit.training import Recorder, TrainingSettings, train
+from polca_edit.observation import Observation, ObserveSettings, analyse
+from polca_edit.training import SeriesWriter, TrainingSettings, train
 
 Say = Callable[[str], None]
 SCHEMA = 1
@@ -268,10 +268,10 @@ def training_settings(config: RunConfig) -> TrainingSettings:
     return TrainingSettings(t.steps, t.learning_rate, t.weight_decay, t.betas, t.warmup, t.decay, config.seed)
 
 
-def recorder_of(run: Run) -> Recorder:
+def recorder_of(run: Run) -> SeriesWriter:
     """Where and when the run's weights are kept."""
     t = run.config.training
-    return Recorder(SeriesFolder(run.directory.checkpoints), run.task.space, t.recorded, t.state_every)
+    return SeriesWriter(SeriesFolder(run.directory.checkpoints), run.task.space, t.recorded, t.state_every)
 
 
 def _train(run: Run, stage: str) -> None:
@@ -453,22 +453,22 @@ def build_basis(run: Run, spec: BasisConfig, checkpoints: Checkpoints, parts: Pa
 
 def _further_basis(run: Run, spec: BasisConfig, checkpoints: Checkpoints) -> Basis:
     """A basis by its name in ``basis_kinds``, from the odd checkpoints."""
-    from polca_edit.basis.build import BasisInputs, build_kind, output_logits, recorded_second_moments
+    from polca_edit.basis import build
     from polca_edit.basis.path import odd_checkpoints
 
     folder = SeriesFolder(run.directory.checkpoints)
-    inputs = BasisInputs(
+    inputs = build.BasisInputs(
         run.objective,
         odd_checkpoints(checkpoints),
         run.task.splits.curvature,
-        output_logits if run.config.task == "arithmetic" else None,
-        recorded_second_moments(folder, run.task.space, run.config.training.betas[1]),
+        build.output_logits if run.config.task == "arithmetic" else None,
+        build.recorded_second_moments(folder, run.task.space, run.config.training.betas[1]),
         run.config.seed,
         spec.tolerance,
         spec.max_products,
         None if spec.include == ("*",) else run.task.space.mask(spec.include),
     )
-    return build_kind(spec.kind, inputs, spec.vectors)
+    return build.build_basis(spec.kind, inputs, spec.vectors)
 
 
 def _projections(run: Run, stage: str) -> None:

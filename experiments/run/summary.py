@@ -24,7 +24,7 @@ from polca_edit.artifacts import load_record
 from polca_edit.basis.record import Basis, capture, random_walk_capture
 from polca_edit.checkpoints.files import write_atomically, write_json
 from polca_edit.clusters.density import VectorClusters, skill_scores
-from polca_edit.observe import Observation
+from polca_edit.observation import Observation
 from polca_edit.tokens import TokenSet
 
 SUMMARY_SCHEMA = "polca-edit/summary/1"

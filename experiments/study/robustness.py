@@ -29,7 +29,7 @@ from experiments.run.stages import Run, open_run
 from experiments.study.multiverse import branches, conclusions, outcome, survival
 from polca_edit.allocation.allocate import Projections, Rule, project
 from polca_edit.artifacts import from_plain, load_record, save_record
-from polca_edit.basis.build import build_kind
+from polca_edit.basis.build import build_basis
 from polca_edit.basis.record import Basis
 from polca_edit.checkpoints.files import write_json
 from polca_edit.checkpoints.series import Checkpoints
@@ -56,7 +56,7 @@ def stored_projections(
     if missing:
         inputs = basis_inputs(run, checkpoints)
         started = time.perf_counter()
-        built = [build_kind(kind, inputs, count) for kind in missing]
+        built = [build_basis(kind, inputs, count) for kind in missing]
         say(f"  {len(built)} bases in {time.perf_counter() - started:.0f} s")
         started = time.perf_counter()
         measured = project(run.objective, checkpoints, built, run.task.splits.select)

@@ -261,7 +261,7 @@ KINDS: dict[str, Callable[[BasisInputs, int], Basis]] = {
 }
 
 
-def build_kind(kind: str, inputs: BasisInputs, count: int) -> Basis:
+def build_basis(kind: str, inputs: BasisInputs, count: int) -> Basis:
     """A basis by name.
 
     Raises:
