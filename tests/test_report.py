@@ -487,7 +487,7 @@ class TestSections:
         (tmp_path / "summary.json").write_text(json.dumps(summary))
         found = Discovery(
             (WindowRow(0, 120, 1.9, {"10s": 0.58}),),
-            (FoundCluster("s0", 77, "10s", 1.0, 0.51, 4.0),),
+            (FoundCluster("s0", 77, "10s", 1.0, 0.51, 4.0), FoundCluster("s1", 7, "1s", 1.0, 0.3, 4.0)),
             (AxisRow("hessian", "10s", 2.5, 1.1, "1s", 0.01),),
         )
         (tmp_path / "discovery.json").write_text(json.dumps(to_plain(found)))
@@ -498,6 +498,7 @@ class TestSections:
         ]  # fmt: skip
         assert rows_of(page, "0 to 120") == [["0 to 120", "1.90", "58.0\xa0%"]]
         assert rows_of(page, "s0") == [["s0", "77", "10s", "1.00", "0.51", "4.00"]]
+        assert rows_of(page, "s1") == [["s1", "7", "–", "1.00", "0.30", "4.00"]]
         assert ["hessian", "10s", "+2.500", "110\xa0%", "1s", "1.0\xa0%"] in rows_of(page, "hessian")
 
     def test_what_was_not_found_is_left_out(self) -> None:
