@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from experiments.config import load_config
+from experiments.run.driver import run_stages
 from experiments.run.engines import ray_session
 from experiments.run.machine import hardware, versions
-from experiments.run.stages import Run, open_run, run_stages
+from experiments.run.run import Run, open_run
 from polca_edit.artifacts import checksum
 from polca_edit.checkpoints.files import write_json
 

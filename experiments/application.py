@@ -1,4 +1,4 @@
-"""How a command ends: a user's error is one sentence and a non-zero exit."""
+"""How a command begins and ends: settings from options, lines for the reader, errors in one sentence."""
 
 from __future__ import annotations
 
@@ -9,6 +9,36 @@ from collections.abc import Callable
 from typing import Any
 
 import typer
+import yaml
+from rich.console import Console
+
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
+
+
+def say(text: str) -> None:
+    """A plain line, flushed, so that logs can be followed."""
+    console.print(text, soft_wrap=True)
+
+
+def settings_from(assignments: list[str] | None, **given: Any) -> dict[str, Any]:
+    """Config overrides from ``--set KEY=VALUE`` and options; ``a__b`` is the key ``a.b``.
+
+    >>> settings_from(["training.steps=600"], seed=3, text__file=None)
+    {'training.steps': 600, 'seed': 3}
+
+    Raises:
+        ValueError: for an assignment without an equals sign.
+    """
+    values: dict[str, Any] = {}
+    for assignment in assignments or []:
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            raise ValueError(
+                f"--set needs KEY=VALUE, got '{assignment}'; write for example training.steps=600"
+            )
+        values[key] = yaml.safe_load(text)
+    values.update({key.replace("__", "."): value for key, value in given.items() if value is not None})
+    return values
 
 
 def explain(error: BaseException) -> str:
@@ -20,10 +50,10 @@ def explain(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def single(function: Callable[..., Any]) -> typer.Typer:
+def single(function: Callable[..., Any], epilog: str | None = None) -> typer.Typer:
     """A typer application of one command."""
-    made = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    made.command()(function)
+    made = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+    made.command(epilog=epilog)(function)
     return made
 
 

@@ -1,1 +1,68 @@
-"""Action: undo, reverse or transplant movement along basis vectors, and judge what it does."""
+"""Action: undo, reverse or transplant movement along basis vectors, and judge what it does.
+
+The public names are loaded when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from interventions.causal.questions import Verdict
+    from interventions.causal.settings import TestSettings
+    from interventions.causal.test import causal_test
+    from interventions.controls import random_like
+    from interventions.damage import Damage, EvaluatedSplit
+    from interventions.edit_files import load_edit, save_edit
+    from interventions.edits import Edit, applied, project_out, reverse, rollback, transplant
+    from polca_edit.clusters.hypotheses import Hypothesis
+
+__all__ = [
+    "Damage",
+    "Edit",
+    "EvaluatedSplit",
+    "Hypothesis",
+    "TestSettings",
+    "Verdict",
+    "applied",
+    "causal_test",
+    "load_edit",
+    "project_out",
+    "random_like",
+    "reverse",
+    "rollback",
+    "save_edit",
+    "transplant",
+]
+
+#: Public name -> module it lives in.
+_HOMES = {
+    "Damage": "interventions.damage",
+    "Edit": "interventions.edits",
+    "EvaluatedSplit": "interventions.damage",
+    "Hypothesis": "polca_edit.clusters.hypotheses",
+    "TestSettings": "interventions.causal.settings",
+    "Verdict": "interventions.causal.questions",
+    "applied": "interventions.edits",
+    "causal_test": "interventions.causal.test",
+    "load_edit": "interventions.edit_files",
+    "project_out": "interventions.edits",
+    "random_like": "interventions.controls",
+    "reverse": "interventions.edits",
+    "rollback": "interventions.edits",
+    "save_edit": "interventions.edit_files",
+    "transplant": "interventions.edits",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'interventions' has no attribute '{name}'")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -14,12 +14,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from interventions.causal.statistics import Array, Interval
+from interventions.causal.statistics import Array, Interval, t_interval
 from interventions.edits import Edit
 from polca_edit.allocation.allocate import coordinates
 from polca_edit.checkpoints.files import SeriesFolder, read_weights
 from polca_edit.parameters import ParameterSpace, parameter_slots
 from polca_edit.training import TrainingSettings, train
+
+#: Share of the window below which a delay counts as none.
+DELAY_MARGIN = 0.1
 
 
 @dataclass
@@ -261,13 +264,12 @@ def compare_arms(
     others: Sequence[str],
     *,
     margin: float,
-    generator: np.random.Generator,
-    resamples: int = 2000,
 ) -> BlockingResult:
     """Delay and final gap of the target beyond its shams, and whether other groups stay put.
 
     Branches are paired: arm b of branch i is compared with the free arm and shams of branch i.
-    Delays are restricted to the window (RMST difference), in shares of the window.
+    Delays are restricted to the window (RMST difference), in shares of the window; intervals are t
+    intervals over branches.
 
     Args:
         free: unblocked arm per branch.
@@ -275,9 +277,7 @@ def compare_arms(
         shams: sham arms per branch.
         target: group of the skill.
         others: off-target groups.
-        margin: equivalence margin for the others' final loss, nats (the delay's: a tenth of the window).
-        generator: bootstrap over branches.
-        resamples: bootstrap resamples.
+        margin: equivalence margin for the others' final loss, nats.
     """
     window = free[0].steps[-1] - free[0].steps[0]
     delays: list[float] = []
@@ -289,20 +289,11 @@ def compare_arms(
         delays.append((delay(arm, base, target)[0] - float(np.mean(sham_delay))) / window)
         gaps.append(float(arm.losses[target][-1] - base.losses[target][-1]) - float(np.mean(sham_gap)))
         moved.extend(float(arm.losses[o][-1] - base.losses[o][-1]) for o in others)
-    index = generator.integers(0, len(delays), size=(resamples, len(delays)))
-
-    def interval(values: Sequence[float]) -> Interval:
-        drawn = np.array(values)[index].mean(1)
-        low, low90, high90, high = np.percentile(drawn, [2.5, 5.0, 95.0, 97.5])
-        return Interval(
-            float(np.mean(values)), float(low), float(high), float(low90), float(high90), float(drawn.std())
-        )
-
-    late = interval(delays)
+    late = t_interval(delays)
     return BlockingResult(
         late,
-        interval(gaps),
-        bool(abs(late.low90) < 0.1 and abs(late.high90) < 0.1),
+        t_interval(gaps),
+        bool(max(abs(late.low), abs(late.high)) < DELAY_MARGIN),
         all(abs(v) <= margin for v in moved),
         all(arm.held for arm in blocked),
     )

@@ -9,6 +9,8 @@ from polca_edit.basis.record import Basis
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.clusters.breakthroughs import fitting_delta, flat_after, is_hidden
 from polca_edit.clusters.density import ClusterSettings, VectorClusters, cluster_trajectories
+from polca_edit.clusters.hypotheses import Hypothesis
+from polca_edit.clusters.names import name_group
 from polca_edit.derivatives.objective import Objective
 from polca_edit.tokens import TokenSet
 
@@ -40,6 +42,7 @@ class Observation:
         tau: optimiser step after which the mean loss falls no more.
         tokens: (M) the tokens.
         basis: the vectors; None where the record was made from stored projections alone.
+        settings: what it was made with.
     """
 
     projections: Projections
@@ -49,6 +52,46 @@ class Observation:
     tau: int
     tokens: TokenSet
     basis: Basis | None = None
+    settings: ObserveSettings = field(default_factory=ObserveSettings)
+
+    def hypotheses(
+        self, name: str | None = None, *, least: int = 20, seed: int = 0
+    ) -> tuple[Hypothesis, ...]:
+        """POLCA's own pairs: each vector with each of its clusters, found again by a loss-free rule.
+
+        Args:
+            name: what the basis is called in records; its kind by default.
+            least: tokens a cluster must have.
+            seed: of the membership rules.
+
+        Raises:
+            ValueError: where the vectors are not at hand, or tokens have no features to make rules of.
+        """
+        if self.basis is None:
+            raise ValueError(
+                "hypotheses undo movement along the basis, this observation has none; pass basis= to analyse"
+            )
+        label = name or self.basis.kind
+        return tuple(
+            Hypothesis(
+                f"{label} {found.vector}:{cluster}",
+                self.basis.rows[found.vector][None],
+                name_group(
+                    self.tokens, found.members(cluster), f"{label} {found.vector}:{cluster}", seed=seed
+                ),
+                "polca",
+                label,
+                (found.vector,),
+                cluster,
+                span=self.basis.rows,
+                supervised=self.basis.supervised,
+                why="its tokens' projected loss moves together along the vector",
+            )
+            for found in self.clusters
+            if found.kept
+            for cluster in range(found.count)
+            if int(found.members(cluster).sum()) >= least
+        )
 
 
 def analyse(
@@ -82,7 +125,7 @@ def analyse(
         for found in clusters
         for cluster in range(found.count)
     }
-    return Observation(projections, allocation, clusters, hidden, tau, tokens, basis)
+    return Observation(projections, allocation, clusters, hidden, tau, tokens, basis, settings)
 
 
 def observe(

@@ -108,9 +108,7 @@ def test_delay_and_gap_beyond_shams() -> None:
     free = [curve("none", fall)] * 5
     blocked = [curve("block", late)] * 5
     shams = [[curve("sham", fall)]] * 5
-    found = blocking.compare_arms(
-        free, blocked, shams, "target", ["other"], margin=0.01, generator=np.random.default_rng(0)
-    )
+    found = blocking.compare_arms(free, blocked, shams, "target", ["other"], margin=0.01)
     assert found.delay.estimate == pytest.approx(0.3)
     assert found.gap.estimate == pytest.approx(0.3)
     assert found.others_equivalent

@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracles import TwoSkillProblem, orthogonal, tiny_bridge, tiny_gpt2, two_skill_problem
 
-from experiments.run.damage_rows import damage_row
+from experiments.run.stages.damage_rows import damage_row
 from interventions.damage import Damage, EvaluatedSplit
 from interventions.edits import Edit, Movement, applied, displace, project_out, reverse, rollback
 from polca_edit.allocation.allocate import allocate, coordinates, project

@@ -15,8 +15,9 @@ import torch
 from oracles import quadratic_problem, walk
 
 from experiments.config import load_config
+from experiments.run.driver import run_stages
 from experiments.run.engines import Blocks, local_slopes
-from experiments.run.stages import open_run, run_stages
+from experiments.run.run import open_run
 from polca_edit.allocation.allocate import slopes_at
 from polca_edit.artifacts import checksum
 from polca_edit.basis.record import random_basis
@@ -54,14 +55,7 @@ def projected(out: Path, **overrides: object) -> tuple[dict[str, str], dict[str,
     }
     run = open_run(load_config("smoke", values), out, lambda text: None)
     stages = ["train", "basis:trajectory", "basis:random", "projections"]
-    import experiments.run.stages as pipeline
-
-    names = pipeline.stage_names
-    pipeline.stage_names = lambda config: stages
-    try:
-        run_stages(run)
-    finally:
-        pipeline.stage_names = names
+    run_stages(run, stages=stages)
     record = json.loads((out / "stages" / "projections.json").read_text())
     return {p.name: checksum(p) for p in sorted((out / "projections").glob("*.safetensors"))}, record[
         "passes"
@@ -75,8 +69,8 @@ def without_projections(source: Path, target: Path) -> Path:
     return target
 
 
-def test_local_run_resumes_inside_projections(tmp_path, monkeypatch):
-    whole = projected(tmp_path / "whole")
+def test_local_run_resumes_inside_projections(smoke_run, tmp_path, monkeypatch):
+    whole = projected(without_projections(smoke_run, tmp_path / "whole"))
     again = without_projections(tmp_path / "whole", tmp_path / "again")
     import experiments.run.engines as engines
 
@@ -116,11 +110,11 @@ def kill_workers(journal: Path, stop: threading.Event, killed: list[int]) -> Non
 
 
 @pytest.mark.timeout(300)
-def test_ray_writes_the_same_bytes_though_workers_are_killed(tmp_path, monkeypatch):
+def test_ray_writes_the_same_bytes_though_workers_are_killed(smoke_run, tmp_path, monkeypatch):
     ray = pytest.importorskip("ray", reason="the optional extra 'ray' is not installed")
     from ray.cluster_utils import Cluster
 
-    local = projected(tmp_path / "local")
+    local = projected(without_projections(smoke_run, tmp_path / "local"))
     again = without_projections(tmp_path / "local", tmp_path / "ray")
     journal = tmp_path / "journal"
     journal.mkdir()

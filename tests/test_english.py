@@ -55,7 +55,7 @@ def test_the_paper_model_has_exactly_the_published_number_of_parameters():
 
 
 def test_a_task_from_jsonl(tmp_path):
-    task = english.build_text_task(config(write_jsonl(tmp_path / "t.jsonl.gz")))
+    task = english.build(config(write_jsonl(tmp_path / "t.jsonl.gz")))
     splits = task.splits
     assert [s.sequences for s in (splits.curvature, splits.select, splits.evaluate)] == [10, 12, 12]
     assert splits.select.count == 12 * 8
@@ -94,7 +94,7 @@ def test_training_learns_the_text(tmp_path):
     from polca_edit.tokens import next_token_loss
     from polca_edit.training import TrainingSettings, train
 
-    task = english.build_text_task(config(write_jsonl(tmp_path / "t.jsonl.gz")))
+    task = english.build(config(write_jsonl(tmp_path / "t.jsonl.gz")))
 
     def held_out_loss() -> float:
         with torch.no_grad():
@@ -194,7 +194,7 @@ def write_conllu(path: Path, documents: int = 24) -> Path:
 def test_a_tagged_probe_gives_select_and_evaluate_tokens_with_gold_tags(tmp_path):
     probe = write_conllu(tmp_path / "probe.conllu")
     text = write_jsonl(tmp_path / "t.jsonl.gz")
-    task = english.build_text_task(config(text, probe=str(probe), vocabulary=500))
+    task = english.build(config(text, probe=str(probe), vocabulary=500))
     select = task.splits.select
     assert task.tags is not None
     assert len(task.tags.grams) == select.count

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -12,12 +11,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import experiments.run.stages as pipeline
 from experiments.application import explain
 from experiments.cli import app
 from experiments.config import RunConfig, load_config, preset_names
-from experiments.run import damage as damage_stage
 from experiments.run import engines, parts
+from experiments.run.driver import run_stages
+from experiments.run.keys import stage_names
+from experiments.run.run import open_run
+from experiments.run.stages import clusters as clusters_stage
+from experiments.run.stages import evaluate as evaluate_stage
 from experiments.run.summary import read_summary, summary_schema, write_summary
 from interventions.damage import EvaluatedSplit
 from polca_edit import artifacts, training
@@ -30,8 +32,8 @@ def quiet(_: str) -> None:
 
 def run_smoke(out: Path, **overrides: object) -> dict:
     """All stages and the summary of the smoke preset."""
-    run = pipeline.open_run(load_config("smoke", {"threads": 1, **overrides}), out, quiet)
-    pipeline.run_stages(run)
+    run = open_run(load_config("smoke", {"threads": 1, **overrides}), out, quiet)
+    run_stages(run)
     return write_summary(run)
 
 
@@ -42,10 +44,9 @@ def without_clock(summary: dict) -> dict:
     return copy
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
-    out = tmp_path_factory.mktemp("runs") / "smoke"
-    return out, run_smoke(out)
+@pytest.fixture
+def finished(smoke_run: Path) -> tuple[Path, dict]:
+    return smoke_run, read_summary(smoke_run)
 
 
 def test_the_summary_adds_up(finished: tuple[Path, dict]) -> None:
@@ -115,9 +116,9 @@ def test_same_seed_same_summary_after_a_kill_in_every_stage(
         (artifacts, "write_tensors", 3),
         (parts, "save_record", 2),
         (engines, "local_slopes", 4),
-        (pipeline, "load_observation", 1),
+        (clusters_stage, "load_observation", 1),
         (EvaluatedSplit, "damage", 3),
-        (damage_stage, "fit_rule", 1),
+        (evaluate_stage, "fit_rule", 1),
     ]
     for target, name, calls in stops:
         with monkeypatch.context() as patch:
@@ -125,33 +126,29 @@ def test_same_seed_same_summary_after_a_kill_in_every_stage(
             with pytest.raises(Killed):
                 run_smoke(out)
     done_before: list[str] = []
-    resumed = pipeline.open_run(config, out, done_before.append)
-    pipeline.run_stages(resumed)
+    resumed = open_run(config, out, done_before.append)
+    run_stages(resumed)
     summary = write_summary(resumed)
     assert without_clock(summary) == without_clock(finished[1])
     assert any("train" in line and "kept" in line for line in done_before)
     assert not list(out.rglob("*.part"))
 
 
-def test_new_cluster_settings_keep_the_expensive_stages(finished: tuple[Path, dict], tmp_path: Path) -> None:
-    copied = tmp_path / "copy"
-    shutil.copytree(finished[0], copied)
+def test_new_cluster_settings_keep_the_expensive_stages(smoke_copy: Path) -> None:
     lines: list[str] = []
     config = load_config("smoke", {"threads": 1, "clusters.min_cluster_share": 0.1})
-    pipeline.run_stages(pipeline.open_run(config, copied, lines.append))
+    run_stages(open_run(config, smoke_copy, lines.append))
     kept = [line.split()[0] for line in lines if "kept" in line]
     assert kept == ["train", "basis:hessian", "basis:trajectory", "projections"]
-    record = json.loads((copied / "run.json").read_text())
+    record = json.loads((smoke_copy / "run.json").read_text())
     assert [opening["exploratory"] for opening in record["evaluate_openings"]][0] is False
 
 
-def test_a_damaged_stage_file_is_found_and_done_again(finished: tuple[Path, dict], tmp_path: Path) -> None:
-    copied = tmp_path / "copy"
-    shutil.copytree(finished[0], copied)
-    (copied / "basis" / "trajectory.safetensors").write_bytes(b"nothing")
+def test_a_damaged_stage_file_is_found_and_done_again(finished: tuple[Path, dict], smoke_copy: Path) -> None:
+    (smoke_copy / "basis" / "trajectory.safetensors").write_bytes(b"nothing")
     lines: list[str] = []
-    run = pipeline.open_run(load_config("smoke", {"threads": 1}), copied, lines.append)
-    pipeline.run_stages(run)
+    run = open_run(load_config("smoke", {"threads": 1}), smoke_copy, lines.append)
+    run_stages(run)
     assert not any("basis:trajectory" in line and "kept" in line for line in lines)
     assert without_clock(write_summary(run)) == without_clock(finished[1])
 
@@ -165,7 +162,7 @@ def test_evaluate_is_opened_once_and_after_the_plan(finished: tuple[Path, dict])
     text = json.dumps(plan, indent=1, sort_keys=True) + "\n"
     assert hashlib.sha256(text.encode()).hexdigest() == digest == summary["evaluate"]["plan"]
     openings = json.loads((out / "run.json").read_text())["evaluate_openings"]
-    assert openings == [{"plan": digest, "exploratory": False}]
+    assert openings == [{"plan": digest, "exploratory": False, "by": "run", "times": 1}]
 
 
 def test_passes_are_those_of_the_stage_records(finished: tuple[Path, dict]) -> None:
@@ -246,12 +243,12 @@ def test_opening_foreign_checkpoints(finished: tuple[Path, dict], tmp_path: Path
     """A run on existing checkpoints trains nothing; another model's are refused."""
     series = finished[0] / "checkpoints"
     config = load_config("smoke", {"threads": 1, "checkpoints.directory": str(series)})
-    assert "train" not in pipeline.stage_names(config)
-    run = pipeline.open_run(config, tmp_path / "opened", quiet)
+    assert "train" not in stage_names(config)
+    run = open_run(config, tmp_path / "opened", quiet)
     assert len(run.checkpoints()) == 11
     other = load_config("smoke", {"model.d_model": 16, "checkpoints.directory": str(series)})
     with pytest.raises(ValueError, match="another model"):
-        pipeline.open_run(other, tmp_path / "other", quiet).checkpoints()
+        open_run(other, tmp_path / "other", quiet).checkpoints()
 
 
 def test_dry_run_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,7 +268,7 @@ def test_every_preset_is_valid() -> None:
 def test_inspect_prints_a_table_and_json(finished: tuple[Path, dict]) -> None:
     code, output = invoke("inspect", str(finished[0]))
     assert code == 0
-    assert "explained share" in output
+    assert "How much of the loss change each basis accounts for" in output
     code, output = invoke("inspect", str(finished[0]), "--json")
     assert json.loads(output) == read_summary(finished[0])
 

@@ -13,8 +13,10 @@ from typer.testing import CliRunner
 import polca_edit.checkpoints.files as files
 from experiments.cli import app
 from experiments.config import RunConfig, parse_config
-from experiments.run import cost as planning
-from experiments.run.stages import open_run, run_stages
+from experiments.run.cost import plan as planning
+from experiments.run.cost import sizes as costs
+from experiments.run.driver import run_stages
+from experiments.run.run import open_run
 from experiments.run.summary import write_summary
 
 #: d_model and layers: about 14,000, 54,000 and 160,000 parameters.
@@ -71,9 +73,9 @@ class Counter:
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
     """Size -> (plan, what a real run of it took), each made once."""
-    done: dict[str, tuple[dict, dict]] = {}
+    done: dict[str, tuple[planning.CostPlan, dict]] = {}
 
-    def of(size: str) -> tuple[dict, dict]:
+    def of(size: str) -> tuple[planning.CostPlan, dict]:
         if size not in done:
             folder = tmp_path_factory.mktemp(size)
             settings = config(*SHAPES[size])
@@ -101,15 +103,15 @@ def compared(tmp_path_factory):
 def test_passes_products_and_bytes_of_a_real_run(size, compared):
     found, measured = compared(size)
     for key in ("forward_sequences", "hvps", "bytes_read", "bytes_written"):
-        assert found[key] == pytest.approx(measured[key], rel=0.25), key
-    assert found["peak_bytes"] > found["parameters"] * 4 * 10
+        assert getattr(found, key) == pytest.approx(measured[key], rel=0.25), key
+    assert found.peak_bytes > found.parameters * 4 * 10
 
 
 @pytest.mark.timing
 @pytest.mark.parametrize("size", list(SHAPES))
 def test_time_of_a_real_run(size, compared):
     found, measured = compared(size)
-    ratio = found["seconds"] / measured["seconds"]
+    ratio = found.seconds / measured["seconds"]
     print(f"{size}: planned over measured time {ratio:.2f}")
     assert 1 / 1.5 < ratio < 1.5
 
@@ -140,19 +142,19 @@ def test_pythias_early_steps_are_named():
     ("sequences", "batch", "expected"), [(10, 4, 12), (8, 4, 8), (3, 100, 3), (101, 100, 200)]
 )
 def test_padding(sequences, batch, expected):
-    assert planning.padded(sequences, batch) == expected
+    assert costs.padded(sequences, batch) == expected
 
 
-def sizes() -> planning.Sizes:
+def sizes() -> costs.Sizes:
     bases = (("hessian", 10, 10), ("trajectory", 10, 0))
-    return planning.Sizes(1000, 20, 100, 8, 50, 200, 50, 50, 50, 2, bases, 3, 2, "jvp", False)
+    return costs.Sizes(1000, 20, 100, 8, 50, 200, 50, 50, 50, 2, bases, 3, 2, "jvp", False)
 
 
-SPEEDS = planning.Speeds(0.01, 0.001, 0.01, 0.0, 0.005, 0.001, 0.0, 0.0, 0.0, 0)
+SPEEDS = costs.Speeds(0.01, 0.001, 0.01, 0.0, 0.005, 0.001, 0.0, 0.0, 0.0, 0)
 
 
 def test_the_cost_of_forward_passes_by_hand():
-    stages = {s.stage: s for s in planning.stage_costs(sizes(), SPEEDS, config(32, 1))}
+    stages = {s.stage: s for s in costs.stage_costs(sizes(), SPEEDS, config(32, 1))}
     # Two bases: 20 vectors and 4 residual directions; every direction and the losses at 20 checkpoints.
     assert stages["projections"].forward == 20 * 50 * (1 + 24)
     assert stages["damage:hessian"].forward == 50 * (2 + 10 * (3 + 2))
@@ -163,14 +165,14 @@ def test_the_cost_of_forward_passes_by_hand():
 
 def test_a_budget_is_kept_and_a_larger_one_buys_more():
     settings = config(32, 1)
-    full = sum(s.seconds for s in planning.stage_costs(sizes(), SPEEDS, settings))
+    full = sum(s.seconds for s in costs.stage_costs(sizes(), SPEEDS, settings))
     everything = planning.fit_budget(sizes(), SPEEDS, settings, full * 1.01)
     half = planning.fit_budget(sizes(), SPEEDS, settings, full / 2)
-    assert everything["share"] == 1.0
-    assert half["fits"]
-    assert half["seconds"] <= full / 2
-    assert half["select_sequences"] < 50
-    assert not planning.fit_budget(sizes(), SPEEDS, settings, 0.5)["fits"]
+    assert everything.share == 1.0
+    assert half.fits
+    assert half.seconds <= full / 2
+    assert half.select_sequences < 50
+    assert not planning.fit_budget(sizes(), SPEEDS, settings, 0.5).fits
 
 
 def test_more_documents_find_smaller_effects():
@@ -180,10 +182,10 @@ def test_more_documents_find_smaller_effects():
     many = few.model_copy(update={"arithmetic": few.arithmetic.model_copy(update={"evaluate_sums": 80})})
     one = planning.smallest_effect(build_task(few), few)
     other = planning.smallest_effect(build_task(many), many)
-    assert (one["documents"], other["documents"]) == (20, 80)
-    assert one["in_standard_deviations"] == pytest.approx(2 * other["in_standard_deviations"])
+    assert (one.documents, other.documents) == (20, 80)
+    assert one.in_standard_deviations == pytest.approx(2 * other.in_standard_deviations)
     # 2.8 standard errors of a mean of 20.
-    assert one["in_standard_deviations"] == pytest.approx(2.8 / 20**0.5)
+    assert one.in_standard_deviations == pytest.approx(2.8 / 20**0.5)
 
 
 def test_the_verb_prints_json_with_the_promised_keys():

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import interventions
 import polca_edit
 
 ROOT = Path(__file__).parents[1]
@@ -84,3 +85,13 @@ def test_no_submodule_hides_a_public_name():
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'observer'"):
         _ = polca_edit.observer
+
+
+def test_interventions_export_their_names_lazily():
+    assert set(interventions.__all__) == set(interventions._HOMES)
+    for name, home in interventions._HOMES.items():
+        found = getattr(interventions, name)
+        assert found is getattr(importlib.import_module(home), name)
+        assert len((found.__doc__ or "").strip()) > 20
+    with pytest.raises(AttributeError, match="no attribute 'project'"):
+        _ = interventions.project

@@ -193,7 +193,7 @@ def make_run(path: Path, bases: dict[str, bool], *, with_skills: bool = True) ->
     directory = RunDirectory(path)
     generator = torch.Generator().manual_seed(1)
     summary = {
-        "schema": "polca-edit/summary/1",
+        "schema": "polca-edit/summary/2",
         "task": "arithmetic",
         "seed": 7,
         "model": {"parameters": 123456},
@@ -476,13 +476,12 @@ class TestSections:
         directory = make_run(tmp_path, {"hessian": True})
         summary = json.loads((tmp_path / "summary.json").read_text())
         verdict = {
-            "vector": 2,
-            "cluster": 0,
-            "family": "POLCA's clusters",
-            "word": "selective",
-            "damage": 1.25,
-        }
-        verdict |= {"share": 0.5, "leakage": 0.08, "sentence": "Undoing <v2> costs the 10s.", "seeds": 3}
+            "name": "hessian 2:0", "vector": 2, "cluster": 0, "group": "10s digit", "family": "polca",
+            "word": "selective", "answers": {"N": "yes", "S": "yes", "W": "not asked", "L": "no"},
+            "damage": 1.25, "share": 0.5, "leakage": 0.08, "worst": "1s",
+            "intervals": {"damage": [1.0, 1.5]}, "p_values": {"S": 0.01},
+            "sentence": "Undoing <v2> costs the 10s.", "seeds": [0, 1, 2],
+        }  # fmt: skip
         summary["analyses"]["hessian"]["verdicts"] = [verdict]
         (tmp_path / "summary.json").write_text(json.dumps(summary))
         found = Discovery(
@@ -492,10 +491,11 @@ class TestSections:
         )
         (tmp_path / "discovery.json").write_text(json.dumps(to_plain(found)))
         page = write_report(directory, lambda _: None).read_text(encoding="utf-8")
-        assert rows_of(page, "hessian v2")[0] == [
-            "hessian v2", "v2·c0", "POLCA&#39;s clusters", "selective", "+1.250", "50.0\xa0%", "0.08", "3",
-            "Undoing &lt;v2&gt; costs the 10s.",
+        assert rows_of(page, "hessian 2")[0] == [
+            "hessian 2", "10s digit", "+1.25", "50.0\xa0%", "1s (0.08)", "yes", "yes", "–", "no", "selective",
+            "POLCA&#39;s own cluster",
         ]  # fmt: skip
+        assert "Undoing &lt;v2&gt; costs the 10s." in page
         assert rows_of(page, "0 to 120") == [["0 to 120", "1.90", "58.0\xa0%"]]
         assert rows_of(page, "s0") == [["s0", "77", "10s", "1.00", "0.51", "4.00"]]
         assert rows_of(page, "s1") == [["s1", "7", "–", "1.00", "0.30", "4.00"]]

@@ -1,33 +1,56 @@
 """Rows of the tables against planted answers, thinning against a second measurement, and one smoke run."""
 
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score
 
 from experiments.config import load_config
+from experiments.reproduce import seed
 from experiments.reproduce.claims import CLAIMS, Claim, judge_claim, judge_claims
-from experiments.reproduce.measure import Settings, measure_bases, trained
+from experiments.reproduce.measure import ReproductionSettings, measure_bases
 from experiments.reproduce.rows import (
+    BasisRow,
+    CarryScores,
+    FeatureRow,
+    LossShares,
+    Paths,
+    Scoring,
     TokenSplits,
     Variant,
-    carry_fields,
+    carry_columns,
     cluster_variants,
-    over_seeds,
-    share_fields,
+    hidden_share,
+    loss_shares,
 )
-from experiments.reproduce.verb import NUMBERS, PRESETS, run_reproduction
-from experiments.run.stages import open_run
-from experiments.study.multiverse import Branch, branches, group_damage, outcome, survival, thinned
+from experiments.reproduce.tables import Reproduction, reproduction_tables, spread
+from experiments.reproduce.verb import run_reproduction
+from experiments.run.run import open_run
+from experiments.run.stages.training import trained_series
+from experiments.study.carry import GroupDamage, counted_places, group_damage
+from experiments.study.measured import on_select
+from experiments.study.multiverse import (
+    FACTORS,
+    Branch,
+    BranchResult,
+    branches,
+    outcome,
+    survival,
+    thinned,
+)
 from experiments.tasks.arithmetic import make_data, token_loss
 from polca_edit.allocation.allocate import Allocation, Projections, allocate, project
+from polca_edit.artifacts import from_plain
 from polca_edit.basis.record import random_basis
 from polca_edit.checkpoints.opening import open_checkpoints
 from polca_edit.clusters.density import ClusterSettings
 from polca_edit.derivatives.objective import Objective
 from polca_edit.models import TransformerShape, build_small_transformer
+from polca_edit.observation import ObserveSettings
 from polca_edit.parameters import ParameterSpace
 
 torch.set_num_threads(1)
@@ -62,35 +85,49 @@ def _projections(paths):
     return Projections(torch.arange(count) * 10, losses, paths, moves, zeros, zeros, ones, ones)
 
 
+def _scoring(draws):
+    return Scoring(CLUSTERS, 20, draws=draws, variants=(Variant("hdbscan", False),))
+
+
 def test_planted_carry_cluster_is_chosen_on_select_and_scored_on_evaluate(data):
     splits = TokenSplits(data.select, data.evaluate)
-    select, evaluate = _planted(data.select, 0), _planted(data.evaluate, 1)
-    clustered = cluster_variants(select, evaluate, splits, CLUSTERS, variants=[Variant("hdbscan", False)])
-    fields = carry_fields(
-        clustered, select, _projections(select), splits, CLUSTERS, delta=20, seed=0, draws=2
-    )
-    assert fields["carry_homogeneity"] > 0.99
+    paths = Paths(_planted(data.select, 0), _planted(data.evaluate, 1))
+    projections = _projections(paths.select)
+    found = carry_columns(paths, projections, splits, _scoring(2))
+    assert found.homogeneity > 0.99
     carry = data.evaluate.skills["carry"]
     # Carry tokens at the 1000s place move with the others; nothing is dropped, so both recalls agree.
-    inside = float((carry & splits.counted_in(data.evaluate)).sum() / carry.sum())
-    assert fields["recall_all"] == pytest.approx(inside, abs=0.03)
-    assert fields["recall_paper"] == pytest.approx(inside, abs=0.03)
-    assert fields["on_select"]["vector"] == 0
-    assert fields["stability"] > 0.9
-    assert fields["validity"] > 0.5
-    found = clustered[0].vectors[0].evaluate.labels
-    assert fields["agreement"]["adjusted_rand"] == adjusted_rand_score(carry, found) > 0.5
-    assert fields["rule"]["auc"] > 0.99
-    assert fields["rule"]["homogeneity"] == 1.0
+    inside = float((carry & counted_places(data.evaluate)).sum() / carry.sum())
+    assert found.recall_all == pytest.approx(inside, abs=0.03)
+    assert found.recall_paper == pytest.approx(inside, abs=0.03)
+    assert found.vector == 0
+    assert found.stability > 0.9
+    assert found.validity > 0.5
+    labels = cluster_variants(paths, splits, _scoring(2))[0].vectors[0].evaluate.labels
+    assert found.adjusted_rand == adjusted_rand_score(carry, labels) > 0.5
+    assert found.rule_auc > 0.99
+    assert found.rule_homogeneity == 1.0
     # The same paths on evaluate with the labels' places swapped must not look good.
     turned = _planted(replace(data.evaluate, skills={k: ~v for k, v in data.evaluate.skills.items()}), 1)
-    bad = cluster_variants(select, turned, splits, CLUSTERS, variants=[Variant("hdbscan", False)])
-    worse = carry_fields(bad, select, _projections(select), splits, CLUSTERS, delta=20, seed=0, draws=1)
-    assert worse["carry_homogeneity"] < 0.5
-    assert worse["agreement"]["adjusted_rand"] < fields["agreement"]["adjusted_rand"] - 0.3
+    worse = carry_columns(replace(paths, evaluate=turned), projections, splits, _scoring(1))
+    assert worse.homogeneity < 0.5
+    assert worse.adjusted_rand < found.adjusted_rand - 0.3
 
 
-def test_share_fields_judge_groups_by_hand(data):
+def test_a_short_uneven_run_has_breakthroughs_in_both_studies(data):
+    """Half the span of steps 0, 5, 10, 15 is 7, and no checkpoint has 7 steps on both sides."""
+    short = _planted(data.select, 0)[[0, 3, 6, 11]]
+    paths, steps = Paths(short, short), torch.tensor([0, 5, 10, 15])
+    projections = replace(_projections(short), steps=steps)
+    splits = TokenSplits(data.select, data.select)
+    [clustered] = cluster_variants(paths, splits, _scoring(1))
+    assert 0 <= hidden_share(clustered, paths, projections, 100) <= 1
+    settings = ObserveSettings(clusters=CLUSTERS, breakthrough_delta=100)
+    found = outcome(projections, Branch(2, 1, False, False, 0.03, "trapezoid"), data.select, settings)
+    assert 0 <= found.hidden_share <= 1
+
+
+def test_loss_shares_judge_groups_by_hand(data):
     tokens = data.select
     values = torch.zeros(2, 1, tokens.count, dtype=torch.float64)
     exact = torch.full((2, tokens.count), -0.5, dtype=torch.float64)
@@ -99,12 +136,12 @@ def test_share_fields_judge_groups_by_hand(data):
     exact[:, tokens.skills["1000s"]] = -0.01  # too small to be judged
     values[:, 0, tokens.skills["1000s"]] = 0.3
     residual = torch.zeros_like(exact)
-    fields = share_fields(Allocation("trapezoid", torch.arange(3), values, residual, exact), tokens)
-    assert fields["group_shares"]["1s"] == pytest.approx(0.9)
-    assert "1000s" not in fields["group_shares"]
-    assert fields["worst_group_share_error"] >= 0.1
+    found = loss_shares(Allocation("trapezoid", torch.arange(3), values, residual, exact), tokens)
+    assert found.groups["1s"] == pytest.approx(0.9)
+    assert "1000s" not in found.groups
+    assert found.worst_group_error == max(abs(share - 1) for share in found.groups.values()) >= 0.1
     mean = float(values.sum((0, 1)).mean() / exact.sum(0).mean())
-    assert fields["explained_share"] == pytest.approx(mean)
+    assert found.explained_share == pytest.approx(mean)
 
 
 def test_thinned_projections_are_those_of_the_thinned_series(data):
@@ -129,15 +166,22 @@ def test_thinned_projections_are_those_of_the_thinned_series(data):
 
 
 def test_survival_counts_branches_by_level():
+    def result(stride, scaled, a, b, seed=0):
+        branch = Branch(2, stride, scaled, False, 0.02, "trapezoid")
+        return BranchResult(branch, seed, "as preset", {"a": a, "b": b})
+
     results = [
-        {"stride": 1, "scaled": False, "conclusions": {"a": True, "b": False}},
-        {"stride": 1, "scaled": True, "conclusions": {"a": True, "b": True}},
-        {"stride": 2, "scaled": False, "conclusions": {"a": False, "b": False}},
+        result(1, False, True, False),
+        result(1, True, True, True, seed=1),
+        result(2, False, False, False),
     ]
-    table = survival(results, ["stride", "scaled"])
-    assert table["a"]["share"] == pytest.approx(2 / 3)
-    assert table["a"]["levels"]["stride"] == {"1": 1.0, "2": 0.0}
-    assert table["b"]["levels"]["scaled"] == {"False": 0.0, "True": 1.0}
+    table = survival(results)
+    assert table["a"].share == pytest.approx(2 / 3)
+    assert table["a"].branches == 3
+    assert table["a"].levels["stride"] == {"1": 1.0, "2": 0.0}
+    assert table["b"].levels["scaled"] == {"False": 0.0, "True": 1.0}
+    assert table["b"].levels["seed"] == {"0": 0.0, "1": 1.0}
+    assert tuple(table["a"].levels) == FACTORS
     grid = list(branches((2, 4), (1, 2), ("trapezoid",)))
     assert len(grid) == len(set(grid)) == 2 * 2 * 2 * 2 * 2
 
@@ -150,10 +194,10 @@ def test_outcome_finds_the_planted_cluster_in_a_branch(data):
         gradients[t] = 2 * (paths[t] - paths[t - 1]) - gradients[t - 1]
     projections = replace(_projections(paths), gradients=gradients)
     branch = Branch(1, 1, False, False, 0.03, "trapezoid")
-    found = outcome(projections, branch, data.select, CLUSTERS, delta=20)
-    assert found["homogeneity"] > 0.99
-    assert found["vector"] == 0
-    assert found["explained_share"] == pytest.approx(1.0, abs=0.05)
+    settings = ObserveSettings(clusters=CLUSTERS, breakthrough_delta=20)
+    found = outcome(projections, branch, data.select, settings)
+    assert found.homogeneity > 0.99
+    assert found.explained_share == pytest.approx(1.0, abs=0.05)
 
 
 def test_group_damage_by_hand(data):
@@ -161,96 +205,177 @@ def test_group_damage_by_hand(data):
     change = torch.zeros(tokens.count)
     change[tokens.skills["carry@10s"] | tokens.skills["carry@100s"]] = 2.0
     change[tokens.skills["1s"] | tokens.skills["1000s"]] = 0.5
-    assert group_damage(change, tokens) == {"carry": 2.0, "no carry": 0.0, "other places": 0.5}
+    assert group_damage(change, tokens) == GroupDamage(2.0, 0.0, 0.5)
 
 
-def test_over_seeds_gives_mean_and_range():
-    rows = [{"basis": "a", "rotation": "none", "supervised": False, "f1": v} for v in (0.2, 0.4, None)]
-    line = over_seeds(rows, ["f1"])[0]
-    assert line["seeds"] == 3
-    assert line["f1"] == {"mean": pytest.approx(0.3), "low": 0.2, "high": 0.4, "count": 2}
+def _scores(homogeneity):
+    return CarryScores("kmeans/raw", None, 0.0, 1.0, homogeneity=homogeneity)
+
+
+def test_spread_gives_mean_and_range_of_what_is_known():
+    assert spread([0.2, 0.4, None]) == "0.30 [0.20, 0.40]"
+    assert spread([0.2]) == "0.20"
+    assert spread([None]) == spread([]) != spread([0.0])
 
 
 def test_claims_are_read_off_the_rows():
-    claim = Claim("a beats b", "carry_homogeneity", "polca", "random")
+    claim = Claim("a beats b", "homogeneity", "polca", "random")
     assert claim.published == (0.973, 0.902)
 
-    def part(polca, random):
-        basis = {"basis": "random", "rotation": "none", "carry_homogeneity": random}
-        turned = {"basis": "random", "rotation": "varimax", "carry_homogeneity": 1.0}
-        return {"rows": [basis, turned], "features": [{"feature": "polca", "carry_homogeneity": polca}]}
-
     def status(*pairs):
-        return judge_claim(claim, [part(*pair) for pair in pairs])["status"]
+        return judge_claim(claim, [{"polca": _scores(a), "random": _scores(b)} for a, b in pairs]).status
 
     assert status((0.9, 0.8), (0.7, 0.6)) == "reproduced"
     assert status((0.9, 0.8), (0.7, 0.75)) == "mixed"
     assert status((0.5, 0.5), (0.1, 0.75)) == "not reproduced"
     assert status((None, 0.5)) == "not testable"
     assert status((None, 0.5), (0.9, 0.5)) == "reproduced"
-    assert all(row["status"] == "not testable" for row in judge_claims([]))
     # By its own tables every comparison holds in the paper.
     assert all(c.published[0] > c.published[1] for c in CLAIMS)
 
 
-def test_smoke_reproduction_writes_every_column(tmp_path):
-    settings = Settings(
-        3, None, ("trajectory_secant", "hessian", "random"), ("trajectory_secant",), rivals=False, draws=1
+def test_claims_take_unrotated_bases_of_the_same_seed():
+    def row(seed, rotation, homogeneity):
+        shares, scores = LossShares(None, 0.0, {}, 0.0, 0.0), _scores(homogeneity)
+        return BasisRow("random", rotation, False, seed, 1, shares, 0.0, 0.0, scores, 0.0, None)
+
+    rows = [row(0, "none", 0.5), row(0, "varimax", 1.0), row(1, "none", 0.7)]
+    features = [FeatureRow("polca", 0, _scores(0.6)), FeatureRow("polca", 1, _scores(0.6))]
+    found = {(c.column, c.published): c for c in judge_claims(rows, features)}
+    judged = found["homogeneity", (0.973, 0.902)]
+    assert judged.ours == ((0.6, 0.5), (0.6, 0.7))
+    assert (judged.held, judged.status) == (1, "mixed")
+    assert all(c.status == "not testable" for c in judge_claims([], []))
+
+
+#: As the smoke preset records, so that one training serves every test.
+RECORDED = {"training.record_every": 6}
+SETTINGS = ReproductionSettings(
+    3, None, ("trajectory_secant", "random"), (), rivals=False, draws=1, tolerance=0.05
+)
+
+
+def _silent(_):
+    pass
+
+
+def _opened(folder, **changes):
+    return open_run(load_config("smoke", {**changes, "bases": [{"kind": "trajectory"}]}), folder, _silent)
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """A trained smoke run, to be copied."""
+    folder = tmp_path_factory.mktemp("smoke") / "run"
+    trained_series(_opened(folder))
+    return folder
+
+
+@pytest.fixture
+def copied(recorded, tmp_path):
+    """Copies of the trained run by name."""
+    return lambda name: Path(shutil.copytree(recorded, tmp_path / name))
+
+
+def test_smoke_reproduction_writes_every_column(copied, tmp_path):
+    settings = replace(
+        SETTINGS, kinds=("trajectory_secant", "hessian", "random"), rotated=("trajectory_secant",)
     )
-    file = tmp_path / "rows.json"
-    changes = {**PRESETS["smoke"][0], "training.steps": 36}
-    run_reproduction("smoke", [0], file, tmp_path / "runs", settings, lambda _: None, **changes)
-    result = json.loads(file.read_text())
-    columns = {"basis", "rotation", "supervised", "seed", "vectors", *NUMBERS}
-    assert all(columns <= set(row) for row in result["rows"])
-    names = {(row["basis"], row["rotation"]) for row in result["rows"]}
-    assert len(names) == len(result["rows"]) == 3 + 7
-    shares = {row["explained_share"] for row in result["rows"] if row["basis"] == "trajectory_secant"}
+    folder, file = copied("runs/seed0"), tmp_path / "rows.json"
+    run_reproduction("smoke", [0], file, folder.parent, settings, _silent, **RECORDED)
+    written = json.loads(file.read_text())
+    result = from_plain(Reproduction, written)
+    names = {(row.basis, row.rotation) for row in result.rows}
+    assert len(names) == len(result.rows) == 3 + 7
+    shares = {row.loss.explained_share for row in result.rows if row.basis == "trajectory_secant"}
     assert max(shares) - min(shares) < 1e-4  # rotations change no total
-    assert {row["rotation"] for row in result["rows"] if row["supervised"]} == {"contrastive"}
-    rivals = {row["feature"]: row for row in result["features"]}
+    assert {row.rotation for row in result.rows if row.supervised} == {"contrastive"}
+    rivals = {row.feature: row.carry for row in result.features}
     assert set(rivals) == {"exact_loss", "loss_change", "fisher", "first_order", "polca_trapezoid"}
-    assert rivals["exact_loss"]["outlier_share"] < 1  # its tokens end above zero and still fall
-    rules = {row["rule"]: row for row in result["quadrature"]}
-    assert abs(rules["gauss3"]["mean_error"]) < abs(rules["trapezoid"]["mean_error"])
-    assert {"versions", "hardware", "config", "seeds", "claims"} <= set(result)
+    assert rivals["exact_loss"].outlier_share < 1  # its tokens end above zero and still fall
+    rules = {row.rule: row for row in result.quadrature}
+    assert abs(rules["gauss3"].mean_error) < abs(rules["trapezoid"].mean_error)
+    assert {"schema", "versions", "hardware", "config", "seeds"} <= set(written)
+    beside = file.with_suffix(".md").read_text()
+    assert all(table.markdown() in beside for table in reproduction_tables(result))
+    assert not list((folder / "kept").rglob("*.safetensors"))
     said: list[str] = []
-    run_reproduction("smoke", [0], file, tmp_path / "runs", settings, said.append, **changes)
-    again = json.loads(file.read_text())
+    run_reproduction("smoke", [0], file, folder.parent, settings, said.append, **RECORDED)
     assert said == ["seed 0, kept"]
-    assert again["rows"] == result["rows"]
+    assert json.loads(file.read_text())["rows"] == written["rows"]
 
 
-def test_an_interrupted_measurement_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    overrides = {**PRESETS["smoke"][0], "training.steps": 36, "bases": [{"kind": "trajectory"}]}
-    settings = Settings(3, None, ("trajectory_secant", "random"), (), rivals=False, draws=1)
+@pytest.mark.parametrize(
+    ("changes", "settings"),
+    [({"training.learning_rate": 1e-3}, SETTINGS), ({}, replace(SETTINGS, draws=2))],
+    ids=["learning rate", "settings"],
+)
+def test_tables_of_another_config_or_settings_are_made_again(copied, monkeypatch, changes, settings):
+    made = []
 
-    def opened(name):
-        run = open_run(load_config("smoke", overrides), tmp_path / name, lambda _: None)
-        return run, trained(run, lambda _: None)
+    def measured(run, settings, say):
+        made.append(run.config.training.learning_rate)
+        return seed.SeedTables(0, settings, (), (), (), None, 0.0)
 
-    whole, _ = measure_bases(*opened("whole"), settings, lambda _: None)
-    run, checkpoints = opened("broken")
-    real, calls, limit = Objective.directional, [], [0]
+    monkeypatch.setattr(seed, "measure_seed", measured)
+    folder = copied("run")
+    for _ in range(2):
+        seed.seed_tables(_opened(folder), SETTINGS, _silent)
+    assert len(made) == 1
+    found = seed.seed_tables(_opened(folder, **changes), settings, _silent)
+    assert len(made) == 2
+    assert found.settings == settings
+
+
+def test_another_learning_rate_trains_and_projects_again(copied, tmp_path):
+    """The same folder, another config: neither weights nor projections of the first are taken."""
+
+    def slopes(folder, **changes):
+        run = _opened(folder, **changes)
+        found = on_select(run, trained_series(run), {"random": 2}, _silent)["random"].projections.gradients
+        return found, run.objective.passes.forward
+
+    folder = copied("run")
+    first, _ = slopes(folder)
+    again, work = slopes(folder)
+    assert torch.equal(again, first)
+    assert work == 0  # read back
+    faster = {"training.learning_rate": 1e-3}
+    other, _ = slopes(folder, **faster)
+    fresh, _ = slopes(tmp_path / "fresh", **faster)
+    assert torch.equal(other, fresh)
+    assert not torch.equal(other, first)
+
+
+def test_an_interrupted_measurement_goes_on_where_it_stopped(copied, monkeypatch):
+    def opened(folder):
+        run = _opened(folder)
+        return run, trained_series(run)
+
+    whole = measure_bases(*opened(copied("whole")), SETTINGS, _silent)
+    broken = copied("broken")
+    run, checkpoints = opened(broken)
+    real, calls, limit, places = Objective.directional, [], [0], len(checkpoints)
 
     def failing(self, *args, **kwargs):
         calls.append(len(args[1]))
-        if len(calls) == limit[0]:
+        # The plan of the nodes asks along the path alone, bases along several vectors.
+        if sum(rows > 1 for rows in calls) == limit[0]:
             raise RuntimeError("switched off")
         return real(self, *args, **kwargs)
 
     monkeypatch.setattr(Objective, "directional", failing)
-    # Once among the select checkpoints, once among the interior nodes of evaluate.
-    for limit[0] in (5, 13 + 13 + 13 + 1):
+    # Once among the select checkpoints, of which four are kept, once among the interior nodes of evaluate.
+    for limit[0] in (5, places - 4 + places + 2):
         calls.clear()
         with pytest.raises(RuntimeError, match="switched off"):
-            measure_bases(run, checkpoints, settings, lambda _: None)
-    run, checkpoints = opened("broken")
+            measure_bases(run, checkpoints, SETTINGS, _silent)
+    run, checkpoints = opened(broken)
     limit[0] = -1
     calls.clear()
-    resumed, _ = measure_bases(run, checkpoints, settings, lambda _: None)
+    resumed = measure_bases(run, checkpoints, SETTINGS, _silent)
     calls.clear()
-    measure_bases(run, checkpoints, settings, lambda _: None)
+    measure_bases(run, checkpoints, SETTINGS, _silent)
     assert calls  # a finished measurement only plans its nodes again, along the path itself
     assert set(calls) == {1}
     for kind, own in whole.items():
@@ -260,21 +385,18 @@ def test_an_interrupted_measurement_goes_on_where_it_stopped(tmp_path, monkeypat
         assert own.passes == pytest.approx(other.passes)
 
 
-def test_bases_alone_with_a_fixed_rule(tmp_path):
+def test_bases_alone_with_a_fixed_rule(copied):
     """A fixed rule gives nearly the adaptive shares; no table is made besides the bases."""
-    changes = {**PRESETS["smoke"][0], "training.steps": 36}
-    settings = Settings(3, None, ("loss_weighted", "random"), ("loss_weighted",), draws=1)
-    results = []
+    settings = replace(SETTINGS, kinds=("loss_weighted",), rotated=("loss_weighted",))
+    run = _opened(copied("adaptive"))
+    measured = measure_bases(run, trained_series(run), settings, _silent)["loss_weighted"]
+    adaptive = loss_shares(allocate(measured.evaluate, "quadrature"), run.task.splits.evaluate)
     said: list[str] = []
-    for name, chosen in (("a", settings), ("b", replace(settings, rule="gauss3", tables=False))):
-        results.append(run_reproduction("smoke", [0], None, tmp_path / name, chosen, said.append, **changes))
-    places = [line.rsplit(", ", 1)[1] for line in said if line.endswith("places")]
-    assert places[1] == "36 places" != places[0]  # three in each of twelve intervals
-    whole, alone = results
-    assert [(r["basis"], r["rotation"]) for r in alone["rows"]] == [
-        ("loss_weighted", "none"),
-        ("random", "none"),
-    ]
-    assert alone["quadrature"] == alone["features"] == []
-    adaptive = next(r for r in whole["rows"] if (r["basis"], r["rotation"]) == ("loss_weighted", "none"))
-    assert alone["rows"][0]["explained_share"] == pytest.approx(adaptive["explained_share"], abs=0.01)
+    fixed = replace(settings, rule="gauss3", tables=False)
+    folder = copied("runs/seed0")
+    alone = run_reproduction("smoke", [0], None, folder.parent, fixed, said.append, **RECORDED)
+    intervals = len(run.checkpoints()) - 1
+    assert any(line.endswith(f", {3 * intervals} places") for line in said)
+    assert [(row.basis, row.rotation) for row in alone.rows] == [("loss_weighted", "none")]
+    assert alone.quadrature == alone.features == ()
+    assert alone.rows[0].loss.explained_share == pytest.approx(adaptive.explained_share, abs=0.01)

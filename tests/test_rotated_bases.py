@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from experiments.config import load_config, parse_config
-from experiments.run import stages as pipeline
-from experiments.run.cost import ROTATED, sizes_of
+from experiments.run.cost.sizes import ROTATED, sizes_of
+from experiments.run.driver import run_stages
+from experiments.run.keys import stage_names
+from experiments.run.run import Run, open_run
 from experiments.run.summary import write_summary
 from experiments.tasks.task import build_task
 from polca_edit.allocation.allocate import Projections, allocate, project
@@ -27,19 +29,20 @@ TURNED = [
 ]
 
 
-def finished_run(out: Path, bases: list[dict[str, object]], say=lambda _: None) -> pipeline.Run:
-    run = pipeline.open_run(load_config("smoke", {"threads": 1, "bases": bases}), out, say)
-    pipeline.run_stages(run)
+def finished_run(out: Path, bases: list[dict[str, object]], say=lambda _: None) -> Run:
+    run = open_run(load_config("smoke", {"threads": 1, "bases": bases}), out, say)
+    run_stages(run)
     return run
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> pipeline.Run:
-    return finished_run(tmp_path_factory.mktemp("plain") / "run", PLAIN)
+def plain(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The shared run's weights, with other bases."""
+    return finished_run(Path(shutil.copytree(smoke_run, tmp_path_factory.mktemp("plain") / "run")), PLAIN)
 
 
 @pytest.fixture(scope="module")
-def added(plain: pipeline.Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[pipeline.Run, list[str]]:
+def added(plain: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, list[str]]:
     """The plain run with rotated bases added after it had finished."""
     out = tmp_path_factory.mktemp("added") / "run"
     shutil.copytree(plain.directory.path, out)
@@ -130,7 +133,7 @@ def test_resume_keeps_everything_and_redoes_what_is_damaged(added, tmp_path: Pat
     broken.write_bytes(b"nothing")
     lines: list[str] = []
     finished_run(copied, [*PLAIN, *TURNED], lines.append)
-    assert set(pipeline.stage_names(run.config)) - kept(lines) == {"basis:turned"}
+    assert set(stage_names(run.config)) - kept(lines) == {"basis:turned"}
     assert broken.read_bytes() == wanted
 
 
@@ -177,7 +180,7 @@ def test_rotations_that_cannot_be_made_are_refused(values: dict[str, object], wo
         parse_config(values)
 
 
-def test_an_unknown_skill_is_refused(plain: pipeline.Run, tmp_path: Path) -> None:
+def test_an_unknown_skill_is_refused(plain: Run, tmp_path: Path) -> None:
     copied = tmp_path / "copy"
     shutil.copytree(plain.directory.path, copied)
     with pytest.raises(ValueError, match="rotation must be one of"):
@@ -185,7 +188,7 @@ def test_an_unknown_skill_is_refused(plain: pipeline.Run, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("kind", ["trajectory_secant", "loss_weighted", "loss_path", "adaptive_hessian"])
-def test_further_kinds_run_and_turn(plain: pipeline.Run, tmp_path: Path, kind: str) -> None:
+def test_further_kinds_run_and_turn(plain: Run, tmp_path: Path, kind: str) -> None:
     copied = tmp_path / "copy"
     shutil.copytree(plain.directory.path, copied)
     further = [{"kind": kind, "vectors": 3}, {"kind": kind, "rotation": "varimax"}]

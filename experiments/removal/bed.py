@@ -12,10 +12,16 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from experiments.config import load_config
-from experiments.run.stages import training_settings
+from experiments.run.stages.training import training_settings
 from experiments.tasks import arithmetic
-from experiments.tasks.arithmetic import ArithmeticData, carries, first_and_second, make_data, token_set
-from experiments.tasks.task import arithmetic_shape
+from experiments.tasks.arithmetic import (
+    ArithmeticData,
+    arithmetic_shape,
+    carries,
+    first_and_second,
+    make_data,
+    token_set,
+)
 from interventions.removal.problem import GroupRule, Limits, Predictor, RemovalProblem
 from interventions.removal.rivals import masked_loss
 from interventions.removal.searches import GroupCurvature, group_curvature

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from experiments.removal.bed import GROUPS, SKILL_GROUPS, allowed_sums, arithmetic_logits, assign_groups
 from experiments.report.page import write_report
 from experiments.run.machine import hardware, versions
-from experiments.run.stages import ClusterRecord, Run, load_run
+from experiments.run.run import Run, load_run
+from experiments.run.stages.clusters import ClusterRecord
 from experiments.tasks import arithmetic
 from interventions.edit_files import save_edit
 from interventions.removal.measures import SkillOutputs, chance, refit_damage

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from experiments.run.store import RunDirectory
+from experiments.run.summary_records import VerdictEntry
 from polca_edit.artifacts import from_plain, load_record
 
 
@@ -138,35 +139,6 @@ class ControlEntry:
 
 
 @dataclass(frozen=True)
-class VerdictEntry:
-    """``analyses.NAME.verdicts[]``: one row of the causal test.
-
-    Attributes:
-        vector: basis vector, None where the edit is not one of them.
-        cluster: cluster along it, as in ``clusters[]``; None where the target is a group.
-        family: where the hypothesis came from.
-        word: inert, shared, selective, carrier or unclear.
-        damage: loss change on the target, nats per token.
-        share: the same over the target's headroom.
-        leakage: largest share on another group over the target's.
-        sentence: the answer in words.
-        group: the skill that was the target, where it is no cluster.
-        seeds: runs that went into the row.
-    """
-
-    vector: int | None
-    cluster: int | None
-    family: str
-    word: str
-    damage: float
-    share: float | None
-    leakage: float | None
-    sentence: str
-    group: str | None = None
-    seeds: int = 1
-
-
-@dataclass(frozen=True)
 class Analysis:
     """``analyses.NAME``: one basis."""
 
@@ -178,6 +150,7 @@ class Analysis:
     damage: tuple[DamageEntry, ...]
     controls: tuple[ControlEntry, ...]
     verdicts: tuple[VerdictEntry, ...] = ()
+    answers: dict[str, str] = field(default_factory=dict)
 
     def damage_row(self, vector: int, cluster: int | None, split: str) -> DamageEntry | None:
         """What undoing the whole movement along a vector costs a target."""

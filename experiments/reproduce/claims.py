@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from experiments.reproduce.published import CARRY
+from experiments.reproduce.rows import BasisRow, CarryScores, FeatureRow
 
 Status = Literal["reproduced", "not reproduced", "mixed", "not testable"]
-#: Column of a row -> its place in the published tables.
-COLUMNS = {"carry_homogeneity": 0, "recall_paper": 1, "f1": 2, "hidden_share": 3}
+#: Carry column -> its place in the published tables.
+COLUMNS = {"homogeneity": 0, "recall_paper": 1, "f1": 2, "hidden_share": 3}
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Claim:
 
 CLAIMS = (
     *(
-        Claim(f"POLCA's best carry cluster is purer than {words}", "carry_homogeneity", "polca", rival)
+        Claim(f"POLCA's best carry cluster is purer than {words}", "homogeneity", "polca", rival)
         for rival, words in (
             ("exact_loss", "one of exact losses"),
             ("loss_change", "one of loss changes"),
@@ -53,51 +54,64 @@ CLAIMS = (
 )
 
 
-def _by_feature(part: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Mapping[str, Any]]:
-    bases = {row["basis"]: row for row in part["rows"] if row["rotation"] == "none"}
-    return {**bases, **{row["feature"]: row for row in part["features"]}}
+@dataclass(frozen=True)
+class JudgedClaim:
+    """A claim against the numbers of every seed.
+
+    Attributes:
+        claim: its words.
+        column: of the carry columns; None for a claim that arithmetic cannot test.
+        published: the paper's numbers, better and worse.
+        ours: the same, one pair a seed; None where there is no eligible cluster.
+        held: seeds in which it holds.
+        seeds: seeds with both numbers.
+        status: reproduced if it holds in all, not testable if all lack a number.
+    """
+
+    claim: str
+    column: str | None
+    published: tuple[float, ...]
+    ours: tuple[tuple[float | None, float | None], ...]
+    held: int
+    seeds: int
+    status: Status
 
 
-def judge_claim(claim: Claim, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One claim over seeds: reproduced if it holds in all, not testable if all lack a number."""
-    pairs = []
-    for part in parts:
-        found = _by_feature(part)
-        if claim.better in found and claim.worse in found:
-            pairs.append([found[name][claim.column] for name in (claim.better, claim.worse)])
+#: The claim that arithmetic cannot test.
+LANGUAGE = JudgedClaim(
+    "22 of 26 vectors of the language model have a cluster with a simple label",
+    None,
+    (22 / 26,),
+    (),
+    0,
+    0,
+    "not testable",
+)
+
+
+def judge_claim(claim: Claim, parts: Sequence[Mapping[str, CarryScores]]) -> JudgedClaim:
+    """One claim over seeds."""
+    pairs: list[tuple[float | None, float | None]] = [
+        (getattr(found[claim.better], claim.column), getattr(found[claim.worse], claim.column))
+        for found in parts
+        if claim.better in found and claim.worse in found
+    ]
     known = [(a, b) for a, b in pairs if a is not None and b is not None]
     held = sum(a > b for a, b in known)
     status: Status = "mixed"
     if not known:
         status = "not testable"
-    elif held == len(known):
-        status = "reproduced"
-    elif held == 0:
-        status = "not reproduced"
-    return {
-        "claim": claim.text,
-        "column": claim.column,
-        "published": list(claim.published),
-        "ours": pairs,
-        "held": held,
-        "seeds": len(known),
-        "status": status,
-    }
+    elif held in (0, len(known)):
+        status = "reproduced" if held else "not reproduced"
+    return JudgedClaim(claim.text, claim.column, claim.published, tuple(pairs), held, len(known), status)
 
 
-def judge_claims(parts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Every claim of :data:`CLAIMS`, and the one that arithmetic cannot test.
-
-    Args:
-        parts: per seed, ``rows`` and ``features`` of a reproduction.
-    """
-    language = {
-        "claim": "22 of 26 vectors of the language model have a cluster with a simple label",
-        "column": None,
-        "published": [22 / 26],
-        "ours": [],
-        "held": 0,
-        "seeds": 0,
-        "status": "not testable",
-    }
-    return [*(judge_claim(claim, parts) for claim in CLAIMS), language]
+def judge_claims(rows: Sequence[BasisRow], features: Sequence[FeatureRow]) -> tuple[JudgedClaim, ...]:
+    """Every claim of :data:`CLAIMS` over all seeds of the rows, and the one that arithmetic cannot test."""
+    parts: dict[int, dict[str, CarryScores]] = {}
+    for row in rows:
+        if row.rotation == "none":
+            parts.setdefault(row.seed, {})[row.basis] = row.carry
+    for feature in features:
+        parts.setdefault(feature.seed, {})[feature.feature] = feature.carry
+    return (*(judge_claim(claim, list(parts.values())) for claim in CLAIMS), LANGUAGE)

@@ -1,4 +1,4 @@
-"""From projections on two splits to the rows of the tables; no model is needed.
+"""The rows of the tables, and how they come from projections on two splits; no model is needed.
 
 Clusters are found on select and carried over to evaluate by the clustering's own rule. Labels choose
 one cluster on select, as in the paper; evaluate only scores it.
@@ -6,22 +6,21 @@ one cluster on select, as in the paper; evaluate only scores it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from polca_edit.allocation.allocate import Allocation, Projections, allocate, explained_share
-from polca_edit.clusters.breakthroughs import flat_after, is_hidden
+from experiments.study.carry import CARRY, eligible_clusters
+from polca_edit.allocation.allocate import Allocation, Projections, explained_share
+from polca_edit.clusters.breakthroughs import fitting_delta, flat_after, is_hidden
 from polca_edit.clusters.comparators import (
     Method,
     SkillScore,
     SplitClusters,
     agreement,
     bootstrap_stability,
-    carry_scores,
     cluster_both,
     density_validity,
     fit_clustering,
@@ -60,42 +59,192 @@ VARIANTS = (
 
 
 @dataclass(frozen=True)
-class TokenSplits:
-    """The two splits and the labels the tables speak of.
+class Scoring:
+    """How the rows of a table are made.
 
     Attributes:
-        select: clusters are found and chosen here.
-        evaluate: and scored here.
-        skill: the label of the tables.
-        counted: skills whose tokens count for the 85 % rule.
+        clusters: sizes and filters of the clustering.
+        delta: of the breakthroughs, steps.
+        seed: of the bootstrap, of k-means and of the membership rule.
+        draws: bootstrap samples of the stability.
+        variants: ways of clustering.
     """
+
+    clusters: ClusterSettings
+    delta: int
+    seed: int = 0
+    draws: int = 4
+    variants: tuple[Variant, ...] = VARIANTS
+
+
+@dataclass(frozen=True)
+class TokenSplits:
+    """Clusters are found and chosen on ``select``, and scored on ``evaluate``."""
 
     select: TokenSet
     evaluate: TokenSet
-    skill: str = "carry"
-    counted: tuple[str, ...] = ("100s", "10s")
-
-    def counted_in(self, tokens: TokenSet) -> Tensor:
-        """Tokens at the places that count."""
-        return torch.stack([tokens.skills[name] for name in self.counted]).any(0)
 
 
-def share_fields(allocation: Allocation, tokens: TokenSet) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Paths:
+    """Trajectories of one family on both splits.
+
+    Attributes:
+        select: (T, K, M) nats, or the feature's own unit.
+        evaluate: (T, K, E).
+        falls: whether learning makes them fall; else the filters for rising ones are off.
+    """
+
+    select: Float[Tensor, "T K M"]
+    evaluate: Float[Tensor, "T K E"]
+    falls: bool = True
+
+
+# -- records of the tables ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LossShares:
+    """How much of the loss change a basis explains.
+
+    Attributes:
+        explained_share: attributed over exact, None where the exact change is too small.
+        worst_group_error: largest |share - 1| of a judged skill group.
+        groups: the share of each judged group.
+        quadrature_error: nats per token.
+        exact: exact change, nats per token.
+    """
+
+    explained_share: float | None
+    worst_group_error: float
+    groups: dict[str, float]
+    quadrature_error: float
+    exact: float
+
+
+@dataclass(frozen=True)
+class VariantScores:
+    """One way of clustering, its cluster chosen as in the paper: most homogeneous on select.
+
+    Attributes:
+        clusters: eligible ones.
+        select_homogeneity: of the chosen one, where it was chosen.
+        homogeneity: of the chosen one on evaluate.
+        recall_paper: the same.
+        f1: the same.
+        top_three: homogeneity on evaluate of the three most homogeneous on select.
+    """
+
+    clusters: int
+    select_homogeneity: float
+    homogeneity: float
+    recall_paper: float
+    f1: float
+    top_three: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class CarryScores:
+    """The carry columns: the cluster with the largest F1 on select over all variants.
+
+    Without an eligible cluster its numbers are None and the others are those of the first variant.
+
+    Attributes:
+        variant: the one the cluster is of.
+        hidden_share: of all its clusters, with a hidden breakthrough; None without clusters.
+        outlier_share: of its kept vectors.
+        success_rate: share of its kept vectors with a cluster.
+        vector: the cluster's.
+        select_f1: where it was chosen.
+        select_homogeneity: the same.
+        homogeneity: on evaluate.
+        recall_all: on evaluate.
+        recall_paper: on evaluate.
+        f1: on evaluate.
+        adjusted_rand: of all clusters of its vector with the labels, on evaluate.
+        stability: of its vector's clustering under resampled sequences.
+        validity: density-based, of the same.
+        rule_auc: of its membership rule, which sees input features only.
+        rule_homogeneity: of the tokens the rule assigns on evaluate; None for none.
+        rule_recall: of the same, over all tokens with the label.
+        variants: every way of clustering, None where no cluster is eligible.
+    """
+
+    variant: str
+    hidden_share: float | None
+    outlier_share: float
+    success_rate: float
+    vector: int | None = None
+    select_f1: float | None = None
+    select_homogeneity: float | None = None
+    homogeneity: float | None = None
+    recall_all: float | None = None
+    recall_paper: float | None = None
+    f1: float | None = None
+    adjusted_rand: float | None = None
+    stability: float | None = None
+    validity: float | None = None
+    rule_auc: float | None = None
+    rule_homogeneity: float | None = None
+    rule_recall: float | None = None
+    variants: dict[str, VariantScores | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BasisRow:
+    """One basis or rotation of one seed.
+
+    Attributes:
+        basis: kind.
+        rotation: of its span, or ``none``.
+        supervised: labels went into it.
+        seed: of the run.
+        vectors: K.
+        loss: on evaluate.
+        captured_net: share of the net displacement in the span.
+        captured_path: share of the path, mean over intervals.
+        carry: its clusters and the carry.
+        passes: forward passes over the select tokens that building and projecting it took.
+        worst_residual: relative eigen-residual; None for a basis without eigenvalues.
+    """
+
+    basis: str
+    rotation: str
+    supervised: bool
+    seed: int
+    vectors: int
+    loss: LossShares
+    captured_net: float
+    captured_path: float
+    carry: CarryScores
+    passes: float
+    worst_residual: float | None
+
+
+@dataclass(frozen=True)
+class FeatureRow:
+    """A rival family of trajectories of one seed, in the same clustering."""
+
+    feature: str
+    seed: int
+    carry: CarryScores
+
+
+# -- measuring them -------------------------------------------------------------------------------
+
+
+def loss_shares(allocation: Allocation, tokens: TokenSet) -> LossShares:
     """Explained share in the mean and its worst error over judged skill groups; quadrature error."""
     totals = allocation.totals()
-    worst, groups = 0.0, {}
-    for name, mask in tokens.skills.items():
-        own = allocation.totals(mask)
-        if abs(own["exact"]) > JUDGED:
-            groups[name] = own["attributed"] / own["exact"]
-            worst = max(worst, abs(groups[name] - 1))
-    return {
-        "explained_share": explained_share(totals["attributed"], totals["exact"]),
-        "worst_group_share_error": worst,
-        "group_shares": groups,
-        "quadrature_error": totals["quadrature_error"],
-        "exact": totals["exact"],
-    }
+    own = {name: allocation.totals(mask) for name, mask in tokens.skills.items()}
+    groups = {n: t["attributed"] / t["exact"] for n, t in own.items() if abs(t["exact"]) > JUDGED}
+    return LossShares(
+        explained_share(totals["attributed"], totals["exact"]),
+        max((abs(share - 1) for share in groups.values()), default=0.0),
+        groups,
+        totals["quadrature_error"],
+        totals["exact"],
+    )
 
 
 @dataclass(frozen=True)
@@ -115,184 +264,116 @@ class Clustered:
     on_evaluate: tuple[SkillScore, ...]
 
 
-def cluster_variants(
-    select: Tensor,
-    evaluate: Tensor,
-    splits: TokenSplits,
-    settings: ClusterSettings,
-    *,
-    falls: bool = True,
-    variants: Sequence[Variant] = VARIANTS,
-    seed: int = 0,
-) -> list[Clustered]:
-    """Cluster (T, K, M) trajectories every way, and score each eligible cluster on both splits."""
-    result = []
-    for variant in variants:
+def cluster_variants(paths: Paths, splits: TokenSplits, scoring: Scoring) -> list[Clustered]:
+    """Cluster trajectories every way, and score each eligible cluster on both splits."""
+    carry, result = splits.evaluate.skills[CARRY], []
+    for variant in scoring.variants:
         own = replace(
-            settings,
+            scoring.clusters,
             scaled=variant.scaled,
-            drop_rising_tokens=falls and settings.drop_rising_tokens,
-            drop_rising_vectors=falls and settings.drop_rising_vectors,
+            drop_rising_tokens=paths.falls and scoring.clusters.drop_rising_tokens,
+            drop_rising_vectors=paths.falls and scoring.clusters.drop_rising_vectors,
         )
-        vectors = cluster_both(select, evaluate, own, method=variant.method, seed=seed)
-        chosen = carry_scores(
-            [v.select for v in vectors],
-            splits.select.skills[splits.skill],
-            splits.counted_in(splits.select),
-        )
-        again = [
-            score_cluster(vectors[s.vector].evaluate, s.cluster, splits.evaluate.skills[splits.skill])
-            for s in chosen
-        ]
+        vectors = cluster_both(paths.select, paths.evaluate, own, method=variant.method, seed=scoring.seed)
+        chosen = eligible_clusters([v.select for v in vectors], splits.select)
+        again = [score_cluster(vectors[s.vector].evaluate, s.cluster, carry) for s in chosen]
         result.append(Clustered(variant, tuple(vectors), tuple(chosen), tuple(again)))
     return result
 
 
-def hidden_share(
-    clustered: Clustered, paths: Tensor, losses: Tensor, steps: Tensor, delta: int
-) -> float | None:
+def hidden_share(clustered: Clustered, paths: Paths, projections: Projections, delta: int) -> float | None:
     """Share of all clusters on select with a hidden breakthrough; None without clusters."""
-    tau = flat_after(losses.double().mean(1), steps)
-    delta = min(delta, int(steps[-1] - steps[0]) // 2)
+    steps = projections.steps
+    tau, fitting = flat_after(projections.losses.double().mean(1), steps), fitting_delta(delta, steps)
     found = [
-        is_hidden(paths[:, v.select.vector].T[v.select.members(c)], steps, delta, tau)
+        is_hidden(paths.select[:, v.select.vector].T[v.select.members(c)], steps, fitting, tau)
         for v in clustered.vectors
         for c in range(v.select.count)
     ]
     return sum(found) / len(found) if found else None
 
 
-def carry_fields(
-    clustered: Sequence[Clustered],
-    paths: Tensor,
-    projections: Projections,
-    splits: TokenSplits,
-    settings: ClusterSettings,
-    *,
-    delta: int,
-    seed: int,
-    draws: int = 4,
-) -> dict[str, Any]:
-    """The carry columns: the cluster with the largest F1 on select, scored on evaluate.
+def carry_columns(
+    paths: Paths, projections: Projections, splits: TokenSplits, scoring: Scoring
+) -> CarryScores:
+    """Cluster one family of trajectories every way and fill the carry columns.
 
     Args:
-        clustered: every variant.
-        paths: (T, K, M) trajectories on select.
+        paths: trajectories on both splits.
         projections: on select, for losses and steps.
         splits: labels.
-        settings: cluster sizes.
-        delta: of the breakthroughs, steps.
-        seed: of the bootstrap and of k-means.
-        draws: bootstrap samples for the stability of the chosen vector's clustering, which also gets its
-            density-based validity on select and its agreement with the skill's labels on evaluate.
+        scoring: how.
     """
-    losses, steps = projections.losses, projections.steps
+    clustered = cluster_variants(paths, splits, scoring)
     pairs = [(s, e, c) for c in clustered for s, e in zip(c.eligible, c.on_evaluate, strict=True)]
     best = max(pairs, key=lambda pair: pair[0].f1, default=None)
-    # Without an eligible cluster the other columns describe the paper's clustering.
     used = best[2] if best else clustered[0]
-    fields: dict[str, Any] = {
-        "variant": used.variant.name,
-        "hidden_share": hidden_share(used, paths, losses, steps, delta),
-        "outlier_share": outlier_share([v.select for v in used.vectors]),
-        "success_rate": success_rate([v.select for v in used.vectors]),
-        "carry_homogeneity": None,
-        "recall_all": None,
-        "recall_paper": None,
-        "f1": None,
-        "stability": None,
-        "validity": None,
-        "agreement": None,
-        "on_select": None,
-        "rule": None,
-        "by_variant": {c.variant.name: _by_homogeneity(c) for c in clustered},
-    }
+    columns = CarryScores(
+        used.variant.name,
+        hidden_share(used, paths, projections, scoring.delta),
+        outlier_share([v.select for v in used.vectors]),
+        success_rate([v.select for v in used.vectors]),
+        variants={c.variant.name: _most_homogeneous(c) for c in clustered},
+    )
     if best is None:
-        return fields
+        return columns
     on_select, on_evaluate, _ = best
-    vector = used.vectors[on_select.vector].select
-    fields |= {
-        "carry_homogeneity": on_evaluate.homogeneity,
-        "recall_all": on_evaluate.recall_all,
-        "recall_paper": on_evaluate.recall_paper,
-        "f1": on_evaluate.f1,
-        "on_select": asdict(on_select),
-        "agreement": asdict(
-            agreement(
-                used.vectors[on_select.vector].evaluate.labels, splits.evaluate.skills[splits.skill].long()
-            )
-        ),
-    }
-    kept = ~vector.dropped
-    shaped_paths = shaped(paths[:, on_select.vector].T[kept], used.variant.scaled)
+    vector, carry = used.vectors[on_select.vector], splits.evaluate.skills[CARRY]
+    stability, validity = _trust(used, on_select.vector, paths, splits.select, scoring)
+    rule = fit_rule(splits.select, vector.select.members(on_select.cluster), seed=scoring.seed)
+    assigned = rule.assign(splits.evaluate)
+    both, size = int((assigned & carry).sum()), int(assigned.sum())
+    return replace(
+        columns,
+        vector=on_select.vector,
+        select_f1=on_select.f1,
+        select_homogeneity=on_select.homogeneity,
+        homogeneity=on_evaluate.homogeneity,
+        recall_all=on_evaluate.recall_all,
+        recall_paper=on_evaluate.recall_paper,
+        f1=on_evaluate.f1,
+        adjusted_rand=agreement(vector.evaluate.labels, carry.long()).adjusted_rand,
+        stability=stability,
+        validity=validity,
+        rule_auc=rule.auc,
+        rule_homogeneity=both / size if size else None,
+        rule_recall=both / int(carry.sum()),
+    )
 
-    fields["validity"] = density_validity(shaped_paths, vector.labels[kept])
 
-    def again(rows: Tensor) -> Tensor:
-        fitted = fit_clustering(
-            rows, used.variant.method, tokens=len(vector.labels), settings=settings, seed=seed
-        )
+def _trust(
+    used: Clustered, vector: int, paths: Paths, tokens: TokenSet, scoring: Scoring
+) -> tuple[float, float | None]:
+    """Stability and density-based validity of one vector's clustering on select."""
+    found, method = used.vectors[vector].select, used.variant.method
+    kept = ~found.dropped
+    rows = shaped(paths.select[:, vector].T[kept], used.variant.scaled)
+
+    def again(drawn: Tensor) -> Tensor:
+        size = len(found.labels)
+        fitted = fit_clustering(drawn, method, tokens=size, settings=scoring.clusters, seed=scoring.seed)
         return fitted.labels
 
-    fields["stability"] = bootstrap_stability(
-        shaped_paths,
-        splits.select.documents[splits.select.sequence_of][kept],
-        vector.labels[kept],
+    stability = bootstrap_stability(
+        rows,
+        tokens.documents[tokens.sequence_of][kept],
+        found.labels[kept],
         again,
-        draws=draws,
-        generator=torch.Generator().manual_seed(seed),
+        draws=scoring.draws,
+        generator=torch.Generator().manual_seed(scoring.seed),
     )
-    fields["rule"] = _rule_fields(vector.members(on_select.cluster), splits, seed)
-    return fields
+    return stability, density_validity(rows, found.labels[kept])
 
 
-def _by_homogeneity(clustered: Clustered) -> dict[str, Any] | None:
-    """The paper's choice: most homogeneous on select; with the three best on evaluate."""
+def _most_homogeneous(clustered: Clustered) -> VariantScores | None:
     if not clustered.eligible:
         return None
-    return {
-        "select": asdict(clustered.eligible[0]),
-        "evaluate": asdict(clustered.on_evaluate[0]),
-        "top_three_evaluate": [s.homogeneity for s in clustered.on_evaluate[:3]],
-        "clusters": len(clustered.eligible),
-    }
-
-
-def _rule_fields(member: Tensor, splits: TokenSplits, seed: int) -> dict[str, Any]:
-    """The chosen cluster's membership rule (input features only), scored on evaluate."""
-    rule = fit_rule(splits.select, member, seed=seed)
-    assigned = rule.assign(splits.evaluate)
-    skill = splits.evaluate.skills[splits.skill]
-    both, size = int((assigned & skill).sum()), int(assigned.sum())
-    return {
-        "text": rule.description,
-        "auc": rule.auc,
-        "homogeneity": both / size if size else None,
-        "recall_all": both / int(skill.sum()),
-    }
-
-
-def projected(projections: Projections, rule: str = "trapezoid") -> Tensor:
-    """(T, K, M) projected loss."""
-    return allocate(projections, rule).projected_loss()  # type: ignore[arg-type]
-
-
-def interval(values: Sequence[float]) -> dict[str, float]:
-    """Mean, smallest and largest over seeds."""
-    return {"mean": sum(values) / len(values), "low": min(values), "high": max(values), "count": len(values)}
-
-
-def over_seeds(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:
-    """One line per (basis, rotation): each key's mean and range over seeds."""
-    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["basis"], row["rotation"]), []).append(row)
-    lines = []
-    for (basis, rotation), members in groups.items():
-        line: dict[str, Any] = {"basis": basis, "rotation": rotation, "seeds": len(members)}
-        line["supervised"] = members[0]["supervised"]
-        for key in keys:
-            known = [float(m[key]) for m in members if m[key] is not None]
-            line[key] = interval(known) if known else None
-        lines.append(line)
-    return lines
+    chosen = clustered.on_evaluate[0]
+    return VariantScores(
+        len(clustered.eligible),
+        clustered.eligible[0].homogeneity,
+        chosen.homogeneity,
+        chosen.recall_paper,
+        chosen.f1,
+        tuple(score.homogeneity for score in clustered.on_evaluate[:3]),
+    )

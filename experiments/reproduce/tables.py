@@ -1,134 +1,187 @@
-"""Terminal tables of a reproduction."""
+"""Tables of a reproduction: bases and rotations, rivals beside the paper, quadrature rules, claims."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from rich.console import Console
-from rich.table import Table
-
+from experiments.report.formats import decimal
+from experiments.report.tables import Column, Table, table
+from experiments.reproduce.claims import JudgedClaim
+from experiments.reproduce.measure import ReproductionSettings
 from experiments.reproduce.published import CARRY, SECOND_ORDER_RMSE, TOP_THREE
+from experiments.reproduce.rivals import QuadratureRow, SecondOrderError
+from experiments.reproduce.rows import BasisRow, CarryScores, FeatureRow
 
 
-def _number(value: float | None, digits: int = 3) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+@dataclass(frozen=True)
+class Reproduction:
+    """All numbers of a reproduction.
+
+    Attributes:
+        settings: seed -> what it was made with.
+        rows: bases and rotations.
+        features: rival trajectories.
+        quadrature: rules on the evaluate split.
+        second_order: Eq. 6's term, per seed in which it was measured.
+        claims: the paper's, judged over the seeds.
+        seconds: per seed.
+    """
+
+    settings: dict[str, ReproductionSettings]
+    rows: tuple[BasisRow, ...]
+    features: tuple[FeatureRow, ...]
+    quadrature: tuple[QuadratureRow, ...]
+    second_order: tuple[SecondOrderError, ...]
+    claims: tuple[JudgedClaim, ...]
+    seconds: tuple[float, ...]
 
 
-def _range(entry: dict[str, float] | None, digits: int = 3) -> str:
-    if entry is None:
-        return "-"
-    if entry["count"] == 1:
-        return f"{entry['mean']:.{digits}f}"
-    return f"{entry['mean']:.{digits}f} [{entry['low']:.{digits}f}, {entry['high']:.{digits}f}]"
+#: Heading -> number of a row.
+NUMBERS: dict[str, Callable[[BasisRow], float | None]] = {
+    "explained": lambda row: row.loss.explained_share,
+    "worst group": lambda row: row.loss.worst_group_error,
+    "net": lambda row: row.captured_net,
+    "path": lambda row: row.captured_path,
+    "carry hom.": lambda row: row.carry.homogeneity,
+    "recall": lambda row: row.carry.recall_paper,
+    "F1": lambda row: row.carry.f1,
+    "hidden": lambda row: row.carry.hidden_share,
+    "outliers": lambda row: row.carry.outlier_share,
+    "stab.": lambda row: row.carry.stability,
+    "validity": lambda row: row.carry.validity,
+}
 
 
-def print_tables(result: dict[str, Any], console: Console) -> None:
-    """Bases and rotations, rivals beside the paper, quadrature rules."""
-    console.print(_bases(result))
-    console.print(_rivals(result))
-    console.print(_top_three(result))
-    console.print(_quadrature(result))
-    console.print(_claims(result))
-    for row in result["second_order"]:
-        if "rmse" in row:
-            console.print(
-                f"Table 12, seed {row['seed']}: RMSE of Eq. 6's second-order term {row['rmse']:.3g} nats "
-                f"(true term's root mean square {row['scale']:.3g}, relative {row['relative_rmse']:.2f}, "
-                f"cosine {row['cosine']:.2f}); paper {SECOND_ORDER_RMSE} with no scale."
-            )
+def spread(values: Sequence[float | None]) -> str:
+    """Mean over seeds, with the range where several are known.
+
+    >>> spread([0.2, None, 0.4]), spread([0.5]), spread([None])
+    ('0.30 [0.20, 0.40]', '0.50', '–')
+    """
+    known = [value for value in values if value is not None]
+    mean = decimal(sum(known) / len(known) if known else None)
+    return f"{mean} [{decimal(min(known))}, {decimal(max(known))}]" if len(known) > 1 else mean
 
 
-def _bases(result: dict[str, Any]) -> Table:
-    title = "Every basis and rotation (evaluate split; clusters chosen on select)"
-    table = Table(title=title, title_justify="left")
-    table.add_column("basis / rotation")
-    for name in ("explained", "worst group", "net", "path", "carry hom.", "recall", "F1", "hidden"):
-        table.add_column(name, justify="right")
-    for name in ("outliers", "stab.", "validity"):
-        table.add_column(name, justify="right")
-    for line in result["over_seeds"]:
-        label = line["basis"] + ("" if line["rotation"] == "none" else f" / {line['rotation']}")
-        table.add_row(
-            label + (" (supervised)" if line["supervised"] else ""),
-            *(
-                _range(line[key], 2)
-                for key in (
-                    "explained_share",
-                    "worst_group_share_error",
-                    "captured_net",
-                    "captured_path",
-                    "carry_homogeneity",
-                    "recall_paper",
-                    "f1",
-                    "hidden_share",
-                    "outlier_share",
-                    "stability",
-                    "validity",
-                )
-            ),
-        )
-    return table
-
-
-def _rivals(result: dict[str, Any]) -> Table:
-    table = Table(title="Tables 1, 8 and 11: trajectories in the same clustering", title_justify="left")
-    for name in ("trajectories", "seed", "clustering"):
-        table.add_column(name)
-    numbers = ("homogeneity", "recall (paper)", "F1", "hidden")
-    for name in (*numbers, *(f"paper: {name}" for name in numbers)):
-        table.add_column(name, justify="right")
-    for row in result["features"]:
-        ours = [row["carry_homogeneity"], row["recall_paper"], row["f1"], row["hidden_share"]]
-        paper = CARRY.get(row["feature"], (None,) * 4)
-        cells = [_number(value) for value in (*ours, *paper)]
-        table.add_row(row["feature"], str(row["seed"]), row["variant"], *cells)
-    return table
-
-
-def _top_three(result: dict[str, Any]) -> Table:
-    table = Table(title="Tables 9 and 10: three most homogeneous carry clusters", title_justify="left")
-    for name in ("trajectories", "seed", "ours, paper's clustering", "ours, scaled", "paper"):
-        table.add_column(name)
-    bases = [
-        {**row, "feature": row["basis"]}
-        for row in result["rows"]
-        if row["rotation"] == "none" and row["basis"] in TOP_THREE
+def reproduction_tables(found: Reproduction) -> list[Table]:
+    """Every table of a reproduction that has rows."""
+    made = [
+        bases_table(found.rows),
+        rivals_table(found.features),
+        top_three_table(found),
+        quadrature_table(found.quadrature),
+        second_order_table(found.second_order),
+        claims_table(found.claims),
     ]
-    for row in [*result["features"], *bases]:
-        ours = []
-        for variant in ("hdbscan/raw", "hdbscan/scaled"):
-            found = row["by_variant"].get(variant)
-            ours.append(" ".join(_number(v) for v in found["top_three_evaluate"]) if found else "none")
-        paper = " ".join(_number(v) for v in TOP_THREE.get(row["feature"], ()))
-        table.add_row(row["feature"], str(row["seed"]), *ours, paper or "-")
-    return table
+    return [each for each in made if each.rows]
 
 
-def _quadrature(result: dict[str, Any]) -> Table:
-    table = Table(title="Completeness error by rule (nats, whole run, evaluate split)", title_justify="left")
-    for name in ("seed", "rule", "places", "mean", "no cancelling", "worst group", "median token", "met"):
-        table.add_column(name, justify="right")
-    for row in result["quadrature"]:
-        table.add_row(
-            str(row["seed"]),
-            row["rule"],
-            str(row["places"]),
-            _number(row["mean_error"], 4),
-            _number(row["mean_error_no_cancelling"], 4),
-            f"{row['worst_group']} {row['worst_group_error']:+.4f} of {row['worst_group_exact']:.2f}",
-            f"{row['median_token_error']:.4f} of {row['median_token_exact']:.2f}",
-            "" if row["met"] is None else str(row["met"]),
-        )
-    return table
+def bases_table(rows: Sequence[BasisRow]) -> Table:
+    """One line a basis and rotation, over seeds."""
+    groups: dict[str, list[BasisRow]] = {}
+    for row in rows:
+        name = row.basis if row.rotation == "none" else f"{row.basis} / {row.rotation}"
+        groups.setdefault(name + (" (supervised)" if row.supervised else ""), []).append(row)
+    return table(
+        ["basis / rotation", *NUMBERS],
+        [
+            [name, *(spread([number(row) for row in members]) for number in NUMBERS.values())]
+            for name, members in groups.items()
+        ],
+        "Every basis and rotation, evaluate split (clusters found and chosen on select)",
+    )
 
 
-def _claims(result: dict[str, Any]) -> Table:
-    table = Table(title="What the paper says, and what we find", title_justify="left")
-    for name in ("claim", "paper", "ours, by seed", "verdict"):
-        table.add_column(name)
-    for row in result["claims"]:
-        paper = " : ".join(_number(v) for v in row["published"])
-        ours = ", ".join(" : ".join(_number(v, 2) for v in pair) for pair in row["ours"])
-        count = f" ({row['held']} of {row['seeds']} seeds)" if row["seeds"] else ""
-        table.add_row(row["claim"], paper, ours or "-", row["status"] + count)
-    return table
+def rivals_table(features: Sequence[FeatureRow]) -> Table:
+    """Rival trajectories beside the published numbers."""
+    numbers = ("homogeneity", "recall (paper)", "F1", "hidden")
+    words = [Column(name, left=True) for name in ("trajectories", "seed", "clustering")]
+    rows = []
+    for row in features:
+        carry = row.carry
+        ours = (carry.homogeneity, carry.recall_paper, carry.f1, carry.hidden_share)
+        cells = [decimal(value, 3) for value in (*ours, *CARRY.get(row.feature, (None,) * 4))]
+        rows.append([row.feature, str(row.seed), carry.variant, *cells])
+    return table(
+        [*words, *(Column(name) for name in (*numbers, *(f"paper: {name}" for name in numbers)))],
+        rows,
+        "Tables 1, 8 and 11: trajectories in the same clustering",
+    )
+
+
+def top_three_table(found: Reproduction) -> Table:
+    """The three purest carry clusters of the paper's clustering and of the scaled one."""
+
+    def three(carry: CarryScores, variant: str) -> str:
+        scores = carry.variants.get(variant)
+        return " ".join(decimal(v, 3) for v in scores.top_three) if scores else "none"
+
+    plain = [row for row in found.rows if row.rotation == "none" and row.basis in TOP_THREE]
+    named = [(row.feature, row.seed, row.carry) for row in found.features]
+    named += [(row.basis, row.seed, row.carry) for row in plain]
+    rows = [
+        [
+            name,
+            str(seed),
+            three(carry, "hdbscan/raw"),
+            three(carry, "hdbscan/scaled"),
+            " ".join(decimal(v, 3) for v in TOP_THREE.get(name, ())) or "–",
+        ]
+        for name, seed, carry in named
+    ]
+    headings = ("trajectories", "seed", "ours, paper's clustering", "ours, scaled", "paper")
+    title = "Tables 9 and 10: three most homogeneous carry clusters"
+    return table([Column(name, left=True) for name in headings], rows, title)
+
+
+def quadrature_table(rows: Sequence[QuadratureRow]) -> Table:
+    """Error of every rule."""
+    return table(
+        ["rule", "seed", "places", "mean", "no cancelling", "worst group", "median token", "met"],
+        [
+            [
+                row.rule,
+                str(row.seed),
+                str(row.places),
+                decimal(row.mean_error, 4),
+                decimal(row.mean_error_no_cancelling, 4),
+                f"{row.worst_group} {decimal(row.worst_group_error, 4)} of {decimal(row.worst_group_exact)}",
+                f"{decimal(row.median_token_error, 4)} of {decimal(row.median_token_exact)}",
+                "" if row.met is None else ("yes" if row.met else "no"),
+            ]
+            for row in rows
+        ],
+        "Completeness error by rule (nats, whole run, evaluate split)",
+    )
+
+
+def second_order_table(rows: Sequence[SecondOrderError]) -> Table:
+    """Error of Eq. 6's second-order term."""
+    return table(
+        ["seed", "RMSE", "true term", "ratio", "cosine", "paper's RMSE"],
+        [
+            [
+                str(row.seed),
+                decimal(row.rmse, 4),
+                decimal(row.scale, 4),
+                decimal(row.relative_rmse),
+                decimal(row.cosine),
+                decimal(SECOND_ORDER_RMSE, 3),
+            ]
+            for row in rows
+        ],
+        "Table 12: Eq. 6's second-order term against the true one (nats)",
+    )
+
+
+def claims_table(claims: Sequence[JudgedClaim]) -> Table:
+    """What the paper says, and what we find."""
+    rows = []
+    for row in claims:
+        paper = " : ".join(decimal(value, 3) for value in row.published)
+        ours = ", ".join(" : ".join(decimal(value) for value in pair) for pair in row.ours)
+        count = f" ({row.held} of {row.seeds} seeds)" if row.seeds else ""
+        rows.append([row.claim, paper, ours or "–", row.status + count])
+    headings = [Column(name, left=True) for name in ("claim", "paper", "ours, by seed", "verdict")]
+    return table(headings, rows, "What the paper says, and what we find")

@@ -14,20 +14,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from experiments.run.run import Run, load_run
 from polca_edit.allocation.allocate import CheckpointSlopes, directions_at, slopes_from
 from polca_edit.artifacts import load_record
 from polca_edit.basis.record import Basis
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.derivatives.objective import Objective
 from polca_edit.tokens import TokenSet
-
-if TYPE_CHECKING:
-    from experiments.run.stages import Run
 
 EngineName = Literal["local", "ray"]
 
@@ -191,8 +189,6 @@ _OPEN: dict[str, tuple[Run, Checkpoints, list[Basis]]] = {}
 def _open_once(directory: str, threads: int) -> tuple[Run, Checkpoints, list[Basis]]:
     """The run as a worker sees it; kept between tasks, so that a model is traced once per worker."""
     if directory not in _OPEN:
-        from experiments.run.stages import load_run
-
         torch.set_num_threads(threads)
         run = load_run(Path(directory), lambda text: None)
         bases = [load_record(Basis, run.directory.basis(b.label)) for b in run.config.measured_bases()]

@@ -14,7 +14,8 @@ from experiments.run.label_records import (
     TagRecord,
     TransferredLabel,
 )
-from experiments.run.stages import ClusterRecord, Run, load_observation
+from experiments.run.run import Run
+from experiments.run.stages.clusters import load_clusters, load_observation
 from polca_edit.allocation.allocate import Projections, allocate, project
 from polca_edit.artifacts import load_record, save_record
 from polca_edit.basis.record import Basis
@@ -30,8 +31,7 @@ CONTEXTS = 10
 
 def label_clusters(run: Run, basis: str) -> BasisLabels:
     """Labels of every cluster of one basis, and how much clusters overlap."""
-    record = load_record(ClusterRecord, run.directory.clusters(basis))
-    return _labelled(run, record.vectors(), load_observation(run, basis).allocation.projected_loss())
+    return _labelled(run, load_clusters(run, basis), load_observation(run, basis).allocation.projected_loss())
 
 
 def label_exact_losses(run: Run) -> BasisLabels:

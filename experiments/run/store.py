@@ -86,6 +86,11 @@ class RunDirectory:
         """The planned table on the evaluate split."""
         return self.path / "damage" / "evaluate.json"
 
+    @property
+    def tokenizer(self) -> Path:
+        """Tokenizer that was trained on the run's text."""
+        return self.path / "tokenizer.json"
+
     def stage_file(self, stage: str) -> Path:
         """Record of a finished stage."""
         return self.path / "stages" / f"{stage.replace(':', '-').replace('/', '-')}.json"

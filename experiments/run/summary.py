@@ -1,6 +1,5 @@
 """summary.json and tokens.parquet: the machine-readable answer of a run.
 
-Keys are a promise; ``summary.schema.json`` beside this file states them and is checked on write.
 Passes are in passes over the select split: one unit is every select sequence through the model
 once, and a batch of half as many sequences counts half.
 """
@@ -8,26 +7,44 @@ once, and a batch of half as many sequences counts half.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import numpy as np
-import pandas as pd
-import torch
-from safetensors.torch import load_file
 
-from experiments.run.stages import ClusterRecord, Run, load_observation, stage_names
+from experiments.run.keys import stage_names
+from experiments.run.label_records import BasisLabels
+from experiments.run.run import Run
+from experiments.run.stages.clusters import load_observation
+from experiments.run.stages.damage_rows import DamageRecord
+from experiments.run.stages.evaluate import EvaluateRecord
+from experiments.run.summary_records import (
+    Analysis,
+    BasisEntry,
+    ClusterEntry,
+    Cost,
+    LossChange,
+    ModelEntry,
+    PlanEntry,
+    Summary,
+    TestedFile,
+    TokenCounts,
+    VectorEntry,
+    VerdictEntry,
+)
+from experiments.run.token_table import write_token_table
 from polca_edit.allocation.allocate import explained_share, loss_change
-from polca_edit.artifacts import load_record
+from polca_edit.artifacts import from_plain, load_record, to_plain
 from polca_edit.basis.record import Basis, capture, random_walk_capture
-from polca_edit.checkpoints.files import write_atomically, write_json
+from polca_edit.checkpoints.files import write_json
 from polca_edit.clusters.density import VectorClusters, skill_scores
 from polca_edit.observation import Observation
 from polca_edit.tokens import TokenSet
 
-SUMMARY_SCHEMA = "polca-edit/summary/1"
+AGREEMENT = ("homogeneity", "recall_all", "recall_paper", "lift")
 
 
 def summary_schema() -> dict[str, Any]:
@@ -38,110 +55,113 @@ def summary_schema() -> dict[str, Any]:
 
 
 def write_summary(run: Run) -> dict[str, Any]:
-    """Collect all stage records into summary.json (validated) and tokens.parquet."""
-    evaluate = json.loads((run.directory.path / "damage" / "evaluate.json").read_text())
-    analyses = {}
-    observations = {}
-    for spec in run.config.bases:
-        observation = load_observation(run, spec.label)
-        observations[spec.label] = observation
-        analyses[spec.label] = _analysis(run, spec.label, observation, evaluate["bases"][spec.label])
-    summary = {
-        "schema": SUMMARY_SCHEMA,
-        "task": run.task.name,
-        "seed": run.config.seed,
-        "model": {"parameters": run.task.space.size},
-        "tokens": {
-            "select": run.task.splits.select.count,
-            "evaluate": run.task.splits.evaluate.count,
-            "checkpoints": len(run.checkpoints()),
-        },
-        "cost": _cost(run),
-        "evaluate": evaluate["opening"],
-        "analyses": analyses,
-    }
-    jsonschema.validate(summary, summary_schema())
-    write_json(run.directory / "summary.json", summary)
-    write_atomically(
-        run.directory / "tokens.parquet", lambda part: _token_table(run, observations).to_parquet(part)
+    """Collect all stage records into summary.json (validated) and tokens.parquet; its plain values."""
+    values: dict[str, Any] = json.loads(json.dumps(to_plain(collect_summary(run))))
+    jsonschema.validate(values, summary_schema())
+    write_json(run.directory / "summary.json", values)
+    write_token_table(run)
+    return values
+
+
+def collect_summary(run: Run) -> Summary:
+    """The summary of a finished run, from its records."""
+    evaluated = load_record(EvaluateRecord, run.directory.evaluated)
+    splits = run.task.splits
+    return Summary(
+        run.task.name,
+        run.config.seed,
+        ModelEntry(run.task.space.size),
+        TokenCounts(splits.select.count, splits.evaluate.count, len(run.checkpoints())),
+        _cost(run),
+        PlanEntry(evaluated.opening.plan, evaluated.opening.exploratory),
+        {spec.label: _analysis(run, spec.label, evaluated) for spec in run.config.bases},
     )
-    return summary
 
 
-def _cost(run: Run) -> dict[str, Any]:
+def _cost(run: Run) -> Cost:
     names = set(stage_names(run.config))
     records = [r for r in run.directory.stage_records() if r.stage in names]
     unit = run.task.splits.select.sequences
     kinds = ("forward", "backward", "tangent", "hvp")
-    return {
-        "seconds": sum(r.seconds for r in records),
-        "peak_rss_bytes": max(r.peak_rss_bytes for r in records),
-        "passes": {kind: round(sum(r.passes.get(kind, 0.0) for r in records) / unit, 6) for kind in kinds},
-    }
+    return Cost(
+        sum(r.seconds for r in records),
+        max(r.peak_rss_bytes for r in records),
+        {kind: round(sum(r.passes.get(kind, 0.0) for r in records) / unit, 6) for kind in kinds},
+    )
 
 
-def _analysis(run: Run, label: str, observation: Observation, evaluate: dict[str, Any]) -> dict[str, Any]:
+def _analysis(run: Run, label: str, evaluated: EvaluateRecord) -> Analysis:
     basis = load_record(Basis, run.directory.basis(label))
-    tokens = run.task.splits.select
-    change = loss_change(observation.allocation, tokens.skills)
-    record = json.loads(run.directory.damage(label).read_text())
-    return {
-        "loss_change": change,
-        "basis": _basis_entry(run, basis, observation, change),
-        "vectors": [_vector_entry(basis, found) for found in observation.clusters],
-        "clusters": [
-            _with_found_label(
-                run.directory.path / "labels" / f"{label}.json",
-                _cluster_entry(tokens, found, cluster, observation.hidden[found.vector, cluster]),
-            )
-            for found in observation.clusters
-            for cluster in range(found.count)
-        ],
-        "evaluate_clusters": evaluate["scores"],
-        "damage": record["damage"] + evaluate["damage"],
-        "controls": record["controls"],
-        "verdicts": [],
-    }
+    observation, tokens = load_observation(run, label), run.task.splits.select
+    change: LossChange = from_plain(LossChange, loss_change(observation.allocation, tokens.skills))
+    damage, own = load_record(DamageRecord, run.directory.damage(label)), evaluated.bases[label]
+    clusters = [
+        _cluster_entry(tokens, found, cluster, observation.hidden[found.vector, cluster])
+        for found in observation.clusters
+        for cluster in range(found.count)
+    ]
+    return Analysis(
+        change,
+        _basis_entry(run, basis, observation, change),
+        tuple(_vector_entry(basis, found) for found in observation.clusters),
+        tuple(
+            _with_found_label(run.directory.path / "labels" / f"{label}.json", entry) for entry in clusters
+        ),
+        own.scores,
+        (*damage.damage, *own.damage),
+        damage.controls,
+        *_tested(run, label),
+    )
 
 
-def _basis_entry(run: Run, basis: Basis, observation: Observation, change: dict[str, Any]) -> dict[str, Any]:
+def _tested(run: Run, label: str) -> tuple[tuple[VerdictEntry, ...], dict[str, str]]:
+    """Verdicts and answers of the last causal test; none where these clusters were not the ones tested."""
+    file = run.directory / "verdicts.json"
+    tested = load_record(TestedFile, file) if file.exists() else TestedFile()
+    if tested.clusters.get(label) != run.key(f"clusters:{label}"):
+        return (), {}
+    answers = next(({"A": b.A, "P": b.P} for b in tested.bases if b.basis == label), {})
+    return tuple(row.entry() for row in tested.rows if row.basis == label), answers
+
+
+def _basis_entry(run: Run, basis: Basis, observation: Observation, change: LossChange) -> BasisEntry:
     net, path = capture(basis.rows, run.checkpoints())
     norms = observation.projections.step_norms.double().tolist()
     walk_net, walk_path = random_walk_capture(norms, len(basis))
-    return {
-        "kind": basis.kind,
-        "supervised": basis.supervised,
-        "vectors": len(basis),
-        "captured_net": net,
-        "captured_path": path,
-        "random_walk_net": walk_net,
-        "random_walk_path": walk_path,
-        "explained_share": explained_share(change["attributed"], change["exact"]),
-        "rule": observation.allocation.rule,
-        "guarded_denominators": observation.allocation.guarded,
-        "hvps": basis.products,
-        "flat_after": observation.tau,
-    }
+    return BasisEntry(
+        basis.kind,
+        basis.supervised,
+        len(basis),
+        net,
+        path,
+        walk_net,
+        walk_path,
+        explained_share(change.attributed, change.exact),
+        observation.allocation.rule,
+        observation.allocation.guarded,
+        basis.products,
+        observation.tau,
+    )
 
 
 def _finite(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def _vector_entry(basis: Basis, found: VectorClusters) -> dict[str, Any]:
+def _vector_entry(basis: Basis, found: VectorClusters) -> VectorEntry:
     v = found.vector
-    return {
-        "vector": v,
-        "origin": int(basis.origins[v]) if int(basis.origins[v]) >= 0 else None,
-        "eigenvalue": _finite(float(basis.eigenvalues[v])),
-        "residual": _finite(float(basis.residuals[v])),
-        "kept": found.kept,
-        "dropped_tokens": int(found.dropped.sum()),
-        "outlier_share": found.outlier_share,
-    }
+    return VectorEntry(
+        v,
+        int(basis.origins[v]) if int(basis.origins[v]) >= 0 else None,
+        _finite(float(basis.eigenvalues[v])),
+        _finite(float(basis.residuals[v])),
+        found.kept,
+        int(found.dropped.sum()),
+        found.outlier_share,
+    )
 
 
-def _cluster_entry(tokens: TokenSet, found: VectorClusters, cluster: int, hidden: bool) -> dict[str, Any]:
+def _cluster_entry(tokens: TokenSet, found: VectorClusters, cluster: int, hidden: bool) -> ClusterEntry:
     scores = skill_scores(found, cluster, tokens.skills)
     members = found.members(cluster)
     label, support = None, 0
@@ -154,60 +174,26 @@ def _cluster_entry(tokens: TokenSet, found: VectorClusters, cluster: int, hidden
 
         label = max(scores, key=f1)
         support = int((members & tokens.skills[label]).sum())
-    return {
-        "vector": found.vector,
-        "cluster": cluster,
-        "tokens": int(members.sum()),
-        "hidden_breakthrough": hidden,
-        "label": label,
-        "label_support": support,
-        **{
-            key: {name: getattr(score, key) for name, score in scores.items()}
-            for key in ("homogeneity", "recall_all", "recall_paper", "lift")
-        },
-    }
+    agreement = {key: {name: getattr(s, key) for name, s in scores.items()} for key in AGREEMENT}
+    return ClusterEntry(found.vector, cluster, int(members.sum()), hidden, label, support, **agreement)
 
 
-def _with_found_label(file: Path, entry: dict[str, Any]) -> dict[str, Any]:
+def _with_found_label(file: Path, entry: ClusterEntry) -> ClusterEntry:
     """Where no skill is known, the cluster is called what the labelling found (held-out numbers)."""
-    if entry["label"] is not None or not file.exists():
+    if entry.label is not None or not file.exists():
         return entry
-    place = (entry["vector"], entry["cluster"])
-    for found in json.loads(file.read_text())["clusters"]:
-        if (found["vector"], found["cluster"]) == place and found["counts"]:
-            name, base = found["rule"], found["base_rate"]
-            return {
-                **entry,
-                "label": name,
-                "label_support": found["support"],
-                "homogeneity": {name: found["precision"]},
-                "recall_all": {name: found["coverage"]},
-                "lift": {name: found["precision"] / base if base else 0.0},
-            }
+    for found in load_record(BasisLabels, file).clusters:
+        if (found.vector, found.cluster) == (entry.vector, entry.cluster) and found.counts:
+            name = found.rule
+            return replace(
+                entry,
+                label=name,
+                label_support=found.support,
+                homogeneity={name: found.precision},
+                recall_all={name: found.coverage},
+                lift={name: found.precision / found.base_rate if found.base_rate else 0.0},
+            )
     return entry
-
-
-def _token_table(run: Run, observations: dict[str, Observation]) -> pd.DataFrame:
-    """One row per scored select token."""
-    tokens = run.task.splits.select
-    sequence = tokens.sequence_of
-    columns: dict[str, Any] = {
-        "document": tokens.documents[sequence].numpy(),
-        "sequence": sequence.numpy(),
-        "position": tokens.position_of.numpy(),
-        "context": list(tokens.contexts) if tokens.contexts else [""] * tokens.count,
-        "skills": [
-            ",".join(name for name, mask in tokens.skills.items() if bool(mask[i]))
-            for i in range(tokens.count)
-        ],
-    }
-    for label in observations:
-        record = load_record(ClusterRecord, run.directory.clusters(label))
-        damage = load_file(run.directory.path / "damage" / f"{label}.safetensors")["damage"]
-        for vector in range(len(record.labels)):
-            columns[f"cluster:{label}:{vector}"] = record.labels[vector].to(torch.int32).numpy()
-            columns[f"damage:{label}:{vector}"] = damage[vector].numpy()
-    return pd.DataFrame(columns)
 
 
 def read_summary(path: Path) -> dict[str, Any]:

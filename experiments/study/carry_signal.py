@@ -9,92 +9,149 @@ combination, and what undoing the best cluster's vector costs the tokens with an
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from experiments.application import run_application
+from experiments.application import run_application, say
 from experiments.config import load_config
-from experiments.reproduce.measure import Say, trained
-from experiments.reproduce.rivals import CURVATURE_SUMS
-from experiments.run.machine import hardware, versions
-from experiments.run.stages import Run, open_run
-from experiments.study.multiverse import best_carry, group_damage, thinned
-from experiments.study.robustness import stored_projections
+from experiments.report.formats import decimal
+from experiments.report.tables import Column, Table, table
+from experiments.run.run import Run, open_run
+from experiments.run.stages.training import trained_series
+from experiments.study.carry import GroupDamage, eligible_clusters, group_damage
+from experiments.study.measured import OnSelect, Say, on_select, second_order
+from experiments.study.multiverse import thinned
+from experiments.study.results import publish, show
 from interventions.damage import EvaluatedSplit
 from interventions.edits import project_out
-from polca_edit.allocation.allocate import Projections, Rule, allocate, explained_share, second_order_terms
+from polca_edit.allocation.allocate import Rule, allocate, explained_share
 from polca_edit.basis.record import Basis
-from polca_edit.checkpoints.files import write_json
 from polca_edit.checkpoints.series import Checkpoints
-from polca_edit.clusters.density import ClusterSettings, cluster_trajectories
+from polca_edit.clusters.comparators import SkillScore
+from polca_edit.clusters.density import cluster_trajectories
 
 KINDS = ("hessian", "trajectory", "random")
 RULES: tuple[Rule, ...] = ("first_order", "second_order", "trapezoid")
-SPACINGS = (5, 20, 40)
-SCHEMA = "polca-edit/carry-signal/1"
+#: Steps between records, and how many of them a spacing of the table takes.
+RECORDED, MULTIPLES = 5, (1, 4, 8)
 
 
-def vector_damage(run: Run, checkpoints: Checkpoints, basis: Basis) -> list[dict[str, float | None]]:
-    """What undoing each vector's net movement costs, by group (O1 on the final weights), nats."""
-    split = EvaluatedSplit(run.objective, checkpoints, run.task.splits.select)
-    costs: list[dict[str, float | None]] = []
-    for vector in range(len(basis)):
-        edit = project_out(split, basis.rows[vector])
-        change = split.damage(edit).change
-        costs.append({**group_damage(change, split.tokens), "displacement": edit.norm})
-    return costs
+@dataclass(frozen=True)
+class SignalRow:
+    """The best carry cluster of one combination.
+
+    Attributes:
+        seed: of the run.
+        basis: kind.
+        spacing: steps between checkpoints.
+        rule: of the allocation.
+        scaled: whether trajectories are divided by their own maximum.
+        explained_share: attributed over exact change.
+        guarded: denominators of Eq. 6 that were too small to divide by.
+        vector: of the most homogeneous eligible cluster on select; None, as all below, without one.
+        tokens: in the cluster.
+        homogeneity: of the cluster.
+        recall_all: of the cluster.
+        recall_paper: of the cluster.
+        f1: of the cluster.
+        damage: cost of undoing the net movement along its vector, nats.
+        displacement: size of that movement, weight units.
+    """
+
+    seed: int
+    basis: str
+    spacing: int
+    rule: str
+    scaled: bool
+    explained_share: float | None
+    guarded: int
+    vector: int | None = None
+    tokens: int | None = None
+    homogeneity: float | None = None
+    recall_all: float | None = None
+    recall_paper: float | None = None
+    f1: float | None = None
+    damage: GroupDamage | None = None
+    displacement: float | None = None
+
+
+@dataclass(frozen=True)
+class Signal:
+    """All combinations of all seeds."""
+
+    rows: tuple[SignalRow, ...]
 
 
 def signal_rows(
-    run: Run,
-    kind: str,
-    projections: Projections,
-    damage: Sequence[dict[str, float | None]],
-    spacings: Sequence[int],
-    min_share: float,
-) -> list[dict[str, Any]]:
-    """One row per spacing, rule and shape of one basis."""
-    tokens = run.task.splits.select
+    run: Run, kind: str, measured: OnSelect, split: EvaluatedSplit, min_share: float
+) -> Iterator[SignalRow]:
+    """One row per spacing, rule and shape of one basis, whose projections have the terms of Eq. 6."""
+    projections, tokens = measured.projections, split.tokens
     recorded = int(projections.steps[1] - projections.steps[0])
-    base = replace(ClusterSettings(**run.config.clusters.model_dump()), min_cluster_share=min_share)
-    rows = []
-    for spacing in spacings:
-        own = thinned(projections, max(1, spacing // recorded))
-        for rule in RULES:
-            allocation = allocate(own, rule)
-            paths = allocation.projected_loss()
-            attributed = float(allocation.values.sum((0, 1)).double().mean())
-            exact = float(allocation.exact.sum(0).double().mean())
-            for scaled in (False, True):
-                clusters = cluster_trajectories(paths, replace(base, scaled=scaled))
-                best = best_carry(clusters, tokens, min_share)
-                rows.append(
-                    {
-                        "seed": run.config.seed,
-                        "basis": kind,
-                        "spacing": spacing,
-                        "rule": rule,
-                        "scaled": scaled,
-                        "explained_share": explained_share(attributed, exact),
-                        "homogeneity": best.homogeneity if best else None,
-                        "recall_all": best.recall_all if best else None,
-                        "recall_paper": best.recall_paper if best else None,
-                        "f1": best.f1 if best else None,
-                        "tokens": best.tokens if best else None,
-                        "vector": best.vector if best else None,
-                        "damage": damage[best.vector] if best else None,
-                        "guarded": allocation.guarded,
-                    }
-                )
-    return rows
+    base = replace(run.settings().clusters, min_cluster_share=min_share)
+    for multiple, rule in product(MULTIPLES, RULES):
+        allocation = allocate(thinned(projections, multiple), rule)
+        paths, totals = allocation.projected_loss(), allocation.totals()
+        for scaled in (False, True):
+            clusters = cluster_trajectories(paths, replace(base, scaled=scaled))
+            row = SignalRow(
+                run.config.seed,
+                kind,
+                recorded * multiple,
+                rule,
+                scaled,
+                explained_share(totals["attributed"], totals["exact"]),
+                allocation.guarded,
+            )
+            best = next(iter(eligible_clusters(clusters, tokens, min_share)), None)
+            yield row if best is None else _with_cluster(row, best, measured.basis, split)
+
+
+def _with_cluster(row: SignalRow, best: SkillScore, basis: Basis, split: EvaluatedSplit) -> SignalRow:
+    edit = project_out(split, basis.rows[best.vector])
+    return replace(
+        row,
+        vector=best.vector,
+        tokens=best.tokens,
+        homogeneity=best.homogeneity,
+        recall_all=best.recall_all,
+        recall_paper=best.recall_paper,
+        f1=best.f1,
+        damage=group_damage(split.damage(edit).change, split.tokens),
+        displacement=edit.norm,
+    )
+
+
+def seed_rows(
+    run: Run, checkpoints: Checkpoints, vectors: int, min_share: float, say: Say
+) -> Iterator[SignalRow]:
+    """All rows of one run."""
+    split = EvaluatedSplit(run.objective, checkpoints, run.task.splits.select)
+    for kind, own in on_select(run, checkpoints, dict.fromkeys(KINDS, vectors), say).items():
+        [curved] = second_order(run, checkpoints, own.basis, own.projections)
+        yield from signal_rows(run, kind, replace(own, projections=curved), split, min_share)
+        say(f"  {kind} done")
+
+
+def signal_table(rows: Sequence[SignalRow]) -> Table:
+    """Every combination."""
+    words = [Column(name, left=True) for name in ("seed", "basis", "spacing", "rule", "shape")]
+    numbers = ("explained", "homogeneity", "recall", "F1", "carry", "no carry", "other places")
+    lines = []
+    for row in rows:
+        damage, values = row.damage, [row.explained_share, row.homogeneity, row.recall_paper, row.f1]
+        values += [damage.carry, damage.no_carry, damage.other_places] if damage else [None] * 3
+        shape = "scaled" if row.scaled else "raw"
+        lines.append(
+            [str(row.seed), row.basis, str(row.spacing), row.rule, shape, *(decimal(v) for v in values)]
+        )
+    title = "Best carry cluster, and what undoing its vector costs (nats)"
+    return table([*words, *(Column(name) for name in numbers)], lines, title)
 
 
 def carry_signal(
@@ -102,77 +159,22 @@ def carry_signal(
     seeds: Annotated[int, typer.Option(help="How many seeds.", min=1)] = 1,
     vectors: Annotated[int, typer.Option(help="Vectors of each basis.", min=2)] = 12,
     min_share: Annotated[float, typer.Option(help="Smallest cluster, share of tokens.")] = 0.03,
-    json_: Annotated[Path | None, typer.Option("--json", help="Write all rows here.")] = None,
+    json_: Annotated[
+        Path | None, typer.Option("--json", help="Write all rows here, the table beside it.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Where runs are kept.")] = Path("runs/carry-signal"),
 ) -> None:
     """Settle where the published carry clusters come from."""
-    console = Console(highlight=False, width=150)
-
-    def say(text: str) -> None:
-        console.print(text, soft_wrap=True)
-
-    rows: list[dict[str, Any]] = []
+    rows: list[SignalRow] = []
+    spacing = {} if preset == "smoke" else {"training.record_every": RECORDED}
     for seed in range(seeds):
-        spacing = {} if preset == "smoke" else {"training.record_every": SPACINGS[0]}
         config = load_config(preset, {**spacing, "seed": seed, "bases": [{"kind": "trajectory"}]})
         run = open_run(config, out / preset / f"seed{seed}", say)
-        rows.extend(seed_rows(run, vectors, min_share, say))
-        if json_ is not None:
-            record = {
-                "schema": SCHEMA,
-                "preset": preset,
-                "config": config.model_dump(mode="json"),
-                "versions": versions(),
-                "hardware": hardware(),
-                "rows": rows,
-            }
-            write_json(json_, json.loads(json.dumps(record)))
-    console.print(signal_table(rows))
-
-
-def seed_rows(run: Run, vectors: int, min_share: float, say: Say) -> list[dict[str, Any]]:
-    """All rows of one run."""
-    checkpoints = trained(run, say)
-    found = stored_projections(run, checkpoints, KINDS, vectors, say)
-    recorded = checkpoints.steps[1] - checkpoints.steps[0]
-    spacings = [recorded * k for k in (1, 4, 8)]
-    curvature = run.task.splits.curvature
-    sample = curvature.select(torch.arange(min(CURVATURE_SUMS, curvature.sequences)))
-    rows = []
-    for kind, (basis, projections) in found.items():
-        means, curvatures = second_order_terms(run.objective, checkpoints, basis, sample)
-        full = replace(projections, mean_gradients=means, curvatures=curvatures)
-        damage = vector_damage(run, checkpoints, basis)
-        rows.extend(signal_rows(run, kind, full, damage, spacings, min_share))
-        say(f"  {kind} done")
-    return rows
-
-
-def signal_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Everything in one table."""
-    table = Table(title="Best carry cluster, and what undoing its vector costs (nats)", title_justify="left")
-    for name in ("seed", "basis", "spacing", "rule", "shape"):
-        table.add_column(name)
-    for name in ("explained", "homogeneity", "recall", "F1", "carry", "no carry", "other places"):
-        table.add_column(name, justify="right")
-
-    def number(value: float | None) -> str:
-        return "-" if value is None else f"{value:.2f}"
-
-    for row in rows:
-        damage = row["damage"] or {}
-        table.add_row(
-            str(row["seed"]),
-            row["basis"],
-            str(row["spacing"]),
-            row["rule"],
-            "scaled" if row["scaled"] else "raw",
-            *(number(row[key]) for key in ("explained_share", "homogeneity", "recall_paper", "f1")),
-            *(number(damage.get(key)) for key in ("carry", "no carry", "other places")),
-        )
-    return table
+        rows.extend(seed_rows(run, trained_series(run), vectors, min_share, say))
+        tables = [signal_table(rows)]
+        publish(json_, "carry-signal/2", config, range(seed + 1), Signal(tuple(rows)), tables)
+    show(tables)
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
     run_application(carry_signal)

@@ -5,209 +5,304 @@
 
 from __future__ import annotations
 
-import json
 import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from experiments.application import run_application
-from experiments.run.machine import hardware, versions
-from polca_edit.checkpoints.files import write_json
+from experiments.config import load_config
+from experiments.report.formats import decimal, nats, share
+from experiments.report.records import (
+    Agreement,
+    Analysis,
+    ClusterEntry,
+    DamageEntry,
+    Summary,
+    read_run_file,
+    read_summary,
+)
+from experiments.report.tables import Table, table
+from experiments.run.store import RunDirectory
+from experiments.study.results import publish, show
 
-SCHEMA = "polca-edit/demo-table/1"
-#: What a cluster must reach to count: homogeneity, recall of all skill tokens, lift, share of tokens.
-CLUSTER_BOUNDS = {"homogeneity": 0.9, "recall_all": 0.3, "lift": 1.5, "share": 0.05}
+#: The digits, of which an edit should hurt one alone.
+DIGITS = ("1000s", "100s", "10s", "1s")
 #: Skill that is learned first by every model and says little.
 EASY = "1000s"
+#: A selective vector costs its digit at least this much, nats, and another at most this share of that.
+COSTLY, SPARED = 1.0, 0.05
 
 
-def best_cluster(summary: dict[str, Any]) -> dict[str, Any] | None:
+@dataclass(frozen=True)
+class Fit:
+    """How a set of tokens agrees with one skill.
+
+    Attributes:
+        homogeneity: share of its tokens with the skill.
+        recall_all: share of all tokens with the skill.
+        lift: homogeneity over the skill's share of all tokens.
+    """
+
+    homogeneity: float
+    recall_all: float
+    lift: float
+
+    @classmethod
+    def of(cls, entry: Agreement, skill: str) -> Fit:
+        """From an entry of summary.json."""
+        return cls(entry.homogeneity[skill], entry.recall_all[skill], entry.lift[skill])
+
+
+#: What a cluster must reach to count, and the smallest share of all tokens.
+BOUNDS, SMALLEST = Fit(0.9, 0.3, 1.5), 0.05
+
+
+@dataclass(frozen=True)
+class BestCluster:
     """The cluster nearest to all bounds for a skill other than the easy one, chosen on select.
 
-    Nearness is the product of the reached fractions of the bounds; ties go to the larger F1.
+    Attributes:
+        basis: of its vector.
+        vector: index in the basis.
+        cluster: index along the vector.
+        skill: it agrees with.
+        met: whether all bounds are met on select.
+        share: of all select tokens.
+        select: agreement where it was chosen.
+        evaluate: agreement of the tokens that its rule assigns; None where it assigns none.
+        rule_auc: of that rule.
     """
-    best: tuple[tuple[float, float], dict[str, Any]] | None = None
-    for name, analysis in summary["analyses"].items():
-        for cluster in analysis["clusters"]:
-            share = cluster["tokens"] / summary["tokens"]["select"]
-            for skill in cluster["homogeneity"]:
-                if skill == EASY:
-                    continue
-                values = {key: cluster[key][skill] for key in ("homogeneity", "recall_all", "lift")}
-                values["share"] = share
-                reached = 1.0
-                for key, bound in CLUSTER_BOUNDS.items():
-                    reached *= min(values[key] / bound, 1.0)
-                rank = (reached, values["homogeneity"] * values["recall_all"])
+
+    basis: str
+    vector: int
+    cluster: int
+    skill: str
+    met: bool
+    share: float
+    select: Fit
+    evaluate: Fit | None
+    rule_auc: float | None
+
+
+@dataclass(frozen=True)
+class SelectiveVector:
+    """The vector whose undoing costs one digit at least 1 nat and the worst other digit least of that.
+
+    It is chosen on select; the numbers are those of evaluate.
+
+    Attributes:
+        basis: it is of.
+        vector: index.
+        skill: the digit.
+        on: loss change of that digit, nats.
+        off: loss change of the worst other digit, nats.
+        share: positive part of off over on; None where nothing is lost.
+    """
+
+    basis: str
+    vector: int
+    skill: str
+    on: float
+    off: float
+    share: float | None
+
+
+@dataclass(frozen=True)
+class DemoRow:
+    """One finished run.
+
+    Attributes:
+        run: name of its directory.
+        seed: its seed.
+        seconds: of all stages.
+        threads: of torch; None where it was not noted.
+        peak_rss_bytes: peak memory.
+        quadrature_share: basis -> quadrature error over the exact change.
+        explained_share: basis -> attributed over exact.
+        cluster: best one, None without clusters.
+        vector: most selective one, None where none costs a digit 1 nat.
+    """
+
+    run: str
+    seed: int
+    seconds: float
+    threads: int | None
+    peak_rss_bytes: int
+    quadrature_share: dict[str, float]
+    explained_share: dict[str, float | None]
+    cluster: BestCluster | None
+    vector: SelectiveVector | None
+
+
+@dataclass(frozen=True)
+class DemoTable:
+    """All seeds beside the bounds.
+
+    Attributes:
+        bounds: of a cluster.
+        smallest: share of tokens a cluster needs.
+        clusters_met: seeds with a cluster that meets all bounds.
+        vectors_met: seeds with a selective vector.
+        median_seconds: over seeds.
+        rows: one a seed.
+    """
+
+    bounds: Fit
+    smallest: float
+    clusters_met: int
+    vectors_met: int
+    median_seconds: float
+    rows: tuple[DemoRow, ...]
+
+
+def reached(fit: Fit, size: float) -> float:
+    """Product of the reached fractions of the bounds, 1 where all are met.
+
+    >>> reached(Fit(0.9, 0.15, 3.0), 0.05)
+    0.5
+    """
+    product = min(size / SMALLEST, 1.0)
+    for name, bound in asdict(BOUNDS).items():
+        product *= min(getattr(fit, name) / bound, 1.0)
+    return product
+
+
+def best_cluster(summary: Summary) -> BestCluster | None:
+    """The cluster that reaches most of the bounds; of equals, the one with the larger agreement."""
+    best: tuple[tuple[float, float], BestCluster] | None = None
+    for name, analysis in summary.analyses.items():
+        for entry in analysis.clusters:
+            size = entry.tokens / summary.tokens.select
+            for skill in (known for known in entry.homogeneity if known != EASY):
+                fit = Fit.of(entry, skill)
+                rank = reached(fit, size), fit.homogeneity * fit.recall_all
                 if best is None or rank > best[0]:
-                    place = {"basis": name, "vector": cluster["vector"], "cluster": cluster["cluster"]}
-                    met = all(values[key] >= bound for key, bound in CLUSTER_BOUNDS.items())
-                    best = rank, {**place, "skill": skill, "met": met, "select": values}
-    if best is None:
-        return None
-    row = best[1]
-    analysis, pair = summary["analyses"][row["basis"]], (row["vector"], row["cluster"])
-    on_evaluate = next(
-        (c for c in analysis["evaluate_clusters"] if (c["vector"], c["cluster"]) == pair), None
-    )
-    if on_evaluate is not None:
-        row["evaluate"] = {k: on_evaluate[k][row["skill"]] for k in ("homogeneity", "recall_all", "lift")}
-        row["rule_auc"], row["rule"] = on_evaluate["rule_auc"], on_evaluate["rule"]
-    damage = {split: find_damage(analysis, *pair, split) for split in ("select", "evaluate")}
-    row["damage"] = {
-        split: None if hit is None else {k: hit[k] for k in ("on_target", "off_target", "headroom")}
-        for split, hit in damage.items()
-    }
-    return row
+                    best = rank, _described(name, analysis, entry, skill, size)
+    return best[1] if best else None
 
 
-def find_damage(
-    analysis: dict[str, Any], vector: int, cluster: int | None, split: str
-) -> dict[str, Any] | None:
-    """The project_out row of a (vector, cluster) on a split."""
-    return next(
-        (
-            row
-            for row in analysis["damage"]
-            if row["vector"] == vector
-            and row["cluster"] == cluster
-            and row["split"] == split
-            and row["dose"] == 1.0
-        ),
-        None,
+def _described(name: str, analysis: Analysis, entry: ClusterEntry, skill: str, size: float) -> BestCluster:
+    fit, place = Fit.of(entry, skill), (entry.vector, entry.cluster)
+    again = next((c for c in analysis.evaluate_clusters if (c.vector, c.cluster) == place), None)
+    return BestCluster(
+        name,
+        *place,
+        skill,
+        reached(fit, size) == 1.0,
+        size,
+        fit,
+        Fit.of(again, skill) if again else None,
+        again.rule_auc if again else None,
     )
 
 
-def most_selective(
-    summary: dict[str, Any],
-    partition: tuple[str, ...] = ("1000s", "100s", "10s", "1s"),
-    split: str = "evaluate",
-) -> dict[str, Any] | None:
-    """The vector whose removal costs one part at least 1 nat and the worst other part least of that.
+def most_selective(summary: Summary) -> SelectiveVector | None:
+    """The most selective vector of all bases."""
 
-    It is chosen on the select split; the numbers are those of ``split``.
-    """
-    chosen: tuple[float, str, int, str] | None = None
-    for name, analysis in summary["analyses"].items():
-        for row in analysis["damage"]:
-            parts = _parts(row, partition, "select")
-            if len(parts) < 2:
-                continue
-            skill = max(parts, key=lambda key: parts[key])
-            off = max(value for key, value in parts.items() if key != skill)
-            share = max(off, 0.0) / max(parts[skill], 1e-12)
-            if parts[skill] >= 1.0 and (chosen is None or share < chosen[0]):
-                chosen = share, name, row["vector"], skill
+    def damaged(row: DamageEntry | None) -> dict[str, float]:
+        return {name: row.groups[name] for name in DIGITS if name in row.groups} if row else {}
+
+    def worst_other(parts: dict[str, float], skill: str) -> float:
+        return max(value for name, value in parts.items() if name != skill)
+
+    def candidates() -> Iterator[tuple[float, str, int, str]]:
+        for name, analysis in summary.analyses.items():
+            for vector in analysis.vectors:
+                parts = damaged(analysis.damage_row(vector.vector, None, "select"))
+                skill = max(parts, key=lambda key: parts[key], default=None)
+                if skill is not None and len(parts) > 1 and parts[skill] >= COSTLY:
+                    off = max(worst_other(parts, skill), 0.0)
+                    yield off / parts[skill], name, vector.vector, skill
+
+    chosen = min(candidates(), key=lambda entry: entry[0], default=None)
     if chosen is None:
         return None
-    _, name, vector, skill = chosen
-    row = find_damage(summary["analyses"][name], vector, None, split)
-    parts = {} if row is None else _parts(row, partition, split)
+    _, name, index, skill = chosen
+    parts = damaged(summary.analyses[name].damage_row(index, None, "evaluate"))
     if skill not in parts:
         return None
-    off = max(value for key, value in parts.items() if key != skill)
-    return {
-        "basis": name,
-        "vector": vector,
-        "skill": skill,
-        "on": parts[skill],
-        "off": off,
-        "share": max(off, 0.0) / parts[skill] if parts[skill] > 0 else None,
-        "split": split,
-    }
+    on, off = parts[skill], worst_other(parts, skill)
+    return SelectiveVector(name, index, skill, on, off, max(off, 0.0) / on if on > 0 else None)
 
 
-def _parts(row: dict[str, Any], partition: tuple[str, ...], split: str) -> dict[str, float]:
-    """Damage per part of a whole-vector project_out row of the split; empty for other rows."""
-    if row["cluster"] is not None or row["split"] != split or row["dose"] != 1.0:
-        return {}
-    return {skill: row["groups"][skill] for skill in partition if skill in row["groups"]}
-
-
-def seed_row(run: Path) -> dict[str, Any]:
+def demo_row(run: Path) -> DemoRow:
     """One row from a run's records.
 
     Raises:
         ValueError: if the run is not finished.
     """
-    try:
-        summary = json.loads((run / "summary.json").read_text())
-        record = json.loads((run / "run.json").read_text())
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"'{run}' must be a finished run, '{error.filename}' is missing; run it first"
-        ) from None
-    changes = {name: a["loss_change"] for name, a in summary["analyses"].items()}
-    return {
-        "run": run.name,
-        "seed": summary["seed"],
-        "seconds": summary["cost"]["seconds"],
-        "peak_rss_bytes": summary["cost"]["peak_rss_bytes"],
-        "threads": record["hardware"]["torch_threads"],
-        "quadrature_share": {n: c["quadrature_error"] / c["exact"] for n, c in changes.items()},
-        "explained_share": {n: a["basis"]["explained_share"] for n, a in summary["analyses"].items()},
-        "cluster": best_cluster(summary),
-        "vector": most_selective(summary),
-    }
+    summary, record = read_summary(run), read_run_file(RunDirectory(run))
+    changes = {name: analysis.loss_change for name, analysis in summary.analyses.items()}
+    return DemoRow(
+        run.name,
+        summary.seed,
+        summary.cost.seconds,
+        record.hardware.torch_threads if record.hardware else None,
+        summary.cost.peak_rss_bytes,
+        {name: change.quadrature_error / change.exact for name, change in changes.items()},
+        {name: analysis.basis.explained_share for name, analysis in summary.analyses.items()},
+        best_cluster(summary),
+        most_selective(summary),
+    )
 
 
-def print_rows(rows: list[dict[str, Any]], console: Console) -> None:
-    """The rows as a table, one line per seed."""
-    table = Table(title="Seeds beside the targets of the demo", title_justify="left")
-    headings = ("seed", "seconds", "GB", "quadrature error", "explained (trajectory)", "best cluster, select")
-    for heading in (*headings, "the same, rule on evaluate", "most selective vector, evaluate"):
-        table.add_column(heading)
+def seeds_table(rows: Sequence[DemoRow]) -> Table:
+    """One line a seed."""
+    lines = []
     for row in rows:
-        c, v = row["cluster"], row["vector"]
-        seen, judged = (c or {}).get("select"), (c or {}).get("evaluate")
-        table.add_row(
-            str(row["seed"]),
-            f"{row['seconds']:.0f}",
-            f"{row['peak_rss_bytes'] / 1e9:.1f}",
-            f"{max(abs(s) for s in row['quadrature_share'].values()):.1%}",
-            f"{row['explained_share'].get('trajectory') or float('nan'):.1%}",
-            "-"
-            if c is None or seen is None
-            else f"{c['skill']} h {seen['homogeneity']:.2f} r {seen['recall_all']:.2f} l {seen['lift']:.1f}"
-            + (" met" if c["met"] else ""),
-            "-" if judged is None else f"h {judged['homogeneity']:.2f} r {judged['recall_all']:.2f}",
-            "none" if v is None else f"{v['skill']} {v['on']:+.2f}, others {v['off']:+.3f}",
+        found, vector = row.cluster, row.vector
+        words = ["–", "–", "none"]
+        if found is not None:
+            words[0] = f"{found.skill} {_fit(found.select)}" + (" met" if found.met else "")
+            words[1] = _fit(found.evaluate) if found.evaluate else "–"
+        if vector is not None:
+            words[2] = f"{vector.skill} {nats(vector.on, 2)}, others {nats(vector.off)}"
+        lines.append(
+            [
+                str(row.seed),
+                f"{row.seconds:.0f}",
+                f"{row.peak_rss_bytes / 1e9:.1f}",
+                share(max(abs(value) for value in row.quadrature_share.values())),
+                share(row.explained_share.get("trajectory")),
+                *words,
+            ]
         )
-    console.print(table)
+    headings = ("seed", "seconds", "GB", "quadrature error", "explained (trajectory)", "best cluster, select")
+    return table(
+        [*headings, "the same, rule on evaluate", "most selective vector, evaluate"],
+        lines,
+        "Seeds beside the targets of the demo (h homogeneity, r recall, l lift)",
+    )
+
+
+def _fit(fit: Fit) -> str:
+    return f"h {decimal(fit.homogeneity)} r {decimal(fit.recall_all)} l {decimal(fit.lift, 1)}"
 
 
 def demo_table(
     runs: Annotated[list[Path], typer.Argument(help="Finished run directories, one per seed.")],
-    json_: Annotated[Path | None, typer.Option("--json", help="Result file.")] = None,
+    json_: Annotated[Path | None, typer.Option("--json", help="Result file; its table beside it.")] = None,
 ) -> None:
     """Print what each seed reached beside the targets, and write it."""
-    rows = sorted((seed_row(run) for run in runs), key=lambda row: row["seed"])
-    print_rows(rows, Console(width=170))
-    met = sum(bool(row["cluster"] and row["cluster"]["met"]) for row in rows)
-    selective = sum(
-        bool(row["vector"] and row["vector"]["share"] is not None and row["vector"]["share"] <= 0.05)
-        for row in rows
+    rows = tuple(sorted((demo_row(run) for run in runs), key=lambda row: row.seed))
+    found = DemoTable(
+        BOUNDS,
+        SMALLEST,
+        sum(row.cluster is not None and row.cluster.met for row in rows),
+        sum(v.share is not None and v.share <= SPARED for v in (row.vector for row in rows) if v),
+        statistics.median(row.seconds for row in rows),
+        rows,
     )
-    typer.echo(f"cluster bounds met by {met} of {len(rows)} seeds, vector bounds by {selective}")
-    if json_ is not None:
-        write_json(
-            json_,
-            {
-                "schema": SCHEMA,
-                "config": (runs[0] / "config.yaml").read_text(),
-                "bounds": CLUSTER_BOUNDS,
-                "clusters_met": met,
-                "vectors_met": selective,
-                "median_seconds": statistics.median(row["seconds"] for row in rows),
-                "rows": rows,
-                "versions": versions(),
-                "hardware": hardware(),
-            },
-        )
+    tables = [seeds_table(rows)]
+    show(tables)
+    met = f"cluster bounds met by {found.clusters_met} of {len(rows)} seeds"
+    typer.echo(f"{met}, vector bounds by {found.vectors_met}")
+    config = load_config(runs[0] / "config.yaml")
+    publish(json_, "demo-table/2", config, [row.seed for row in rows], found, tables)
 
 
 if __name__ == "__main__":

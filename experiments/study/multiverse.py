@@ -8,17 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import product
 
 import torch
-from torch import Tensor
 
-from experiments.reproduce.rows import TokenSplits
-from polca_edit.allocation.allocate import Projections, Rule, allocate, explained_share
-from polca_edit.clusters.breakthroughs import flat_after, is_hidden
-from polca_edit.clusters.comparators import SkillScore, carry_scores, outlier_share
-from polca_edit.clusters.density import ClusterSettings, cluster_trajectories
+from experiments.report.figures_robustness import Survival
+from experiments.study.carry import eligible_clusters
+from polca_edit.allocation.allocate import Projections, Rule, explained_share
+from polca_edit.clusters.density import ClusterSettings
+from polca_edit.observation import ObserveSettings, analyse
 from polca_edit.tokens import TokenSet
+
+#: What varies: settings of a branch, then of the run.
+FACTORS = ("vectors", "stride", "rule", "scaled", "by_output", "min_cluster", "seed", "shape")
+#: Smallest carry cluster, share of the tokens.
+SMALLEST = 0.02
 
 
 def thinned(projections: Projections, stride: int, vectors: Sequence[int] | None = None) -> Projections:
@@ -83,101 +87,90 @@ class Branch:
 
 def branches(vectors: Sequence[int], strides: Sequence[int], rules: Sequence[Rule]) -> Iterator[Branch]:
     """The full grid over vectors, spacing, rule, scaling, grouping and smallest cluster."""
-    for count in vectors:
-        for stride in strides:
-            for rule in rules:
-                for scaled in (False, True):
-                    for by_output in (False, True):
-                        for share in (0.02, 0.03):
-                            yield Branch(count, stride, scaled, by_output, share, rule)
+    flags = (False, True)
+    for count, stride, rule, scaled, by_output, least in product(
+        vectors, strides, rules, flags, flags, (0.02, 0.03)
+    ):
+        yield Branch(count, stride, scaled, by_output, least, rule)
 
 
-def outcome(
-    projections: Projections, branch: Branch, tokens: TokenSet, base: ClusterSettings, delta: int
-) -> dict[str, Any]:
-    """Explained share and the best carry cluster (by homogeneity) of one basis in one branch."""
-    chosen = range(min(branch.vectors, projections.gradients.shape[1]))
-    own = thinned(projections, branch.stride, chosen)
-    allocation = allocate(own, branch.rule)
-    paths = allocation.projected_loss()
-    clusters = cluster_trajectories(paths, branch.settings(base), tokens.output_of)
-    best = best_carry(clusters, tokens)
-    tau = flat_after(own.losses.double().mean(1), own.steps)
-    room = min(delta, int(own.steps[-1] - own.steps[0]) // 2)
-    hidden = [
-        is_hidden(paths[:, found.vector].T[found.members(c)], own.steps, room, tau)
-        for found in clusters
-        for c in range(found.count)
-    ]
-    attributed = float(allocation.values.sum((0, 1)).double().mean())
-    exact = float(allocation.exact.sum(0).double().mean())
-    return {
-        "explained_share": explained_share(attributed, exact),
-        "homogeneity": best.homogeneity if best else 0.0,
-        "f1": best.f1 if best else 0.0,
-        "vector": best.vector if best else None,
-        "clusters": len(hidden),
-        "hidden_share": sum(hidden) / len(hidden) if hidden else 0.0,
-        "outlier_share": outlier_share(clusters),
-    }
+@dataclass(frozen=True)
+class Outcome:
+    """One basis in one branch.
 
-
-def best_carry(clusters: Sequence[Any], tokens: TokenSet, min_share: float = 0.02) -> SkillScore | None:
-    """The most homogeneous eligible carry cluster."""
-    splits = TokenSplits(tokens, tokens)
-    scores = carry_scores(clusters, tokens.skills["carry"], splits.counted_in(tokens), min_share=min_share)
-    return scores[0] if scores else None
-
-
-def conclusions(found: Mapping[str, Mapping[str, Any]]) -> dict[str, bool]:
-    """What one branch says, basis name -> outcome. Names are sentences; False is the opposite.
-
-    A basis without any eligible cluster has homogeneity 0.
+    Attributes:
+        explained_share: attributed over exact change; None where the exact change is too small.
+        homogeneity: of the purest eligible carry cluster; 0 without one.
+        hidden_share: share of all clusters with a hidden breakthrough; 0 without clusters.
     """
 
-    def share(name: str) -> float:
-        value = found[name]["explained_share"]
-        return 0.0 if value is None else float(value)
+    explained_share: float | None
+    homogeneity: float
+    hidden_share: float
 
-    def pure(name: str) -> float:
-        return float(found[name]["homogeneity"])
 
+@dataclass(frozen=True)
+class BranchResult:
+    """What one branch of one run says.
+
+    Attributes:
+        branch: the settings.
+        seed: of the run.
+        shape: of its model, as the study names it.
+        conclusions: sentence -> whether it holds.
+    """
+
+    branch: Branch
+    seed: int
+    shape: str
+    conclusions: dict[str, bool]
+
+    def level(self, factor: str) -> str:
+        """Level of one factor: of the branch or of the run."""
+        return str(getattr(self if factor in ("seed", "shape") else self.branch, factor))
+
+
+def outcome(projections: Projections, branch: Branch, tokens: TokenSet, base: ObserveSettings) -> Outcome:
+    """Explained share, best carry cluster (by homogeneity) and breakthroughs of one basis in one branch."""
+    chosen = range(min(branch.vectors, projections.gradients.shape[1]))
+    settings = replace(base, rule=branch.rule, clusters=branch.settings(base.clusters))
+    seen = analyse(thinned(projections, branch.stride, chosen), tokens, settings)
+    scores = eligible_clusters(seen.clusters, tokens, SMALLEST)
+    totals, hidden = seen.allocation.totals(), list(seen.hidden.values())
+    return Outcome(
+        explained_share(totals["attributed"], totals["exact"]),
+        scores[0].homogeneity if scores else 0.0,
+        sum(hidden) / len(hidden) if hidden else 0.0,
+    )
+
+
+def conclusions(found: Mapping[str, Outcome]) -> dict[str, bool]:
+    """What one branch says, basis name -> outcome. Names are sentences; False is the opposite."""
+    hessian, rest = found["hessian"], found["trajectory_secant"]
     return {
-        "Hessian vectors explain under a tenth of the loss change": abs(share("hessian")) < 0.1,
-        "trajectory + secant explains within 10 %": abs(share("trajectory_secant") - 1) <= 0.1,
-        "Hessian carry clusters are purer than random ones": pure("hessian") > pure("random"),
-        "ordered Hessian is purer than shuffled": pure("hessian") > pure("shuffled_hessian"),
-        "Hessian is purer than trajectory + secant": pure("hessian") > pure("trajectory_secant"),
-        "a Hessian carry cluster is 90 % pure": pure("hessian") >= 0.9,
+        "Hessian vectors explain under a tenth of the loss change": abs(hessian.explained_share or 0.0) < 0.1,
+        "trajectory + secant explains within 10 %": abs((rest.explained_share or 0.0) - 1) <= 0.1,
+        "Hessian carry clusters are purer than random ones": (
+            hessian.homogeneity > found["random"].homogeneity
+        ),
+        "ordered Hessian is purer than shuffled": hessian.homogeneity > found["shuffled_hessian"].homogeneity,
+        "Hessian is purer than trajectory + secant": hessian.homogeneity > rest.homogeneity,
+        "a Hessian carry cluster is 90 % pure": hessian.homogeneity >= 0.9,
         "Hessian clusters hide more breakthroughs than random": (
-            found["hessian"]["hidden_share"] > found["random"]["hidden_share"]
+            hessian.hidden_share > found["random"].hidden_share
         ),
     }
 
 
-def survival(results: Sequence[Mapping[str, Any]], factors: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Per conclusion: share of branches where it holds, overall and at each level of each factor.
-
-    Args:
-        results: one per branch, with the factors and ``conclusions``.
-        factors: names of the settings that vary.
-    """
-    table: dict[str, dict[str, Any]] = {}
-    for name in results[0]["conclusions"]:
-        held = [bool(r["conclusions"][name]) for r in results]
-        levels: dict[str, dict[str, float]] = {}
-        for factor in factors:
-            groups: dict[str, list[bool]] = {}
-            for r, value in zip(results, held, strict=True):
-                groups.setdefault(str(r[factor]), []).append(value)
-            levels[factor] = {level: sum(v) / len(v) for level, v in groups.items()}
-        table[name] = {"share": sum(held) / len(held), "branches": len(held), "levels": levels}
+def survival(results: Sequence[BranchResult]) -> dict[str, Survival]:
+    """Conclusion -> share of branches where it holds, overall and at each level of each factor."""
+    table: dict[str, Survival] = {}
+    for name in results[0].conclusions:
+        levels: dict[str, dict[str, list[bool]]] = {factor: {} for factor in FACTORS}
+        for result in results:
+            for factor in FACTORS:
+                levels[factor].setdefault(result.level(factor), []).append(result.conclusions[name])
+        shares = {f: {level: sum(h) / len(h) for level, h in own.items()} for f, own in levels.items()}
+        held = [result.conclusions[name] for result in results]
+        table[name] = Survival(sum(held) / len(held), len(held), shares)
     return table
-
-
-def group_damage(change: Tensor, tokens: TokenSet) -> dict[str, float | None]:
-    """Mean loss change of counted tokens (10s, 100s) with and without a carry, and of all others."""
-    counted = TokenSplits(tokens, tokens).counted_in(tokens)
-    carry = tokens.skills["carry"]
-    masks = {"carry": counted & carry, "no carry": counted & ~carry, "other places": ~counted}
-    return {n: float(change[m].double().mean()) if bool(m.any()) else None for n, m in masks.items()}

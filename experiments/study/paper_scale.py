@@ -9,32 +9,54 @@ report. It resumes like any run. ``--preset`` and ``--set`` make it smaller for 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from experiments.application import run_application
-from experiments.run.machine import hardware, versions
-from experiments.run.run import execute, settings_from
-from experiments.run.store import RunDirectory
-from polca_edit.checkpoints.files import write_json
+from experiments.application import run_application, settings_from
+from experiments.config import load_config
+from experiments.report.formats import number
+from experiments.report.tables import Table, table
+from experiments.run.store import RunDirectory, StageRecord
+from experiments.study.results import publish, show
+from experiments.verbs.pipeline import execute
 
-SCHEMA = "polca-edit/paper-scale/1"
+
+@dataclass(frozen=True)
+class Timing:
+    """What a run took.
+
+    Attributes:
+        parameters: of the model.
+        seconds: of all stages.
+        seconds_of_this_call: less where stages had been finished before.
+        stages: their records, in the order of their names.
+    """
+
+    parameters: int
+    seconds: float
+    seconds_of_this_call: float
+    stages: tuple[StageRecord, ...]
 
 
-def stage_table(out: Path) -> list[dict[str, Any]]:
-    """Stage, seconds, passes and peak memory of a finished run, in the order they ran."""
-    records = RunDirectory(out).stage_records()
-    return [
-        {
-            "stage": r.stage,
-            "seconds": r.seconds,
-            "passes": r.passes,
-            "peak_rss_bytes": r.peak_rss_bytes,
-        }
-        for r in records
-    ]
+def stages_table(stages: tuple[StageRecord, ...]) -> Table:
+    """Seconds, peak memory and passes of every stage; passes count sequences."""
+    kinds = ("forward", "backward", "tangent", "hvp")
+    return table(
+        ["stage", "seconds", "GB", *kinds],
+        [
+            [
+                stage.stage,
+                f"{stage.seconds:.1f}",
+                f"{stage.peak_rss_bytes / 1e9:.1f}",
+                *(number(stage.passes.get(kind)) for kind in kinds),
+            ]
+            for stage in stages
+        ],
+        "Time of every stage",
+    )
 
 
 def paper_scale(
@@ -46,24 +68,20 @@ def paper_scale(
     json_: Annotated[Path | None, typer.Option("--json", help="File for the table of stages.")] = None,
 ) -> None:
     """Run the paper's arithmetic experiment and write what each stage took."""
-    started = time.perf_counter()
-    summary = execute(preset, out, settings_from(set_, seed=seed, device=device), None, False)
-    stages = stage_table(out)
-    for row in stages:
-        typer.echo(f"  {row['stage']:<24} {row['seconds']:8.1f} s")
-    result = {
-        "schema": SCHEMA,
-        "preset": preset,
-        "seed": seed,
-        "device": device,
-        "seconds": sum(row["seconds"] for row in stages),
-        "seconds_of_this_call": time.perf_counter() - started,
-        "stages": stages,
-        "parameters": None if summary is None else summary["model"]["parameters"],
-        "versions": versions(),
-        "hardware": hardware(),
-    }
-    write_json(json_ or out / "timing.json", result)
+    started, overrides = time.perf_counter(), settings_from(set_, seed=seed, device=device)
+    summary = execute(preset, out, overrides, None, False)
+    assert summary is not None
+    stages = tuple(RunDirectory(out).stage_records())
+    found = Timing(
+        summary["model"]["parameters"],
+        sum(stage.seconds for stage in stages),
+        time.perf_counter() - started,
+        stages,
+    )
+    tables = [stages_table(stages)]
+    show(tables)
+    config = load_config(preset, overrides)
+    publish(json_ or out / "timing.json", "paper-scale/2", config, [seed], found, tables)
 
 
 if __name__ == "__main__":

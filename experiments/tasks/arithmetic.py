@@ -6,14 +6,19 @@ Twelve symbols (0-9, + and =), twelve tokens a sum. The token loss has four slot
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from polca_edit.models import TransformerShape
+from experiments.config import RunConfig
+from experiments.tasks.task import DATA_ORDER, BatchLoss, Task, training_generator
+from polca_edit.models import TransformerShape, build_native_bridge, build_small_transformer
+from polca_edit.parameters import ParameterSpace
 from polca_edit.tokens import Splits, TokenSet
 
 PLACES = ("1000s", "100s", "10s", "1s")
@@ -110,9 +115,9 @@ class ArithmeticData:
     seed: int
     batch_size: int
 
-    def batch(self, step: int) -> Int[Tensor, "B 12"]:
-        """The batch of one optimiser step, a pure function of (seed, step)."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+    def batch(self, step: int, branch: int = 0) -> Int[Tensor, "B 12"]:
+        """The batch of one optimiser step, a pure function of (seed, branch, step)."""
+        generator = training_generator(self.seed, step, branch)
         drawn = torch.zeros(0, 2, dtype=torch.long)
         while len(drawn) < self.batch_size:  # one round is enough but for a few tiny batches
             first = torch.randint(0, 1000, (2 * self.batch_size,), generator=generator)
@@ -121,20 +126,24 @@ class ArithmeticData:
             drawn = torch.cat([drawn, torch.stack([first[allowed], second[allowed]], dim=1)])
         return encode(drawn[: self.batch_size, 0], drawn[: self.batch_size, 1])
 
-    def unseen(self, sums: int, steps: int, seed: int) -> TokenSet:
-        """Sums that no split holds and no batch of the first ``steps`` steps showed, in either order.
+    def unseen(
+        self, sums: int, steps: int, seed: int, branches: Mapping[int, range] | None = None
+    ) -> TokenSet:
+        """Sums that no split holds and no training batch showed, in either order.
 
         Args:
             sums: how many.
-            steps: training steps, counted from 1.
+            steps: training steps of the recorded run, counted from 1.
             seed: of the draw.
+            branches: branch number -> the steps it trains on.
 
         Raises:
             ValueError: if fewer than that are left.
         """
         seen = self.held_out.clone()
         known = [first_and_second(self.splits.curvature)]
-        known += [first_and_second_of(self.batch(step)) for step in range(1, steps + 1)]
+        for branch, trained in {0: range(1, steps + 1), **(branches or {})}.items():
+            known += [first_and_second_of(self.batch(step, branch)) for step in trained]
         for first, second in known:
             seen[first, second] = True
             seen[second, first] = True
@@ -147,9 +156,10 @@ class ArithmeticData:
         drawn = _draw(pairs, sums, torch.Generator().manual_seed(seed))
         return token_set(drawn[:, 0], drawn[:, 1])
 
-    def batch_loss(self, module: nn.Module, step: int) -> Tensor:
+    def batch_loss(self, module: nn.Module, step: int, branch: int = 0) -> Tensor:
         """Mean loss of one step's batch, all output digits weighted alike."""
-        return token_loss(module, self.batch(step)).mean()
+        device = next(module.parameters()).device
+        return token_loss(module, self.batch(step, branch).to(device)).mean()
 
 
 def make_data(
@@ -197,3 +207,53 @@ def first_and_second_of(inputs: Int[Tensor, "S 12"]) -> tuple[Tensor, Tensor]:
     """The two summands of encoded sums."""
     scale = torch.tensor([100, 10, 1])
     return (inputs[:, 0:3] * scale).sum(1), (inputs[:, 4:7] * scale).sum(1)
+
+
+# -- the task ---------------------------------------------------------------------------------------
+
+
+def arithmetic_shape(config: RunConfig) -> TransformerShape:
+    """The small transformer an arithmetic config asks for (12 symbols in, 10 digits out)."""
+    m = config.model
+    outputs = 10 if m.kind == "plain" else None
+    return TransformerShape(m.layers, m.d_model, m.heads, m.d_mlp, 12, LENGTH, outputs, m.init_std)
+
+
+def data_of(config: RunConfig) -> ArithmeticData:
+    """Splits and training batches of a config."""
+    sizes = config.arithmetic
+    return make_data(
+        sizes.select_sums, sizes.curvature_sums, sizes.evaluate_sums, config.training.batch_size, config.seed
+    )
+
+
+def build(config: RunConfig, tokenizer: object = None) -> Task:
+    """Model and data of an arithmetic run; it needs no tokenizer.
+
+    Raises:
+        ValueError: for a model of another kind, or splits that are too large.
+    """
+    if config.model.kind == "huggingface":
+        raise ValueError("task 'arithmetic' builds its own model, got kind 'huggingface'; use kind plain")
+    data = data_of(config)
+    make = build_small_transformer if config.model.kind == "plain" else build_native_bridge
+    module = make(arithmetic_shape(config), config.seed)
+    opened = config.checkpoints is not None
+
+    def unseen(sequences: int, seed: int, branches: Mapping[int, range] | None = None) -> TokenSet:
+        return data.unseen(sequences, config.training.steps, seed, branches)
+
+    def training(branch: int) -> BatchLoss:
+        return partial(data.batch_loss, branch=branch)
+
+    return Task(
+        "arithmetic",
+        module,
+        ParameterSpace.from_module(module),
+        token_loss,
+        data.splits,
+        training,
+        {"seed": config.seed, "rule": DATA_ORDER, "batch_size": data.batch_size},
+        unseen=None if opened else unseen,
+        parents=PLACES,
+    )

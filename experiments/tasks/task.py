@@ -2,21 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from experiments.config import RunConfig
-from experiments.tasks import arithmetic
 from polca_edit.checkpoints.opening import open_checkpoints
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.derivatives.objective import Objective
-from polca_edit.models import TransformerShape, build_native_bridge, build_small_transformer
 from polca_edit.parameters import ParameterSpace
+from polca_edit.seeds import generator_for
 from polca_edit.text.conllu import GoldTags
 from polca_edit.tokens import Splits, TokenLossFunction, TokenSet
+
+#: Mean loss of one training step's batch: (module, step) -> nats; steps count from 1.
+BatchLoss = Callable[[nn.Module, int], Tensor]
+#: How batches are drawn, for the index of a recorded series.
+DATA_ORDER = (
+    "generator seeded with seed * 1000003 + step; branches: SeedSequence(seed) children (branch, step)"
+)
+
+
+class Unseen(Protocol):
+    """Draws tokens that nothing has used."""
+
+    def __call__(self, sequences: int, seed: int, branches: Mapping[int, range] | None = None) -> TokenSet:
+        """Tokens that no split holds and no training step showed.
+
+        Args:
+            sequences: how many.
+            seed: of the draw.
+            branches: number of each training branch -> the steps it trains on, left out too.
+        """
+
+
+def training_generator(seed: int, step: int, branch: int = 0) -> torch.Generator:
+    """The generator of one training batch, a pure function of (seed, branch, step).
+
+    Branch 0 is the recorded run's own stream, whose formula stays as it is so that recorded runs can be
+    repeated; every other branch has a stream that is no shift of another's.
+    """
+    if branch == 0:
+        return torch.Generator().manual_seed(seed * 1_000_003 + step)
+    return generator_for(seed, "branch", branch, step)
 
 
 @dataclass(frozen=True)
@@ -29,14 +62,15 @@ class Task:
         space: parameters.
         token_loss: (module, inputs) -> (B, P) nats.
         splits: curvature, select, evaluate.
-        batch_loss: training loss of a step, None where checkpoints are opened.
+        training: branch number -> loss of its training batches, None where checkpoints are opened.
         data_order: how batches are drawn.
-        partition: skills that partition the tokens (digits), for the worst other group.
         open_checkpoints: opens the series of a run that trains nothing, where plain folders of state
             dicts are not enough (Hugging Face models); None leaves it to the run.
-        unseen: (sequences, seed) -> tokens that neither training nor a split has used; None where the task
-            cannot know (opened checkpoints) or has no more to draw (texts).
+        unseen: draws tokens that neither training nor a split has used; None where the task cannot know
+            (opened checkpoints) or has no more to draw (texts).
+        parents: names of skills that partition the tokens (digits); empty where there are none.
         tags: gold part-of-speech tags of the select tokens, where the text has them.
+        tokenizer: what was trained on the text, None where there is none of its own.
     """
 
     name: str
@@ -44,12 +78,18 @@ class Task:
     space: ParameterSpace
     token_loss: TokenLossFunction
     splits: Splits
-    batch_loss: Callable[[nn.Module, int], Tensor] | None
+    training: Callable[[int], BatchLoss] | None
     data_order: dict[str, object]
-    partition: tuple[str, ...] = ()
     open_checkpoints: Callable[[], Checkpoints] | None = None
-    unseen: Callable[[int, int], TokenSet] | None = None
+    unseen: Unseen | None = None
+    parents: tuple[str, ...] = ()
     tags: GoldTags | None = None
+    tokenizer: Tokenizer | None = None
+
+    @property
+    def batch_loss(self) -> BatchLoss | None:
+        """Loss of the recorded run's own training batches."""
+        return None if self.training is None else self.training(0)
 
     def given_checkpoints(self, config: RunConfig) -> Checkpoints | None:
         """The series the config names, None for a run that trains its own."""
@@ -74,20 +114,28 @@ class Task:
         )
 
 
-def build_task(config: RunConfig) -> Task:
-    """Model and data of a config.
+def build_task(config: RunConfig, tokenizer: Tokenizer | None = None) -> Task:
+    """Model and data of a config, made by the module of the task's name.
+
+    Args:
+        config: the run.
+        tokenizer: trained before on the same text; None trains it where the task has one.
 
     Raises:
         ValueError: for data that cannot be read or is too small.
     """
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    task = _arithmetic(config) if config.task == "arithmetic" else _text(config)
-    task.module.to(_device(config.device))
+    task: Task = importlib.import_module(f"experiments.tasks.{config.task}").build(config, tokenizer)
+    task.module.to(device_of(config))
     return task
 
 
-def _device(name: str) -> torch.device:
+def device_of(config: RunConfig) -> torch.device:
+    """The device a config asks for.
+
+    Raises:
+        ValueError: if there is none of that name here.
+    """
+    name = config.device
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -97,52 +145,3 @@ def _device(name: str) -> torch.device:
             "device 'cuda' needs a CUDA GPU and a CUDA build of torch, none is here; use --device cpu"
         )
     return device
-
-
-def _arithmetic(config: RunConfig) -> Task:
-    sizes = config.arithmetic
-    data = arithmetic.make_data(
-        sizes.select_sums, sizes.curvature_sums, sizes.evaluate_sums, config.training.batch_size, config.seed
-    )
-    m = config.model
-    if m.kind == "huggingface":
-        raise ValueError("task 'arithmetic' builds its own model, got kind 'huggingface'; use kind plain")
-    shape = arithmetic_shape(config)
-    build = build_small_transformer if m.kind == "plain" else build_native_bridge
-    module = build(shape, config.seed)
-    device = _device(config.device)
-    return Task(
-        "arithmetic",
-        module,
-        ParameterSpace.from_module(module),
-        arithmetic.token_loss,
-        data.splits,
-        lambda model, step: arithmetic.token_loss(model, data.batch(step).to(device)).mean(),
-        {
-            "seed": config.seed,
-            "rule": "generator seeded with seed * 1000003 + step",
-            "batch_size": data.batch_size,
-        },
-        arithmetic.PLACES,
-        unseen=None
-        if config.checkpoints
-        else lambda sums, seed: data.unseen(sums, config.training.steps, seed),
-    )
-
-
-def arithmetic_shape(config: RunConfig) -> TransformerShape:
-    """The small transformer an arithmetic config asks for (12 symbols in, 10 digits out)."""
-    m = config.model
-    outputs = 10 if m.kind == "plain" else None
-    return TransformerShape(m.layers, m.d_model, m.heads, m.d_mlp, 12, arithmetic.LENGTH, outputs, m.init_std)
-
-
-def _text(config: RunConfig) -> Task:
-    from experiments.tasks import text as english
-
-    return english.build_text_task(config)
-
-
-def with_features_only(tokens: TokenSet) -> TokenSet:
-    """The same tokens without skill labels, for rules that must not see them."""
-    return replace(tokens, skills={})

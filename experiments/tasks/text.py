@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from experiments.config import RunConfig, TextConfig
 from experiments.tasks.corpus import read_documents, read_tagged, read_token_ids
-from experiments.tasks.task import Task
+from experiments.tasks.task import DATA_ORDER, BatchLoss, Task, training_generator
 from polca_edit.checkpoints.huggingface import is_adapter
 from polca_edit.checkpoints.huggingface_models import (
     load_adapted,
@@ -60,6 +60,7 @@ class EnglishData:
         length: tokens a sequence.
         digest: SHA-256 of all token ids, held-out ones included.
         tags: gold tags of the select tokens, where a tagged probe was read.
+        tokenizer: None for text that came as ids.
     """
 
     splits: Splits
@@ -70,18 +71,19 @@ class EnglishData:
     length: int
     digest: str
     tags: GoldTags | None = None
+    tokenizer: Tokenizer | None = None
 
-    def batch(self, step: int) -> Int[Tensor, "B L"]:
-        """The batch of one optimiser step, a pure function of (seed, step)."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+    def batch(self, step: int, branch: int = 0) -> Int[Tensor, "B L"]:
+        """The batch of one optimiser step, a pure function of (seed, branch, step)."""
+        generator = training_generator(self.seed, step, branch)
         last = len(self.stream) - self.length
         starts = torch.randint(0, last + 1, (self.batch_size,), generator=generator)
         return self.stream[starts[:, None] + torch.arange(self.length)]
 
-    def batch_loss(self, module: nn.Module, step: int) -> Tensor:
+    def batch_loss(self, module: nn.Module, step: int, branch: int = 0) -> Tensor:
         """Mean next-token loss of one step's batch, nats."""
         device = next(module.parameters()).device
-        return next_token_loss(module, self.batch(step).to(device)).mean()
+        return next_token_loss(module, self.batch(step, branch).to(device)).mean()
 
 
 @dataclass(frozen=True)
@@ -185,12 +187,28 @@ def text_data(
         digest.update(np.ascontiguousarray(ids).tobytes())
     batch_size = config.training.batch_size
     return EnglishData(
-        splits, stream, found.strings, config.seed, batch_size, sampling.length, digest.hexdigest(), tags
+        splits,
+        stream,
+        found.strings,
+        config.seed,
+        batch_size,
+        sampling.length,
+        digest.hexdigest(),
+        tags,
+        found.tokenizer,
     )
 
 
-def transfer_tokens(config: RunConfig, file: str, sequences: int) -> TokenSet:
-    """Tokens of another text, read with the tokenizer of a text run (trained anew, the same for its seed).
+def transfer_tokens(
+    config: RunConfig, file: str, sequences: int, tokenizer: Tokenizer | None = None
+) -> TokenSet:
+    """Tokens of another text, read with the tokenizer of a text run.
+
+    Args:
+        config: the run.
+        file: the other text.
+        sequences: how many to draw.
+        tokenizer: the run's; None trains it anew, the same for its seed.
 
     Raises:
         ValueError: if the run reads token ids or a Hugging Face model, or the text is too small.
@@ -201,7 +219,7 @@ def transfer_tokens(config: RunConfig, file: str, sequences: int) -> TokenSet:
             "'polca-edit english' first"
         )
     generator = torch.Generator().manual_seed(config.seed)
-    found = tokenise(config.text, None, config.text.vocabulary, generator)
+    found = tokenise(config.text, tokenizer, config.text.vocabulary, generator)
     if found.tokenizer is None:
         raise ValueError("labels carry over to texts, this run was given token ids; run it on the text")
     hidden = set(found.held_out)
@@ -251,18 +269,22 @@ def shape_of(config: RunConfig) -> TransformerShape:
     return TransformerShape(m.layers, m.d_model, m.heads, m.d_mlp, text.vocabulary, text.n_ctx)
 
 
-def build_text_task(config: RunConfig) -> Task:
+def build(config: RunConfig, tokenizer: Tokenizer | None = None) -> Task:
     """Model and data of a text run.
+
+    Args:
+        config: the run.
+        tokenizer: trained before on the same text; None trains it, unless the model brings its own.
 
     Raises:
         ValueError: for data or a model that cannot be read.
     """
     if config.model.kind == "huggingface":
         return _huggingface_task(config)
-    data = text_data(config)
-    build = build_small_transformer if config.model.kind == "plain" else build_native_bridge
-    module = build(shape_of(config), config.seed)
-    return _task(config, data, module, next_token_loss)
+    data = text_data(config, tokenizer)
+    make = build_small_transformer if config.model.kind == "plain" else build_native_bridge
+    module = make(shape_of(config), config.seed)
+    return replace(_task(config, data, module, next_token_loss), tokenizer=data.tokenizer)
 
 
 def _task(
@@ -273,16 +295,20 @@ def _task(
     open_checkpoints: Callable[[ParameterSpace], Checkpoints] | None = None,
 ) -> Task:
     space = ParameterSpace.from_module(module)
+
+    def training(branch: int) -> BatchLoss:
+        return partial(data.batch_loss, branch=branch)
+
     return Task(
         "text",
         module,
         space,
         token_loss,
         data.splits,
-        None if config.checkpoints is not None else data.batch_loss,
+        None if config.checkpoints is not None else training,
         {
             "seed": config.seed,
-            "rule": "generator seeded with seed * 1000003 + step draws window starts in the training stream",
+            "rule": f"{DATA_ORDER}; draws window starts in the training stream",
             "batch_size": data.batch_size,
             "tokens": data.digest,
         },
@@ -331,15 +357,3 @@ def _huggingface_task(config: RunConfig) -> Task:
         )
 
     return _task(config, data, module, token_loss, opened if revisions else None)
-
-
-def describe_text(config: TextConfig) -> str:
-    """One line about the text for dry runs."""
-    return f"{config.file or 'no text yet'}, vocabulary {config.vocabulary}, {config.n_ctx} tokens a sequence"
-
-
-if __name__ == "__main__":
-    from experiments.application import run_application
-    from experiments.verbs import english
-
-    run_application(english)

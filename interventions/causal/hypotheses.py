@@ -33,6 +33,7 @@ def skill_hypotheses(
                 "skill",
                 basis_name,
                 (vector,),
+                span=basis.rows,
                 supervised=basis.supervised,
                 why=f"of all vectors, undoing it costs '{skill}' most on select ({lost[vector]:.2f})",
             )

@@ -84,6 +84,7 @@ class Hypothesis:
         parent: name of the parent the group lies in, None if there is none.
         partners: (p, N) further rows that may share the work: redundancy and synergy are read off the
             joint edit.
+        span: (K, N) rows of the whole basis, from which directions of equal damage are drawn.
         searched_p: p of a search that found the rows, against the same search on null sets; None where the
             rows were not searched for.
         supervised: whether labels went into the rows.
@@ -99,9 +100,17 @@ class Hypothesis:
     cluster: int | None = None
     parent: str | None = None
     partners: Float[Tensor, "p N"] | None = None
+    span: Float[Tensor, "K N"] | None = None
     searched_p: float | None = None
     supervised: bool = False
     why: str = ""
+
+    @property
+    def moved(self) -> str:
+        """What is undone, in words."""
+        if not self.vectors:
+            return self.name.partition(" | ")[0]
+        return f"{self.basis} {'+'.join(map(str, self.vectors))}"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Rows of ``damage[]`` in a summary: one edit's damage for one target group, nats per token."""
+"""Rows of ``damage[]`` and ``controls[]`` in a summary: damage for one target group, nats per token."""
 
 from __future__ import annotations
 
@@ -45,6 +45,39 @@ class DamageRow:
     headroom: float | None
     groups: dict[str, float]
     group_headroom: dict[str, float]
+
+
+@dataclass(frozen=True)
+class ControlRow:
+    """Matched-norm random directions, measured on the target of a damage row; nats per token.
+
+    Attributes:
+        vector: the vector whose undone movement they match.
+        cluster: target cluster, None for all tokens.
+        draws: how many.
+        norm: of every displacement.
+        on_target_mean: mean over draws and target tokens.
+        on_target_max: largest of the draws' means over the target.
+        split: tokens it was measured on.
+        control: what was drawn.
+    """
+
+    vector: int
+    cluster: int | None
+    draws: int
+    norm: float
+    on_target_mean: float
+    on_target_max: float
+    split: str = "select"
+    control: str = "random_direction"
+
+
+@dataclass(frozen=True)
+class DamageRecord:
+    """Exploratory damage of one basis on the select split."""
+
+    damage: tuple[DamageRow, ...]
+    controls: tuple[ControlRow, ...]
 
 
 def damage_row(

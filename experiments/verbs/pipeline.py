@@ -1,19 +1,120 @@
-"""``polca-edit open``, ``english`` and ``plan``: from checkpoints or a text to a report, and its cost.
-
-Models are imported when a command runs, so that ``--help`` answers at once.
-"""
+"""Verbs that run the pipeline: ``demo``, ``run``, ``open`` and ``english``, from a config to its report."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from experiments.config import load_config
+from experiments.application import console, say, settings_from
+
+Seed = Annotated[int | None, typer.Option(help="Seed of data, initial weights and every draw.")]
+Out = Annotated[Path | None, typer.Option(help="Run directory (default runs/NAME).")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a config key, e.g. --set training.steps=600.")
+]
+Redo = Annotated[
+    list[str] | None, typer.Option("--redo", help="Run this stage again, e.g. --redo clusters:hessian.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the stages that would run, then stop.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda.")]
 
 #: Preset of the English experiment by its short name.
 ENGLISH_PRESETS = {"demo": "english-demo", "mini": "english-mini", "paper": "english-paper"}
+
+
+def execute(
+    config: str,
+    out: Path,
+    overrides: dict[str, Any],
+    redo: list[str] | None = None,
+    dry_run: bool = False,
+) -> dict[str, Any] | None:
+    """Run all stages of a config, write summary and report, print the tables.
+
+    Returns:
+        the summary's plain values, None for a dry run.
+    """
+    from experiments.config import load_config
+    from experiments.report.answers import print_summary
+    from experiments.report.labels import print_labels
+    from experiments.report.page import write_report
+    from experiments.run.driver import run_stages
+    from experiments.run.keys import stage_names
+    from experiments.run.labels import write_labels
+    from experiments.run.run import open_run
+    from experiments.run.summary import write_summary
+
+    started = time.perf_counter()
+    resolved = load_config(config, overrides)
+    names = stage_names(resolved)
+    unknown = [name for name in redo or [] if name not in names]
+    if unknown:
+        raise ValueError(f"--redo needs a stage of this run, one of {names}, got '{unknown[0]}'")
+    if dry_run:
+        say(f"{out}: would run {', '.join(names)}, summary, report")
+        return None
+    opened = open_run(resolved, out, say)
+    say(
+        f"polca-edit: task {opened.task.name}, {opened.task.space.size:,} parameters, "
+        f"seed {resolved.seed}, into {out}"
+    )
+    run_stages(opened, redo or ())
+    labels = write_labels(opened) if opened.task.name == "text" else {}
+    summary = write_summary(opened)
+    page = write_report(opened.directory, say)
+    say(f"  {'total':<24} {time.perf_counter() - started:7.1f} s")
+    print_summary(opened.directory, console)
+    print_labels(labels, console)
+    say(f"Report: {page}")
+    return summary
+
+
+def demo(seed: Seed = None, out: Out = None, set_: Set = None, dry_run: DryRun = False) -> None:
+    """Run the main job on the built-in arithmetic task (minutes on two CPU cores).
+
+    Example: `polca-edit demo --seed 3 --out runs/demo-3`
+    """
+    execute("demo", out or Path("runs/demo"), settings_from(set_, seed=seed), None, dry_run)
+
+
+def run(
+    config: Annotated[str, typer.Argument(help="Config file, or a preset by name.")],
+    out: Out = None,
+    seed: Seed = None,
+    text: Annotated[
+        str | None, typer.Option(help="Text file for task 'text': plain, jsonl or jsonl.gz.")
+    ] = None,
+    checkpoints: Annotated[
+        str | None, typer.Option(help="Open these checkpoints instead of training.")
+    ] = None,
+    device: Device = None,
+    engine: Annotated[str | None, typer.Option(help="Where derivative work runs: local or ray.")] = None,
+    address: Annotated[str | None, typer.Option(help="Ray head node for --engine ray.")] = None,
+    set_: Set = None,
+    redo: Redo = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Run a config or preset: train or open, bases, projections, clusters, damage, report.
+
+    A run that was stopped goes on where it was; finished stages are not repeated.
+
+    Examples: `polca-edit run mini --seed 1` ·
+    `polca-edit run english.yaml --text corpus.jsonl.gz` ·
+    `polca-edit run mine.yaml --checkpoints runs/other/checkpoints`
+    """
+    overrides = settings_from(
+        set_,
+        seed=seed,
+        text__file=text,
+        checkpoints__directory=checkpoints,
+        device=device,
+        engine=engine,
+        engine_address=address,
+    )
+    execute(config, out or Path("runs") / Path(config).stem, overrides, redo, dry_run)
 
 
 def open_overrides(
@@ -42,6 +143,7 @@ def open_overrides(
     Raises:
         ValueError: for a folder without readable checkpoints, or adapters without a base.
     """
+    from experiments.config import load_config
     from polca_edit.checkpoints.huggingface import base_of_adapter, is_adapter
     from polca_edit.checkpoints.opening import find_revisions, whole_revisions
 
@@ -88,8 +190,6 @@ def open_checkpoints(
     `polca-edit open pythia-14m --names 'step*' --text pile.jsonl.gz` ·
     `polca-edit open lora-output --base gpt2-folder --text notes.txt`
     """
-    from experiments.run.run import execute, settings_from
-
     overrides = open_overrides(
         folder,
         text,
@@ -119,81 +219,8 @@ def english(
 
     Examples: `polca-edit english --preset demo --text wiki.jsonl.gz --out runs/english`
     """
-    from experiments.run.run import execute, settings_from
-
     if preset not in ENGLISH_PRESETS:
         raise ValueError(f"--preset must be one of {sorted(ENGLISH_PRESETS)}, got '{preset}'")
     overrides = settings_from(set_, seed=seed, text__file=text, text__probe=probe, device=device)
     target = out or Path("runs") / f"english-{preset}"
     execute(ENGLISH_PRESETS[preset], target, overrides, redo, dry_run)
-
-
-def label(
-    directory: Annotated[Path, typer.Argument(help="A finished run.")],
-    transfer: Annotated[
-        str | None,
-        typer.Option(help="Another text: do the labels hold there? (labels/transfer.json)"),
-    ] = None,
-    sequences: Annotated[int, typer.Option(min=4, help="Sequences of that text.")] = 32,
-    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Label the clusters of a run from what their tokens share, and draw the report again.
-
-    Examples: `polca-edit label runs/english-demo` ·
-    `polca-edit label runs/english-demo --transfer wikitext2/valid.txt`
-    """
-    import json
-
-    from experiments.report.labels import print_labels, transferred_table
-    from experiments.report.page import write_report
-    from experiments.run.labels import transferred_labels, write_labels
-    from experiments.run.run import console
-    from experiments.run.stages import load_run
-    from experiments.run.summary import write_summary
-    from experiments.tasks.text import transfer_tokens
-    from polca_edit.artifacts import to_plain
-    from polca_edit.checkpoints.files import write_json
-
-    run = load_run(directory)
-    if transfer is not None:
-        other = transfer_tokens(run.config, transfer, sequences)
-        rows = [row for b in run.config.bases for row in transferred_labels(run, b.label, other)]
-        found = {"text": transfer, "rows": to_plain(rows)}
-        write_json(run.directory.path / "labels" / "transfer.json", found)
-        console.print(transferred_table(rows).terminal())
-        return
-    labels = write_labels(run)
-    write_summary(run)
-    page = write_report(run.directory, typer.echo)
-    if json_:
-        typer.echo(json.dumps(to_plain(labels), indent=1, sort_keys=True))
-    else:
-        print_labels(labels, console)
-        typer.echo(f"Report: {page}")
-
-
-def plan(
-    config: Annotated[str, typer.Argument(help="Config file, or a preset by name.")],
-    text: Annotated[str | None, typer.Option(help="Text file for task 'text'.")] = None,
-    budget_minutes: Annotated[float | None, typer.Option(help="Find settings that fit this.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a config key.")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """What a run would cost on this machine: passes, products, bytes, memory, time. Nothing is run.
-
-    Examples: `polca-edit plan mini` · `polca-edit plan english --text wiki.jsonl.gz --budget-minutes 20`
-    """
-    import json
-    import tempfile
-
-    from experiments.run.cost import describe, make_plan
-    from experiments.run.run import settings_from
-
-    resolved = load_config(config, settings_from(set_, text__file=text))
-    with tempfile.TemporaryDirectory() as folder:
-        budget = None if budget_minutes is None else 60 * budget_minutes
-        found = make_plan(resolved, Path(folder), budget)
-    if json_:
-        typer.echo(json.dumps(found, indent=1, sort_keys=True))
-        return
-    typer.echo(describe(found))

@@ -1,0 +1,125 @@
+"""run.json: what a run was made with and what it cost, and every opening of its evaluate split.
+
+Whoever reads the evaluate split calls :func:`open_evaluate` first, with the plan of what will be
+looked at. The plan is written down with its hash; a plan that is not the first one is exploratory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from experiments.run.keys import SCHEMA, stage_names
+from experiments.run.machine import hardware, versions
+from experiments.run.run import Run
+from experiments.run.store import RunDirectory, StageRecord
+from polca_edit.artifacts import load_record, save_record, to_plain
+from polca_edit.checkpoints.files import write_json
+
+
+@dataclass(frozen=True)
+class Opening:
+    """One plan under which the evaluate split was read.
+
+    Attributes:
+        plan: SHA-256 of the plan.
+        exploratory: whether another plan had opened the split before.
+        by: the verb that read it.
+        times: how often under this plan.
+    """
+
+    plan: str
+    exploratory: bool
+    by: str
+    times: int = 1
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What run.json holds.
+
+    Attributes:
+        schema: of the record.
+        seed: of the run.
+        versions: package -> version.
+        hardware: processor, cores, threads, accelerator.
+        parameters: of the model.
+        select_sequences: unit of passes in the summary.
+        stages: finished stages and their cost.
+        evaluate_openings: plans that opened the evaluate split, in order.
+    """
+
+    schema: int = SCHEMA
+    seed: int | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    hardware: Mapping[str, Any] = field(default_factory=dict)
+    parameters: int = 0
+    select_sequences: int = 0
+    stages: Mapping[str, StageRecord] = field(default_factory=dict)
+    evaluate_openings: tuple[Opening, ...] = ()
+
+
+def read_run_record(directory: RunDirectory) -> RunRecord:
+    """run.json, empty where there is none yet."""
+    path = directory / "run.json"
+    return load_record(RunRecord, path) if path.exists() else RunRecord()
+
+
+def write_run_record(run: Run) -> None:
+    """Write versions, seed, hardware and stage costs; openings of the evaluate split are kept."""
+    names = set(stage_names(run.config))
+    record = RunRecord(
+        SCHEMA,
+        run.config.seed,
+        versions(),
+        hardware(),
+        run.task.space.size,
+        run.task.splits.select.sequences,
+        {r.stage: r for r in run.directory.stage_records() if r.stage in names},
+        read_run_record(run.directory).evaluate_openings,
+    )
+    save_record(run.directory / "run.json", record)
+
+
+def open_evaluate(run: Run, plan: object, by: str = "run") -> Opening:
+    """Write a plan and its hash down and count the opening; the evaluate split may be read after that.
+
+    A plan other than the first one is marked exploratory. The plan of ``run`` is ``plan.json``, those
+    of other verbs are ``plans/VERB-HASH.json``.
+
+    Args:
+        run: the run.
+        plan: a record, or plain values, that says what will be looked at.
+        by: the verb or study that reads the split.
+
+    Example::
+
+        opening = open_evaluate(run, RemovalPlan(skill, method, limits), by="remove")
+        damage = EvaluatedSplit(run.objective, run.checkpoints(), run.task.splits.evaluate)
+    """
+    values: dict[str, Any] = to_plain(plan)
+    digest = plan_hash(values)
+    record = read_run_record(run.directory)
+    openings = list(record.evaluate_openings)
+    known = next((i for i, opening in enumerate(openings) if opening.plan == digest), None)
+    if known is None:
+        openings.append(Opening(digest, bool(openings), by))
+    else:
+        openings[known] = replace(openings[known], times=openings[known].times + 1)
+    write_json(_plan_file(run.directory, by, digest), {**values, "sha256": digest})
+    save_record(run.directory / "run.json", replace(record, evaluate_openings=tuple(openings)))
+    return openings[-1 if known is None else known]
+
+
+def plan_hash(values: Mapping[str, Any]) -> str:
+    """SHA-256 of a plan as it is written, without its own hash."""
+    text = json.dumps(values, indent=1, sort_keys=True) + "\n"
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _plan_file(directory: RunDirectory, by: str, digest: str) -> Path:
+    return directory / "plan.json" if by == "run" else directory.path / "plans" / f"{by}-{digest[:12]}.json"

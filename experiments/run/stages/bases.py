@@ -1,0 +1,202 @@
+"""Stages ``basis:NAME``: the orthonormal directions that losses are projected on."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from experiments.config import BasisConfig
+from experiments.run.parts import Ledger, kept_parts, kept_products, mapped_rows, part_path
+from experiments.run.run import Run
+from experiments.run.stages.rotated import turned
+from experiments.run.stages.training import trained_series
+from polca_edit.allocation.allocate import Projections
+from polca_edit.artifacts import load_record, save_record
+from polca_edit.basis import build
+from polca_edit.basis.build import BasisInputs, output_logits, recorded_second_moments
+from polca_edit.basis.path import odd_checkpoints
+from polca_edit.basis.record import Basis, BasisCheckpoint, hessian_basis, random_basis, trajectory_basis
+from polca_edit.checkpoints.files import SeriesFolder
+from polca_edit.checkpoints.series import Checkpoints
+
+
+def run_basis(run: Run, stage: str) -> None:
+    """Build one basis of the config, or turn another's."""
+    spec = next(b for b in run.config.bases if b.label == stage.partition(":")[2])
+    if spec.rotated:
+        _run_rotated(run, stage, spec)
+    else:
+        _run_measured(run, spec)
+
+
+def basis_of(run: Run, spec: BasisConfig) -> Basis:
+    """A measured basis of a run, kept in its directory; the run is trained first where needed.
+
+    Args:
+        run: the run.
+        spec: any basis section without a rotation; it need not be one of the config's.
+
+    Raises:
+        ValueError: for a rotated basis, which a run has only where its config names it.
+    """
+    if spec.rotated:
+        raise ValueError(
+            f"basis '{spec.label}' is turned from stored projections; name it in the config's bases"
+        )
+    trained_series(run)
+    if not run.directory.finished(f"basis:{spec.label}", run.basis_key(spec)):
+        started = time.perf_counter()
+        _run_measured(run, spec)
+        run.say(f"  {f'basis:{spec.label}':<24} {time.perf_counter() - started:7.1f} s")
+    return load_record(Basis, run.directory.basis(spec.label))
+
+
+def _run_measured(run: Run, spec: BasisConfig) -> None:
+    path = run.directory.basis(spec.label)
+    parts = run.directory.path / "basis" / f"{spec.label}.parts"
+    checkpoints = run.checkpoints()
+    stage = f"basis:{spec.label}"
+    with run.directory.stage(stage, run.basis_key(spec), [path], run.objective.passes, parts=parts):
+        save_record(path, build_basis(run, spec, checkpoints, parts))
+
+
+def _run_rotated(run: Run, stage: str, spec: BasisConfig) -> None:
+    """Basis and projections at once, both turned from stored ones."""
+    source = run.config.source_of(spec).label
+    outputs = [run.directory.basis(spec.label), run.directory.projections(spec.label)]
+    with run.directory.stage(stage, run.key(stage), outputs, run.objective.passes):
+        basis, projections = turned(
+            spec,
+            load_record(Basis, run.directory.basis(source)),
+            load_record(Projections, run.directory.projections(source)),
+            run.task.splits.select,
+            run.config.seed,
+        )
+        save_record(outputs[0], basis)
+        save_record(outputs[1], projections)
+
+
+def build_basis(run: Run, spec: BasisConfig, checkpoints: Checkpoints, parts: Path) -> Basis:
+    """The basis a config section asks for."""
+    mask = None if spec.include == ("*",) else run.task.space.mask(spec.include)
+    if spec.kind == "hessian":
+        return _hessian(run, spec, basis_checkpoints(run, checkpoints, spec), parts)
+    if spec.kind == "random":
+        generator = torch.Generator().manual_seed(run.config.seed)
+        return random_basis(run.task.space.size, spec.vectors, generator, mask=mask)
+    if spec.kind == "trajectory":
+        return trajectory_basis(checkpoints, spec.vectors, mask=mask)
+    inputs = dataclasses.replace(
+        basis_inputs(run, checkpoints), tolerance=spec.tolerance, max_products=spec.max_products, mask=mask
+    )
+    return build.build_basis(spec.kind, inputs, spec.vectors)
+
+
+def basis_inputs(run: Run, checkpoints: Checkpoints) -> BasisInputs:
+    """What the kinds of :mod:`polca_edit.basis.build` take: odd checkpoints and the curvature sample."""
+    return BasisInputs(
+        run.objective,
+        odd_checkpoints(checkpoints),
+        run.task.splits.curvature,
+        output_logits if run.config.task == "arithmetic" else None,
+        recorded_second_moments(
+            SeriesFolder(run.directory.checkpoints), run.task.space, run.config.training.betas[1]
+        ),
+        run.config.seed,
+    )
+
+
+def _hessian(run: Run, spec: BasisConfig, chosen: Checkpoints, parts: Path) -> Basis:
+    """Ordered Hessian vectors; finished checkpoints and products survive an interruption."""
+    ledger = Ledger(parts, run.objective.passes)
+    keep = kept_parts(parts, BasisCheckpoint, ledger)
+    budget = round(run.config.basis_memory_gb * 1e9)
+    large = spec.vectors * run.task.space.size * 4 > budget
+    finished = [load_record(BasisCheckpoint, p) for p in sorted(parts.glob("part-*.safetensors"))]
+    queue = list(finished)
+    bar = tqdm(
+        total=len(chosen), initial=len(finished), desc=f"basis {spec.label}", disable=None, leave=False
+    )
+
+    def note(part: BasisCheckpoint) -> BasisCheckpoint:
+        # Written through the keeping map, so that cost and part survive together.
+        index = len(queue)
+        list(keep(lambda _: part, [index]))
+        shutil.rmtree(parts / f"products-{index:05d}", ignore_errors=True)
+        queue.append(part if not large else load_record(BasisCheckpoint, part_path(parts, index)))
+        bar.update()
+        return queue[-1]
+
+    basis = hessian_basis(
+        run.objective,
+        chosen,
+        run.task.splits.curvature,
+        generator=torch.Generator().manual_seed(run.config.seed),
+        k=spec.per_checkpoint,
+        tolerance=spec.tolerance,
+        max_products=spec.max_products,
+        mask=None if spec.include == ("*",) else run.task.space.mask(spec.include),
+        finished=finished,
+        on_checkpoint=note,
+        keep_products=lambda index, product: kept_products(parts / f"products-{index:05d}", product, ledger),
+        rows_in_memory=budget,
+        allocate=(lambda count, width: mapped_rows(parts / "rows.bin", count, width)) if large else None,
+        kind=spec.kind,
+    )
+    bar.close()
+    return dataclasses.replace(basis[: spec.vectors], products=basis.products)
+
+
+def basis_checkpoints(run: Run, checkpoints: Checkpoints, spec: BasisConfig) -> Checkpoints:
+    """Where vectors are taken: the given steps, or spread as the config says, the last one included.
+
+    Raises:
+        ValueError: for steps that were not recorded, or more basis checkpoints than recorded ones.
+    """
+    if spec.steps is not None:
+        missing = [s for s in spec.steps if s not in checkpoints.steps]
+        if missing:
+            raise ValueError(
+                f"basis '{spec.label}' wants steps {missing[:5]} that were not recorded; record or drop them"
+            )
+        return checkpoints.subset([checkpoints.steps.index(s) for s in spec.steps])
+    count = -(-spec.vectors // spec.per_checkpoint)
+    if count > len(checkpoints) - 1:
+        raise ValueError(
+            f"basis '{spec.label}' wants {count} checkpoints, only {len(checkpoints) - 1} are recorded; "
+            "lower vectors or raise per_checkpoint"
+        )
+    if spec.placement == "equal":
+        return checkpoints.subset([round((i + 1) * (len(checkpoints) - 1) / count) for i in range(count)])
+    sample = run.task.splits.curvature
+    means = [
+        float(run.objective.losses(checkpoints[i], sample).double().mean()) for i in range(len(checkpoints))
+    ]
+    return checkpoints.subset(equal_falls(means, count))
+
+
+def equal_falls(means: Sequence[float], count: int) -> list[int]:
+    """Indices of ``count`` checkpoints at equal shares of the mean loss's fall, the last one included.
+
+    The fall is that of the running minimum; where it is steep, checkpoints lie close together.
+
+    >>> equal_falls([4.0, 3.9, 1.0, 0.9, 0.8], 2)
+    [2, 4]
+    """
+    lowest = torch.tensor(means, dtype=torch.float64).cummin(0).values
+    fall = lowest[0] - lowest
+    chosen: list[int] = []
+    for number in range(count):
+        wanted = fall[-1] * (number + 1) / count
+        first = int((fall >= wanted - 1e-12).nonzero()[0, 0]) if number < count - 1 else len(means) - 1
+        # Steep stretches may offer fewer checkpoints than wanted: go on to the next free one, but
+        # leave enough for those still to come.
+        previous = chosen[-1] if chosen else 0
+        chosen.append(min(max(first, previous + 1), len(means) - (count - number)))
+    return chosen

@@ -1,0 +1,1 @@
+"""The causal test on recorded runs: which pairs, one plan, one table over runs."""

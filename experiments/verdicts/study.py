@@ -1,0 +1,200 @@
+"""One plan, one or more runs, one table: pairs fixed on select, measured on unseen tokens, then judged."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from experiments.run.machine import hardware, versions
+from experiments.run.run import Run, load_run
+from experiments.run.run_record import open_evaluate, plan_hash
+from experiments.verdicts.choose import Chosen, choose, parents_of, same_pairs, split_of, unseen_tokens
+from experiments.verdicts.records import (
+    SCHEMA,
+    CausalResult,
+    KeptEvidence,
+    PlannedPair,
+    TestPlan,
+    Untested,
+    basis_row,
+    verdict_row,
+)
+from interventions.causal.settings import TestSettings
+from interventions.causal.test import Measured, judge_runs, measure_run
+from polca_edit.artifacts import save_record, to_plain
+from polca_edit.clusters.hypotheses import Unchosen
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """What a study tests.
+
+    Attributes:
+        bases: names; every run must have them.
+        unseen: sequences drawn anew; zero takes the evaluate split.
+        window: (first, last) step of the movement that is undone.
+        test: draws and thresholds.
+    """
+
+    bases: tuple[str, ...]
+    unseen: int = 1000
+    window: tuple[int, int] | None = None
+    test: TestSettings = TestSettings()
+
+
+def run_study(
+    places: Sequence[Path], settings: StudySettings, *, workers: int = 1, say: Say = print
+) -> CausalResult:
+    """Choose pairs, freeze the plan, open the unseen tokens, measure, judge.
+
+    Every basis of every run is kept in that run once it is measured, so a stopped study goes on.
+
+    Args:
+        places: run directories, several seeds of one config.
+        settings: what is tested.
+        workers: processes; a basis of a run is the unit of work.
+        say: told what is done.
+
+    Raises:
+        ValueError: for runs of different configs, or a basis that a run does not have.
+    """
+    started = time.perf_counter()
+    runs = [load_run(place, say=lambda _: None) for place in places]
+    _same_config(runs)
+    seeds = tuple(run.config.seed for run in runs)
+    chosen = [_chosen(run, settings) for run in runs]
+    plans = [_plan(run, found, settings) for run, found in zip(runs, chosen, strict=True)]
+    exploratory = False
+    for run, plan in zip(runs, plans, strict=True):
+        exploratory = open_evaluate(run, plan, by="test").exploratory or exploratory
+    jobs = [(place, label, settings) for place in places for label in settings.bases]
+    say(f"  {len(jobs)} bases of {len(runs)} runs, {sum(len(p.pairs) for p in plans)} pairs")
+    if workers > 1 and len(jobs) > 1:
+        with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=get_context("spawn")) as pool:
+            kept = list(pool.map(measure_basis, *zip(*jobs, strict=True)))
+    else:
+        kept = [measure_basis(*job) for job in jobs]
+    measured = _measured(runs, chosen, kept, settings)
+    table = judge_runs(measured, settings.test)
+    why = {pair.name: pair.why for one in measured for pair in one.pairs}
+    answers = [(a, one.seed) for one in measured for a in one.bases]
+    return CausalResult(
+        SCHEMA,
+        plan_hash(to_plain(plans[0])),
+        exploratory,
+        tuple(verdict_row(row, why.get(row.name, "")) for row in table.rows),
+        tuple(basis_row(answer, seed) for answer, seed in answers),
+        tuple(Untested(left.name, left.reason) for left in table.untested),
+        (),
+        settings.test,
+        {label: runs[0].key(f"clusters:{label}") for label in settings.bases},
+        seeds,
+        unseen_tokens(runs[0], settings.unseen).sequences,
+        time.perf_counter() - started,
+        versions(),
+        hardware(),
+    )
+
+
+def _same_config(runs: Sequence[Run]) -> None:
+    first = runs[0].config.model_copy(update={"seed": 0})
+    for run in runs[1:]:
+        if run.config.model_copy(update={"seed": 0}) != first:
+            raise ValueError(
+                f"a study is several seeds of one config, '{run.directory.path}' has another; test it alone"
+            )
+
+
+def _chosen(run: Run, settings: StudySettings) -> list[Chosen]:
+    known = [spec.label for spec in run.config.bases]
+    missing = next((label for label in settings.bases if label not in known), None)
+    if missing is not None:
+        raise ValueError(f"--basis must be one of {known} of '{run.directory.path}', got '{missing}'")
+    return [choose(run, label, least=settings.test.least, window=settings.window) for label in settings.bases]
+
+
+def _plan(run: Run, chosen: Sequence[Chosen], settings: StudySettings) -> TestPlan:
+    pairs = [
+        PlannedPair(p.name, p.family, p.basis, p.vectors, p.cluster, p.group.name, p.why)
+        for one in chosen
+        for p in one.pairs
+    ]
+    tokens = unseen_tokens(run, settings.unseen).fingerprint()
+    return TestPlan(settings.bases, tuple(pairs), settings.unseen, settings.window, settings.test, tokens)
+
+
+def measure_basis(place: Path, label: str, settings: StudySettings) -> KeptEvidence:
+    """One basis of one run, read back where it was measured before with the same key."""
+    from tqdm import tqdm
+
+    torch.set_num_threads(1)
+    run = load_run(place, say=lambda _: None)
+    depends = (settings.unseen, settings.window, settings.test, run.key(f"clusters:{label}"), SCHEMA)
+    key = run.key_for(f"verdicts/{label}", *depends)
+
+    def compute() -> KeptEvidence:
+        chosen = choose(run, label, least=settings.test.least, window=settings.window)
+        tokens = unseen_tokens(run, settings.unseen)
+        split = split_of(run, tokens, settings.window)
+        with tqdm(desc=f"{run.directory.path.name} {label}", disable=None, leave=False) as bar:
+
+            def told(name: str, done: int, total: int) -> None:
+                bar.total, bar.n = total, done
+                bar.set_postfix_str(name)
+
+            found = measure_run(
+                split,
+                chosen.pairs,
+                settings.test,
+                parents=parents_of(run, tokens) or None,
+                observations={label: chosen.observation},
+                progress=told,
+                seed=run.config.seed,
+            )
+        left = tuple((u.name, u.reason) for u in found.untested)
+        return KeptEvidence(found.evidence, found.bases, left)
+
+    return run.directory.kept(f"verdicts/{label}", key, KeptEvidence, compute, run.objective.passes)
+
+
+def _measured(
+    runs: Sequence[Run],
+    chosen: Sequence[Sequence[Chosen]],
+    kept: Sequence[KeptEvidence],
+    settings: StudySettings,
+) -> list[Measured]:
+    """Kept evidence under the names that pairs have over runs."""
+    count = len(settings.bases)
+    flat = [(run, one) for run, found in zip(runs, chosen, strict=True) for one in found]
+    by_basis: dict[tuple[int, str], str] = {}
+    for offset in range(count):
+        part = flat[offset::count]
+        for (number, name), over in same_pairs(part).items():
+            by_basis[number * count + offset, name] = over if len(runs) > 1 else name
+    result = []
+    for index, ((run, one), found) in enumerate(zip(flat, kept, strict=True)):
+        tested = [pair for pair in one.pairs if pair.name in found.evidence]
+        names = {pair.name: by_basis[index, pair.name] for pair in tested}
+        result.append(
+            Measured(
+                tuple(replace(pair, name=names[pair.name]) for pair in tested),
+                {names[pair.name]: found.evidence[pair.name] for pair in tested},
+                found.bases,
+                tuple(Unchosen(name, reason) for name, reason in found.untested),
+                run.config.seed,
+            )
+        )
+    return result
+
+
+def write_result(result: CausalResult, place: Path) -> None:
+    """``verdicts.json`` of a run or of a study's folder."""
+    save_record(place / "verdicts.json", result)
