@@ -47,9 +47,15 @@ def encode(first: Int[Tensor, " S"], second: Int[Tensor, " S"]) -> Int[Tensor, "
     return torch.cat([digits(first, 3), plus, digits(second, 3), equals, digits(first + second, 4)], dim=1)
 
 
+def output_logits(module: nn.Module, inputs: Int[Tensor, "B 12"]) -> Float[Tensor, "B 4 V"]:
+    """Logits of the four output digits of a sum."""
+    logits: Tensor = module(inputs[:, :-1])[:, -4:]
+    return logits
+
+
 def token_loss(module: nn.Module, inputs: Int[Tensor, "B 12"]) -> Float[Tensor, "B 4"]:
     """Cross-entropy of the four output digits, in nats."""
-    logits = module(inputs[:, :-1])[:, -4:]
+    logits = output_logits(module, inputs)
     losses = nn.functional.cross_entropy(logits.flatten(0, 1), inputs[:, -4:].flatten(), reduction="none")
     return losses.view(len(inputs), 4)
 
