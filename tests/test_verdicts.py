@@ -11,7 +11,7 @@ import torch
 
 from experiments.run.run import load_run
 from experiments.run.run_record import read_run_record
-from experiments.run.summary import write_summary
+from experiments.run.summary.write import write_summary
 from experiments.verdicts.choose import choose, jaccard, select_shares, unseen_tokens
 from experiments.verdicts.records import CausalResult
 from experiments.verdicts.study import StudySettings, run_study, write_result
