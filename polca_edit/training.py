@@ -132,7 +132,7 @@ class SeriesWriter:
         """Latest step from which the run can go on with nothing missing before it, if any."""
         for step in reversed(self.folder.state_steps()):
             needed = [s for s in self.weight_steps if s <= step] + [step]
-            if all(self.folder.weights(s).exists() for s in needed):
+            if self.folder.has_weights(needed):
                 return step
         return None
 
@@ -148,7 +148,7 @@ class SeriesWriter:
     def finish(self, settings: TrainingSettings) -> None:
         """Write the index if every wanted step is there; its presence says that the series is complete."""
         steps = sorted(self.weight_steps)
-        if not all(self.folder.weights(step).exists() for step in steps):
+        if not self.folder.has_weights(steps):
             return
         rates = tuple(settings.rate(step) if step else 0.0 for step in steps)
         index = SeriesIndex(tuple(steps), self.space.fingerprint(), rates, settings.weight_decay)

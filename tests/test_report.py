@@ -17,8 +17,9 @@ import pytest
 import torch
 import yaml
 from markupsafe import Markup
+from rich.console import Console
 
-from experiments.report.answers import Answer, Loss, answers
+from experiments.report.answers import Answer, Loss, answers, print_summary
 from experiments.report.figures_damage import damage_map
 from experiments.report.figures_removal import RemovalCurves, draw_removal
 from experiments.report.figures_robustness import Survival, draw_survival
@@ -415,11 +416,12 @@ class TestAnswers:
         rows = tuple(
             replace(
                 row,
-                groups={k: 2 * float(damage[row.vector, m].mean()) for k, m in skills.items()},
+                groups={k: scale * float(damage[row.vector, m].mean()) for k, m in skills.items()},
                 group_headroom=dict.fromkeys(skills, 5.0),
             )
             for row in analysis.entry.damage
-            if row.cluster is None and row.split == "evaluate"
+            for scale in [2.0 if row.split == "evaluate" else 1.0]
+            if row.cluster is None and row.dose == 1.0
         )
         entry = replace(analysis.entry, damage=rows)
         summary = replace(view.summary, analyses={"hessian": entry})
@@ -487,7 +489,7 @@ class TestSections:
         (tmp_path / "summary.json").write_text(json.dumps(summary))
         found = Discovery(
             (WindowRow(0, 120, 1.9, {"10s": 0.58}),),
-            (FoundCluster("s0", 77, "10s", 1.0, 0.51, 4.0),),
+            (FoundCluster("s0", 77, "10s", 1.0, 0.51, 4.0), FoundCluster("s1", 7, "1s", 1.0, 0.3, 4.0)),
             (AxisRow("hessian", "10s", 2.5, 1.1, "1s", 0.01),),
         )
         (tmp_path / "discovery.json").write_text(json.dumps(to_plain(found)))
@@ -499,6 +501,7 @@ class TestSections:
         assert "Undoing &lt;v2&gt; costs the 10s." in page
         assert rows_of(page, "0 to 120") == [["0 to 120", "1.90", "58.0\xa0%"]]
         assert rows_of(page, "s0") == [["s0", "77", "10s", "1.00", "0.51", "4.00"]]
+        assert rows_of(page, "s1") == [["s1", "7", "–", "1.00", "0.30", "4.00"]]
         assert ["hessian", "10s", "+2.500", "110\xa0%", "1s", "1.0\xa0%"] in rows_of(page, "hessian")
 
     def test_what_was_not_found_is_left_out(self) -> None:
@@ -529,8 +532,6 @@ class TestTables:
     )
 
     def test_page_terminal_and_document_share_the_cells(self) -> None:
-        from rich.console import Console
-
         html, text = self.made.__html__(), Console(width=60)
         with text.capture() as shown:
             text.print(self.made.terminal())
@@ -544,8 +545,6 @@ class TestTables:
         assert "a\\|b" in self.made.markdown()
 
     def test_words_are_never_cut(self) -> None:
-        from rich.console import Console
-
         rule = "token is ',' and previous shape is 'piece' and distance >= 7 " * 4
         console = Console(width=40)
         with console.capture() as shown:
@@ -707,3 +706,64 @@ def test_formats() -> None:
     assert nats(1.5) == "+1.500"
     assert str(highlighted("no mark <i>")) == "no mark &lt;i&gt;"
     assert share(-0.0002) == "−0.02\xa0%"
+
+
+# -- a real run ---------------------------------------------------------------------------------
+
+
+class TestSmoke:
+    """The page of a real run says what the run's records say."""
+
+    @pytest.fixture
+    def page(self, smoke_copy) -> tuple[Path, str]:
+        path = write_report(RunDirectory(smoke_copy), lambda _: None)
+        return smoke_copy, path.read_text(encoding="utf-8")
+
+    def test_every_number_is_that_of_the_summary(self, page) -> None:
+        run, text = page
+        summary = json.loads((run / "summary.json").read_text())
+        for name, analysis in summary["analyses"].items():
+            parts = [nats(analysis["loss_change"][key]) for key in ("exact", "attributed", "residual")]
+            assert [row[2:5] for row in rows_of(text, name) if len(row) == 11] == [parts]
+            damage = {
+                r["vector"]: r
+                for r in analysis["damage"]
+                if r["cluster"] is None and r["split"] == "evaluate" and r["dose"] == 1.0
+            }
+            for vector in analysis["vectors"]:
+                title = f"v{vector['vector']}"
+                title += "" if vector["origin"] is None else f" (step {vector['origin']})"
+                wanted = nats(damage[vector["vector"]]["on_target"])
+                assert wanted in [row[2] for row in rows_of(text, title) if len(row) > 5]
+
+    def test_the_first_table_quotes_evaluate_rows(self, page) -> None:
+        run, text = page
+        summary = json.loads((run / "summary.json").read_text())
+        skills = {skill for r in summary["analyses"]["hessian"]["damage"] for skill in r["groups"]}
+        shown = [row for skill in skills for row in rows_of(text, skill) if len(row) == 7]
+        assert len(shown) >= 4
+        for skill, _, place, damage, of_headroom, *_ in shown:
+            basis, _, vector = place.partition(" v")
+            row = next(
+                r
+                for r in summary["analyses"][basis]["damage"]
+                if (r["vector"], r["cluster"], r["split"], r["dose"]) == (int(vector), None, "evaluate", 1.0)
+            )
+            assert damage == nats(row["groups"][skill], 2)
+            assert of_headroom == share(row["groups"][skill] / row["group_headroom"][skill])
+
+    def test_every_cluster_is_counted(self, page) -> None:
+        run, text = page
+        summary = json.loads((run / "summary.json").read_text())
+        for analysis in summary["analyses"].values():
+            found = len(analysis["clusters"])
+            assert f"showing {min(found, 24)} of {found}" in words(text)
+
+    def test_the_terminal_shows_the_same_cells(self, page) -> None:
+        run, text = page
+        console = Console(width=400)
+        with console.capture() as shown:
+            print_summary(RunDirectory(run), console)
+        for row in (r for name in ("hessian", "trajectory") for r in rows_of(text, name) if len(r) == 11):
+            for cell in row:
+                assert cell in shown.get()

@@ -86,7 +86,9 @@ def run_study(
     jobs = [(place, label, settings) for place in places for label in settings.bases]
     say(f"  {len(jobs)} bases of {len(runs)} runs, {sum(len(p.pairs) for p in plans)} pairs")
     if workers > 1 and len(jobs) > 1:
-        with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=get_context("spawn")) as pool:
+        count, spawn = min(workers, len(jobs)), get_context("spawn")
+        # One thread a process: together they fill the cores, and sums come out in the same order.
+        with ProcessPoolExecutor(count, spawn, torch.set_num_threads, (1,)) as pool:
             kept = list(pool.map(measure_basis, *zip(*jobs, strict=True)))
     else:
         kept = [measure_basis(*job) for job in jobs]
@@ -143,7 +145,6 @@ def measure_basis(place: Path, label: str, settings: StudySettings) -> KeptEvide
     """One basis of one run, read back where it was measured before with the same key."""
     from tqdm import tqdm
 
-    torch.set_num_threads(1)
     run = load_run(place, say=lambda _: None)
     depends = (settings.unseen, settings.window, settings.test, run.key(f"clusters:{label}"), SCHEMA)
     key = run.key_for(f"verdicts/{label}", *depends)
