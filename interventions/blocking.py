@@ -188,49 +188,60 @@ class Curve:
     held: bool
 
 
+@dataclass(frozen=True)
+class Retraining:
+    """What every arm of a recorded run trains with, and how it is measured.
+
+    Attributes:
+        space: recorded parameters.
+        batch_loss: loss of a step's batch, which decides the data order.
+        settings: optimisation of the run.
+        measure: mean loss per group of a module, nats per token.
+        every: steps between measurements.
+    """
+
+    space: ParameterSpace
+    batch_loss: Callable[[nn.Module, int], Tensor]
+    settings: TrainingSettings
+    measure: Callable[[nn.Module], Mapping[str, float]]
+    every: int = 10
+
+
 def run_arm(
     module: nn.Module,
-    space: ParameterSpace,
-    batch_loss: Callable[[nn.Module, int], Tensor],
-    settings: TrainingSettings,
+    run: Retraining,
     start: BranchPoint,
     stop: int,
-    measure: Callable[[nn.Module], Mapping[str, float]],
     *,
     arm: str,
     branch: int = 0,
     hold: Hold | None = None,
-    every: int = 10,
 ) -> Curve:
-    """Train one arm from a branch point; the data order is that of ``batch_loss``.
+    """Train one arm from a branch point.
 
     Args:
         module: any weights; the branch point's are written into it.
-        space: recorded parameters.
-        batch_loss: loss of a step's batch.
-        settings: optimisation of the run.
+        run: data and optimisation of the recorded run.
         start: where to branch.
         stop: last step.
-        measure: mean loss per group of the current module.
         arm: name.
         branch: data-order seed, for the record.
         hold: what is held, None for the free arm.
-        every: steps between measurements.
     """
-    space.write(module, start.theta)
-    steps, found = [start.step], [dict(measure(module))]
+    run.space.write(module, start.theta)
+    steps, found = [start.step], [dict(run.measure(module))]
 
     def after(step: int, trained: nn.Module, optimiser: torch.optim.Optimizer) -> None:
         if hold is not None:
             hold(step, trained, optimiser)
-        if (step - start.step) % every == 0 or step == stop:
+        if (step - start.step) % run.every == 0 or step == stop:
             trained.eval()
             steps.append(step)
-            found.append(dict(measure(trained)))
+            found.append(dict(run.measure(trained)))
             trained.train()
 
     span = TrainingSpan(start.step, stop, start.optimiser_state)
-    train(module, batch_loss, settings, span=span, after_step=after)
+    train(module, run.batch_loss, run.settings, span=span, after_step=after)
     losses = {name: np.array([values[name] for values in found]) for name in found[0]}
     return Curve(arm, branch, tuple(steps), losses, hold is None or hold.held)
 

@@ -7,8 +7,9 @@ masks add up exactly; their damages need not, and the difference is reported (ad
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -254,6 +255,20 @@ def localise(split: EvaluatedSplit, edit: Edit, members: Bits, parts: Sequence[C
     return LocalisationMap(whole, tuple(found), gap, squares / total if total > 0 else 1.0)
 
 
+def _patched_hooks(module: nn.Module) -> list[str]:
+    """Attention outputs, MLP outputs and residual streams of a model with hooks.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    chosen = [n for n in hook_names(module) if re.search(r"(attn_out|mlp_out|resid_post)$", n)]
+    if not chosen:
+        raise ValueError(
+            "activation patching needs a model with hooks, this one has none; localise by parameters"
+        )
+    return chosen
+
+
 def patch_activations(
     split: EvaluatedSplit,
     edit: Edit,
@@ -280,12 +295,7 @@ def patch_activations(
     """
     objective, space = split.loss, split.loss.space
     module = objective.module
-    chosen = [n for n in hook_names(module) if re.search(r"(attn_out|mlp_out|resid_post)$", n)]
-    chosen = list(names) if names is not None else chosen
-    if not chosen:
-        raise ValueError(
-            "activation patching needs a model with hooks, this one has none; localise by parameters"
-        )
+    chosen = list(names) if names is not None else _patched_hooks(module)
     part = split.tokens.select(torch.arange(min(sequences, split.tokens.sequences)))
     target = torch.from_numpy(np.ascontiguousarray(members[: part.count]))
     if not bool(target.any()):
@@ -300,24 +310,21 @@ def patch_activations(
 
     kept: dict[str, Tensor] = {}
 
-    def keep(name: str) -> Callable[[Tensor], Tensor]:
-        def same(value: Tensor) -> Tensor:
-            kept[name] = value.detach().clone()
-            return value
+    def keep(name: str, value: Tensor) -> Tensor:
+        kept[name] = value.detach().clone()
+        return value
 
-        return same
+    def give(name: str, value: Tensor) -> Tensor:
+        return kept[name]
 
-    def give(name: str) -> Callable[[Tensor], Tensor]:
-        return lambda value: kept[name]
-
-    keepers = {name: keep(name) for name in chosen}
+    keepers = {name: partial(keep, name) for name in chosen}
     with space.substituted(module, edit.apply(split.theta)), replaced_activations(module, keepers):
         edited = target_loss()
     shares = {}
     with space.substituted(module, split.theta):
         base = target_loss()
         for name in chosen:
-            with replaced_activations(module, {name: give(name)}):
+            with replaced_activations(module, {name: partial(give, name)}):
                 moved = target_loss() - base
             shares[name] = moved / (edited - base) if edited != base else float("nan")
     return shares
