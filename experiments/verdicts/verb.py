@@ -75,5 +75,10 @@ def causal_test(
         save_record(Path(json_), result)
     shown = from_plain(TestedFile, to_plain(result))
     answers = {b.basis: {"A": b.A, "P": b.P} for b in shown.bases}
+    for control in result.controls:
+        say(
+            f"  positive control, seed {control.seed}: planted rule {control.planted}, its twin with random "
+            f"targets {control.twin}: {'passed' if control.passed else 'FAILED'}"
+        )
     print_verdicts([(row.basis, row.entry()) for row in shown.rows], answers, console)
     say(f"Result: {(out or runs[0]) / 'verdicts.json'}; next: polca-edit report {runs[0]}")
