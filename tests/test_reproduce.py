@@ -340,8 +340,8 @@ def test_another_learning_rate_trains_and_projects_again(copied, tmp_path):
 
     def slopes(folder, **changes):
         run = _opened(folder, **changes)
-        found = on_select(run, trained_series(run), {"random": 2}, _silent)["random"].projections.gradients
-        return found, run.objective.passes.forward
+        found = on_select(run, trained_series(run), {"trajectory": 2}, _silent)["trajectory"]
+        return found.projections.gradients, run.objective.passes.forward
 
     folder = copied("run")
     first, _ = slopes(folder)
