@@ -19,7 +19,7 @@ from interventions.edits import Edit
 from polca_edit.allocation.allocate import coordinates
 from polca_edit.checkpoints.files import SeriesFolder, read_weights
 from polca_edit.parameters import ParameterSpace, parameter_slots
-from polca_edit.training import TrainingSettings, train
+from polca_edit.training import TrainingSettings, TrainingSpan, train
 
 #: Share of the window below which a delay counts as none.
 DELAY_MARGIN = 0.1
@@ -229,15 +229,8 @@ def run_arm(
             found.append(dict(measure(trained)))
             trained.train()
 
-    train(
-        module,
-        batch_loss,
-        settings,
-        start=start.step,
-        stop=stop,
-        optimiser_state=start.optimiser_state or None,
-        after_step=after,
-    )
+    span = TrainingSpan(start.step, stop, start.optimiser_state)
+    train(module, batch_loss, settings, span=span, after_step=after)
     losses = {name: np.array([values[name] for values in found]) for name in found[0]}
     return Curve(arm, branch, tuple(steps), losses, hold is None or hold.held)
 

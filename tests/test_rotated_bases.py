@@ -15,7 +15,7 @@ from experiments.run.cost.sizes import ROTATED, sizes_of
 from experiments.run.driver import run_stages
 from experiments.run.keys import stage_names
 from experiments.run.run import Run, open_run
-from experiments.run.summary import write_summary
+from experiments.run.summary.write import write_summary
 from experiments.tasks.task import build_task
 from polca_edit.allocation.allocate import Projections, allocate, project
 from polca_edit.artifacts import load_record
@@ -79,7 +79,9 @@ def test_rotation_moves_vectors_and_keeps_the_span(added) -> None:
 
 def test_varimax_was_fitted_on_the_stored_allocation(added) -> None:
     """Kaiser's criterion of the given allocation table is higher at the rotation than at 200 random ones."""
-    from polca_edit.basis.rotate import allocation_matrices, orthomax_criterion
+    from oracles import orthomax_criterion
+
+    from polca_edit.basis.rotate import allocation_matrices
 
     run, _ = added
     before, after = (load_record(Basis, run.directory.basis(n)) for n in ("trajectory", "turned"))

@@ -10,7 +10,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.report.formats import count, decimal, share
-from experiments.report.records import BasisEntry, LossChange, LossParts
 from experiments.report.style import (
     CRIMSON,
     GREY,
@@ -27,6 +26,7 @@ from experiments.report.style import (
     styled,
 )
 from experiments.report.view import ClusterView, Curves
+from experiments.run.summary.records import BasisEntry, LossChange, LossParts
 
 TRAINING_CAPTION = (
     "What was learned when: exact loss of the select tokens of each skill over training. After the dotted "
@@ -50,7 +50,7 @@ COMPOSITION_CAPTION = (
     "select split."
 )
 #: A pair of curves above one another.
-CURVE_PANEL = Panel(width=WIDTH / 4, height=3.5, left=0.62, right=0.1, below=0.5, above=0.35)
+CURVE_PANEL = Panel(width=WIDTH / 4, height=3.5, left=0.8, right=0.06, below=0.5, above=0.35)
 
 
 @styled()

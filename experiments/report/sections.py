@@ -14,11 +14,12 @@ from markupsafe import Markup
 
 from experiments.report.answers import share_cell
 from experiments.report.formats import MISSING, decimal, nats, share
-from experiments.report.records import Summary
 from experiments.report.style import Drawing
 from experiments.report.tables import Cell, Column, Table, table
 from experiments.report.verdicts import basis_table, verdict_table
+from experiments.report.view import NAMED_F1
 from experiments.run.store import RunDirectory
+from experiments.run.summary.records import Summary
 from polca_edit.artifacts import load_record
 
 
@@ -181,6 +182,12 @@ class FoundCluster:
     recall: float | None = None
     lift: float | None = None
 
+    @property
+    def f1(self) -> float:
+        """F1 of homogeneity and recall, 0 where no skill is known."""
+        share, recall = self.homogeneity or 0.0, self.recall or 0.0
+        return 2 * share * recall / (share + recall) if share + recall else 0.0
+
 
 @dataclass(frozen=True)
 class AxisRow:
@@ -237,11 +244,11 @@ def timeline_table(rows: Sequence[WindowRow]) -> Table:
 
 
 def found_table(rows: Sequence[FoundCluster]) -> Table:
-    """Interventional clusters beside the nearest known skill."""
+    """Interventional clusters; one carries a skill's name where it fits well enough."""
     columns: list[Column | str] = [
         "cluster",
         "tokens",
-        Column("nearest skill", left=True),
+        Column("skill", left=True),
         "homogeneity",
         "recall",
         "lift",
@@ -250,7 +257,7 @@ def found_table(rows: Sequence[FoundCluster]) -> Table:
         [
             row.name,
             Cell(str(row.tokens), sort=row.tokens),
-            row.skill or MISSING,
+            row.skill if row.skill is not None and row.f1 >= NAMED_F1 else MISSING,
             *(Cell(decimal(value), sort=value) for value in (row.homogeneity, row.recall, row.lift)),
         ]
         for row in rows

@@ -6,11 +6,10 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 
-from experiments.config import BasisConfig
 from experiments.run.parts import Ledger, kept_parts
 from experiments.run.run import Run
 from experiments.run.stages.bases import basis_inputs
@@ -18,6 +17,7 @@ from interventions.edits import weights_fingerprint
 from polca_edit.allocation.allocate import CheckpointSlopes, Projections, project, second_order_terms
 from polca_edit.artifacts import load_record, save_record
 from polca_edit.basis.build import build_basis
+from polca_edit.basis.hessian import EigenSettings
 from polca_edit.basis.path import odd_checkpoints
 from polca_edit.basis.record import Basis
 from polca_edit.checkpoints.series import Checkpoints
@@ -28,8 +28,6 @@ PASS_COST = {"forward": 1.0, "backward": 2.0, "tangent": 1.7, "hvp": 5.0}
 #: Sequences of the curvature sample that Eq. 6's mean terms are taken on: one Hessian-vector product
 #: per vector and checkpoint is its dearest part.
 CURVATURE_SUMS = 64
-#: Of eigenvectors, the same for every kind: a looser one than a run needs.
-ACCURACY: Any = {"tolerance": 0.05, "max_products": 24}
 Say = Callable[[str], None]
 Part = TypeVar("Part")
 Mapped = Callable[[Callable[[int], Part], Sequence[int]], Iterator[Part]]
@@ -120,15 +118,13 @@ def on_select(run: Run, checkpoints: Checkpoints, counts: Mapping[str, int], say
         counts: kind -> number of vectors.
         say: told what took how long.
     """
-    bases, prices = [], []
+    settings = EigenSettings(tolerance=0.05, max_products=24, seed=run.config.seed)
+    inputs, bases, prices = basis_inputs(run, odd_checkpoints(checkpoints), settings), [], []
     sequences = run.task.splits.select.sequences
     for kind, count in counts.items():
         started, name = time.perf_counter(), f"study/bases/{kind}-{count}"
-        spec = BasisConfig(kind=kind, vectors=count, **ACCURACY)
-        # Every kind from the odd checkpoints, so that all are tested on checkpoints they have not seen.
-        inputs = replace(basis_inputs(run, spec, checkpoints), checkpoints=odd_checkpoints(checkpoints))
         build = functools.partial(build_basis, kind, inputs, count)
-        key = run.key_for(name, checkpoints.steps, ACCURACY)
+        key = run.key_for(name, checkpoints.steps)
         bases.append(run.directory.kept(name, key, Basis, build, run.objective.passes))
         prices.append(cost(spent_on(run, name), sequences))
         say(f"  basis {kind:<20} {time.perf_counter() - started:6.1f} s")

@@ -50,8 +50,8 @@ def causal_test(
     """
     from experiments.report.verdicts import print_verdicts
     from experiments.run.run import load_run
-    from experiments.run.summary import write_summary
-    from experiments.run.summary_records import TestedFile
+    from experiments.run.summary.records import TestedFile
+    from experiments.run.summary.write import write_summary
     from experiments.verdicts.study import StudySettings, run_study, write_result
     from interventions.causal.settings import TestSettings
     from polca_edit.artifacts import from_plain, save_record, to_plain

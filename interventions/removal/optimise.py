@@ -24,14 +24,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interventions.edits import Edit, from_delta, weights_fingerprint
-from interventions.removal.problem import (
-    Limits,
-    RemovalProblem,
-    mean_by_group,
-    token_kl,
-    token_nll,
-)
+from interventions.edits import Edit, from_delta
+from interventions.removal.grouped import LEAST_HEADROOM, mean_by_group, token_kl, token_nll
+from interventions.removal.problem import Limits, RemovalProblem
 from interventions.removal.relabelling import Refit, fit_relabelling
 from interventions.removal.spans import Span
 from polca_edit.tokens import TokenSet
@@ -67,7 +62,7 @@ class Batch:
 
     def shares(self) -> Float[Tensor, " G"]:
         """Loss change over headroom per group (groups without headroom are not meaningful)."""
-        return self.mean(self.nll_after - self.nll_before) / self.problem.headroom.clamp_min(0.05)
+        return self.mean(self.nll_after - self.nll_before) / self.problem.headroom.clamp_min(LEAST_HEADROOM)
 
     def target_share(self) -> Float[Tensor, ""]:
         """Loss change of the skill's tokens over their headroom."""
@@ -296,6 +291,5 @@ def constrained(
 
 def edit_of(problem: RemovalProblem, delta: Float[Tensor, " N"], operator: str, **provenance: object) -> Edit:
     """An edit record of a movement; the span and its rank go to the provenance."""
-    return from_delta(
-        weights_fingerprint(problem.theta), delta, operator, provenance={"skill": problem.skill, **provenance}
-    )
+    base = problem.select.split.movement.base
+    return from_delta(base, delta, operator, provenance={"skill": problem.rule.skill, **provenance})

@@ -87,7 +87,13 @@ def _run_rotated(run: Run, stage: str, spec: BasisConfig) -> None:
 
 def build_basis(run: Run, spec: BasisConfig, checkpoints: Checkpoints, parts: Path) -> Basis:
     """The basis a config section asks for, by the one table of kinds."""
-    inputs = basis_inputs(run, spec, checkpoints)
+    mask = None if spec.include == ("*",) else run.task.space.mask(spec.include)
+    whole = spec.kind in build.FROM_THE_WHOLE_SERIES
+    inputs = basis_inputs(
+        run,
+        checkpoints if whole else odd_checkpoints(checkpoints),
+        EigenSettings(spec.per_checkpoint, spec.tolerance, spec.max_products, run.config.seed, mask),
+    )
     if spec.kind != "hessian":
         return build.build_basis(spec.kind, inputs, spec.vectors)
     chosen = basis_checkpoints(run, checkpoints, spec)
@@ -97,15 +103,14 @@ def build_basis(run: Run, spec: BasisConfig, checkpoints: Checkpoints, parts: Pa
         return build.build_basis(spec.kind, given, min(spec.vectors, len(chosen) * spec.per_checkpoint))
 
 
-def basis_inputs(run: Run, spec: BasisConfig, checkpoints: Checkpoints) -> BasisInputs:
-    """What the kinds of :mod:`polca_edit.basis.build` take of a run."""
-    mask = None if spec.include == ("*",) else run.task.space.mask(spec.include)
+def basis_inputs(run: Run, checkpoints: Checkpoints, settings: EigenSettings) -> BasisInputs:
+    """What the kinds of :mod:`polca_edit.basis.build` take: basis checkpoints and the curvature sample."""
     folder = SeriesFolder(run.directory.checkpoints)
     return BasisInputs(
         run.objective,
-        checkpoints if spec.kind in build.FROM_THE_WHOLE_SERIES else odd_checkpoints(checkpoints),
+        checkpoints,
         run.task.splits.curvature,
-        EigenSettings(spec.per_checkpoint, spec.tolerance, spec.max_products, run.config.seed, mask),
+        settings,
         arithmetic.output_logits if run.config.task == "arithmetic" else None,
         build.recorded_second_moments(folder, run.task.space, run.config.training.betas[1]),
     )
