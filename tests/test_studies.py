@@ -10,9 +10,9 @@ import pytest
 
 from experiments.application import settings_from
 from experiments.config import load_config
-from experiments.report.records import DamageEntry, read_summary
 from experiments.report.tables import table
 from experiments.run.store import RunDirectory
+from experiments.run.summary.records import DamageRow, read_summary
 from experiments.study.demo_table import Fit, demo_row, demo_table, most_selective, reached
 from experiments.study.paper_scale import stages_table
 from experiments.study.results import publish
@@ -55,7 +55,7 @@ def test_an_unfinished_run_is_refused(tmp_path):
 def _damaging(summary, damages):
     """The summary with whole-vector damage rows of the Hessian basis alone: (vector, split) -> groups."""
     rows = tuple(
-        DamageEntry(vector, None, "project_out", 1.0, split, 0.0, None, None, None, groups, {})
+        DamageRow(vector, None, "project_out", 1.0, split, 0.0, None, None, None, groups, {})
         for (vector, split), groups in damages.items()
     )
     return replace(summary, analyses={"hessian": replace(summary.analyses["hessian"], damage=rows)})
