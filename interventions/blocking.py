@@ -69,7 +69,7 @@ class Hold:
     def put_back(self, theta: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
         """Weights theta - P (theta - anchor), exact on masked coordinates."""
         if self.mask is not None:
-            return torch.where(self.mask, self.anchor.to(theta), theta)
+            return torch.where(self.mask.to(theta.device), self.anchor.to(theta), theta)
         assert self.rows is not None
         # Once more on what rounding left: the second pass removes what the weights' type can hold.
         for _ in range(2):
@@ -82,7 +82,7 @@ class Hold:
         """Largest held coordinate's distance from the anchor."""
         away = theta - self.anchor.to(theta)
         if self.mask is not None:
-            return float(away[self.mask].abs().max())
+            return float(away[self.mask.to(away.device)].abs().max())
         assert self.rows is not None
         return float(coordinates(self.rows, away).abs().max())
 
@@ -99,7 +99,7 @@ class Hold:
             return
         flat = self.space.flatten({k: v for k, v in moments.items() if v is not None})
         if self.mask is not None:
-            flat = torch.where(self.mask, torch.zeros_like(flat), flat)
+            flat = torch.where(self.mask.to(flat.device), torch.zeros_like(flat), flat)
         else:
             assert self.rows is not None
             flat = flat - coordinates(self.rows, flat).to(flat) @ self.rows.to(flat)

@@ -7,9 +7,8 @@ masks add up exactly; their damages need not, and the difference is reported (ad
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -255,18 +254,22 @@ def localise(split: EvaluatedSplit, edit: Edit, members: Bits, parts: Sequence[C
     return LocalisationMap(whole, tuple(found), gap, squares / total if total > 0 else 1.0)
 
 
-def _patched_hooks(module: nn.Module) -> list[str]:
-    """Attention outputs, MLP outputs and residual streams of a model with hooks.
-
-    Raises:
-        ValueError: if it has none.
-    """
-    chosen = [n for n in hook_names(module) if re.search(r"(attn_out|mlp_out|resid_post)$", n)]
-    if not chosen:
+def _target_loss(split: EvaluatedSplit, members: Bits, sequences: int) -> Callable[[], float]:
+    """Mean loss of the target's tokens among the first sequences, at the module's present weights."""
+    loss, module = split.loss, split.loss.module
+    part = split.tokens.select(torch.arange(min(sequences, split.tokens.sequences)))
+    target = torch.from_numpy(np.ascontiguousarray(members[: part.count]))
+    if not bool(target.any()):
         raise ValueError(
-            "activation patching needs a model with hooks, this one has none; localise by parameters"
+            f"activation patching needs target tokens in the first {sequences} sequences, got none"
         )
-    return chosen
+
+    def measured() -> float:
+        with torch.no_grad():
+            found: Tensor = loss.token_loss(module, part.inputs.to(loss.device)).cpu()[part.scored]
+        return float(found[target].double().mean())
+
+    return measured
 
 
 def patch_activations(
@@ -293,38 +296,34 @@ def patch_activations(
     Raises:
         ValueError: if the module has no hooks, or no target token is among the sequences.
     """
-    objective, space = split.loss, split.loss.space
-    module = objective.module
-    chosen = list(names) if names is not None else _patched_hooks(module)
-    part = split.tokens.select(torch.arange(min(sequences, split.tokens.sequences)))
-    target = torch.from_numpy(np.ascontiguousarray(members[: part.count]))
-    if not bool(target.any()):
+    module, space = split.loss.module, split.loss.space
+    chosen = [n for n in hook_names(module) if re.search(r"(attn_out|mlp_out|resid_post)$", n)]
+    chosen = list(names) if names is not None else chosen
+    if not chosen:
         raise ValueError(
-            f"activation patching needs target tokens in the first {sequences} sequences, got none"
+            "activation patching needs a model with hooks, this one has none; localise by parameters"
         )
-
-    def target_loss() -> float:
-        with torch.no_grad():
-            found: Tensor = objective.token_loss(module, part.inputs.to(objective.device)).cpu()[part.scored]
-        return float(found[target].double().mean())
-
+    target_loss = _target_loss(split, members, sequences)
     kept: dict[str, Tensor] = {}
 
-    def keep(name: str, value: Tensor) -> Tensor:
-        kept[name] = value.detach().clone()
-        return value
+    def keep(name: str) -> Callable[[Tensor], Tensor]:
+        def same(value: Tensor) -> Tensor:
+            kept[name] = value.detach().clone()
+            return value
 
-    def give(name: str, value: Tensor) -> Tensor:
-        return kept[name]
+        return same
 
-    keepers = {name: partial(keep, name) for name in chosen}
+    def give(name: str) -> Callable[[Tensor], Tensor]:
+        return lambda value: kept[name]
+
+    keepers = {name: keep(name) for name in chosen}
     with space.substituted(module, edit.apply(split.theta)), replaced_activations(module, keepers):
         edited = target_loss()
     shares = {}
     with space.substituted(module, split.theta):
         base = target_loss()
         for name in chosen:
-            with replaced_activations(module, {name: partial(give, name)}):
+            with replaced_activations(module, {name: give(name)}):
                 moved = target_loss() - base
             shares[name] = moved / (edited - base) if edited != base else float("nan")
     return shares

@@ -43,7 +43,7 @@ from experiments.report.view import (
     over_headroom,
     read_run,
 )
-from experiments.run.run_record import RunRecord
+from experiments.run.run_record import Opening, RunRecord
 from experiments.run.store import RunDirectory, StageRecord
 from experiments.run.summary.records import ClusterEntry, read_summary
 from experiments.run.summary.write import summary_schema
@@ -386,6 +386,14 @@ class TestPage:
         # The first table tells of clusters instead; v2.c0 loses 5.7 nats, no headroom to speak of.
         assert rows_of(page, "hessian v2·c0")[0][2:4] == ["+5.700", "–"]
 
+    def test_openings_of_an_older_run_are_read(self, tmp_path) -> None:
+        """They did not say which verb had read the split: it was always the run itself."""
+        directory = make_run(tmp_path, {"trajectory": False})
+        record = json.loads((tmp_path / "run.json").read_text())
+        record["evaluate_openings"] = [{"plan": "ab", "exploratory": False}]
+        (tmp_path / "run.json").write_text(json.dumps(record))
+        assert read_run(directory).run.evaluate_openings == (Opening("ab", False, "run"),)
+
     def test_missing_records_are_named(self, tmp_path) -> None:
         with pytest.raises(ValueError, match="summary.json"):
             write_report(RunDirectory(tmp_path))
@@ -566,7 +574,7 @@ class TestFigures:
             draw_survival({"a": Survival(0.5, 2, {"rule": {"x": 1.0, "y": 0.0}})}, tmp_path / "s.png")
             assert {key: matplotlib.rcParams._get(key) for key in matplotlib.rcParams} == before
 
-    def test_importing_changes_no_setting_and_starts_no_backend(self) -> None:
+    def test_importing_changes_no_setting_and_brings_no_backend_and_no_model(self) -> None:
         import subprocess
         import sys
 
@@ -575,7 +583,8 @@ class TestFigures:
             "import experiments.report.page, experiments.report.figures_removal\n"
             "import experiments.report.figures_robustness, sys\n"
             "assert {k: m.rcParams._get(k) for k in m.rcParams} == before\n"
-            "assert 'matplotlib.pyplot' not in sys.modules\n"
+            "absent = 'matplotlib.pyplot', 'transformer_lens', 'experiments.run.run', 'experiments.tasks'\n"
+            "assert not {*absent} & {*sys.modules}, {*absent} & {*sys.modules}\n"
         )
         subprocess.run([sys.executable, "-c", code], check=True)
 
