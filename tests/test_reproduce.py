@@ -3,7 +3,6 @@
 import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -248,7 +247,7 @@ def test_claims_take_unrotated_bases_of_the_same_seed():
     assert all(c.status == "not testable" for c in judge_claims([], []))
 
 
-#: As the smoke preset records, so that one training serves every test.
+#: As the smoke preset records, so that the shared run serves every test.
 RECORDED = {"training.record_every": 6}
 SETTINGS = ReproductionSettings(
     3, None, ("trajectory_secant", "random"), (), rivals=False, draws=1, tolerance=0.05
@@ -263,26 +262,35 @@ def _opened(folder, **changes):
     return open_run(load_config("smoke", {**changes, "bases": [{"kind": "trajectory"}]}), folder, _silent)
 
 
-@pytest.fixture(scope="module")
-def recorded(tmp_path_factory):
-    """A trained smoke run, to be copied."""
-    folder = tmp_path_factory.mktemp("smoke") / "run"
-    trained_series(_opened(folder))
+def _weights_of(source, folder):
+    """A run directory with the weights of another and nothing else."""
+    shutil.copytree(source / "checkpoints", folder / "checkpoints")
+    for part in ("config.yaml", "stages/train.json"):
+        (folder / part).parent.mkdir(exist_ok=True)
+        shutil.copy(source / part, folder / part)
     return folder
 
 
 @pytest.fixture
-def copied(recorded, tmp_path):
-    """Copies of the trained run by name."""
-    return lambda name: Path(shutil.copytree(recorded, tmp_path / name))
+def copied(smoke_run, tmp_path):
+    """Copies of the weights of the shared smoke run, by name."""
+    return lambda name: _weights_of(smoke_run, tmp_path / name)
 
 
-def test_smoke_reproduction_writes_every_column(copied, tmp_path):
+@pytest.fixture(scope="module")
+def reproduced(smoke_run, tmp_path_factory):
+    """Settings, result file and run directory of one smoke reproduction, to read only."""
+    place = tmp_path_factory.mktemp("reproduce")
+    folder, file = _weights_of(smoke_run, place / "runs" / "seed0"), place / "rows.json"
     settings = replace(
         SETTINGS, kinds=("trajectory_secant", "hessian", "random"), rotated=("trajectory_secant",)
     )
-    folder, file = copied("runs/seed0"), tmp_path / "rows.json"
     run_reproduction("smoke", [0], file, folder.parent, settings, _silent, **RECORDED)
+    return settings, file, folder
+
+
+def test_smoke_reproduction_writes_every_column(reproduced):
+    settings, file, folder = reproduced
     written = json.loads(file.read_text())
     result = from_plain(Reproduction, written)
     names = {(row.basis, row.rotation) for row in result.rows}
@@ -332,8 +340,8 @@ def test_another_learning_rate_trains_and_projects_again(copied, tmp_path):
 
     def slopes(folder, **changes):
         run = _opened(folder, **changes)
-        found = on_select(run, trained_series(run), {"random": 2}, _silent)["random"].projections.gradients
-        return found, run.objective.passes.forward
+        found = on_select(run, trained_series(run), {"trajectory": 2}, _silent)["trajectory"]
+        return found.projections.gradients, run.objective.passes.forward
 
     folder = copied("run")
     first, _ = slopes(folder)
@@ -385,18 +393,18 @@ def test_an_interrupted_measurement_goes_on_where_it_stopped(copied, monkeypatch
         assert own.passes == pytest.approx(other.passes)
 
 
-def test_bases_alone_with_a_fixed_rule(copied):
+def test_bases_alone_with_a_fixed_rule(copied, reproduced):
     """A fixed rule gives nearly the adaptive shares; no table is made besides the bases."""
-    settings = replace(SETTINGS, kinds=("loss_weighted",), rotated=("loss_weighted",))
-    run = _opened(copied("adaptive"))
-    measured = measure_bases(run, trained_series(run), settings, _silent)["loss_weighted"]
-    adaptive = loss_shares(allocate(measured.evaluate, "quadrature"), run.task.splits.evaluate)
     said: list[str] = []
-    fixed = replace(settings, rule="gauss3", tables=False)
+    settings = replace(
+        SETTINGS, kinds=("trajectory_secant",), rotated=("trajectory_secant",), rule="gauss3", tables=False
+    )
     folder = copied("runs/seed0")
-    alone = run_reproduction("smoke", [0], None, folder.parent, fixed, said.append, **RECORDED)
-    intervals = len(run.checkpoints()) - 1
+    alone = run_reproduction("smoke", [0], None, folder.parent, settings, said.append, **RECORDED)
+    intervals = len(_opened(folder).checkpoints()) - 1
     assert any(line.endswith(f", {3 * intervals} places") for line in said)
-    assert [(row.basis, row.rotation) for row in alone.rows] == [("loss_weighted", "none")]
+    assert [(row.basis, row.rotation) for row in alone.rows] == [("trajectory_secant", "none")]
     assert alone.quadrature == alone.features == ()
-    assert alone.rows[0].loss.explained_share == pytest.approx(adaptive.explained_share, abs=0.01)
+    adaptive = from_plain(Reproduction, json.loads(reproduced[1].read_text())).rows[0]
+    assert (adaptive.basis, adaptive.rotation) == ("trajectory_secant", "none")
+    assert alone.rows[0].loss.explained_share == pytest.approx(adaptive.loss.explained_share, abs=0.01)

@@ -104,7 +104,6 @@ class FitSettings:
         retain: weight of the retain term outside the skill.
         confusion: weight of the uniform-output term on the skill.
         strength: method's own knob (gamma of GradDiff, beta of NPO, task-vector multiple ...).
-        seed: of control spans.
         stop: end a rival's fit once the batch's target damage reaches the goal; its retain term does not
             get to repair anything then, but unbounded ascent ends in time.
     """
@@ -113,7 +112,6 @@ class FitSettings:
     retain: float = 5.0
     confusion: float = 0.5
     strength: float = 1.0
-    seed: int = 0
     stop: bool = True
 
 
@@ -237,9 +235,7 @@ def fit(
     settings: FitSettings,
     steps: int,
     *,
-    start: Float[Tensor, " k"] | None = None,
     stop: Callable[[Batch], bool] | None = None,
-    first_batch: int = 0,
 ) -> Fit:
     """Minimise a batch loss over span coordinates with Adam, warm-up and cosine decay.
 
@@ -249,20 +245,17 @@ def fit(
         loss: of one batch.
         settings: learning rate.
         steps: optimiser steps at most.
-        start: coordinates to start from, zero by default.
         stop: ends the fit early, asked after every step's batch.
-        first_batch: number of the first batch.
     """
     began, passes = time.perf_counter(), problem.predictor.passes
-    z = torch.zeros(span.rank) if start is None else start.clone()
-    z.requires_grad_()
+    z = torch.zeros(span.rank, requires_grad=True)
     optimiser = torch.optim.Adam([z], lr=settings.learning_rate, betas=(0.9, 0.95))
     done = 0
     for step in range(steps):
         warm = min(1.0, (step + 1) / min(10, steps))
         factor = warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         optimiser.param_groups[0]["lr"] = settings.learning_rate * factor
-        batch = batch_at(problem, first_batch + step, problem.theta + span.move(z))
+        batch = batch_at(problem, step, problem.theta + span.move(z))
         value = loss(batch)
         (z.grad,) = torch.autograd.grad(value, [z])
         if not torch.isfinite(z.grad).all():
@@ -275,9 +268,7 @@ def fit(
     return Fit(span.move(found), found, done, problem.predictor.passes - passes, time.perf_counter() - began)
 
 
-def constrained(
-    problem: RemovalProblem, span: Span, settings: FitSettings, steps: int, *, first_batch: int = 0
-) -> Fit:
+def constrained(problem: RemovalProblem, span: Span, settings: FitSettings, steps: int) -> Fit:
     """The optimised edit of this module (see the module docstring)."""
     return fit(
         problem,
@@ -285,7 +276,6 @@ def constrained(
         ConstrainedLoss(settings, problem.limits, steps),
         settings,
         steps,
-        first_batch=first_batch,
     )
 
 

@@ -114,12 +114,12 @@ class Importance:
     slope: Float[Tensor, " N"]
 
 
-def importance(problem: RemovalProblem, batches: int, first_batch: int = 0) -> Importance:
+def importance(problem: RemovalProblem, batches: int) -> Importance:
     """Diagonal empirical Fisher from batch gradients (squared before averaging over batches)."""
     size = problem.theta.numel()
     sums = [torch.zeros(size) for _ in range(3)]
     for index in range(batches):
-        kept_batch = problem.prepared(first_batch + index)
+        kept_batch = problem.prepared(index)
         tokens, groups, target = kept_batch.tokens, kept_batch.groups, kept_batch.target
         theta = problem.theta.clone().requires_grad_()
         logits = problem.predictor.at(theta, tokens, differentiable=True)
