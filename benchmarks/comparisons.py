@@ -13,12 +13,14 @@ from benchmarks.problems import Problem, text_problem, trained_arithmetic
 from benchmarks.pseudocode import pseudocode_pipeline
 from benchmarks.timing import Clock, Row, Skipped, interleaved, time_once
 from polca_edit.allocation.allocate import allocate, project, second_order_terms
-from polca_edit.basis.record import Basis, hessian_basis
+from polca_edit.basis.hessian import EigenSettings, Keeping, hessian_basis
+from polca_edit.basis.record import Basis
 from polca_edit.clusters.density import ClusterSettings, cluster_trajectories
 from polca_edit.derivatives.objective import Objective
 from polca_edit.models import TransformerShape
 
 TOLERANCE = 1e-3
+EIGEN = EigenSettings(tolerance=TOLERANCE, max_products=100)
 
 
 def arithmetic_shape(d_model: int) -> TransformerShape:
@@ -28,15 +30,7 @@ def arithmetic_shape(d_model: int) -> TransformerShape:
 
 def our_basis(problem: Problem, objective: Objective) -> Basis:
     """Algorithm 1, one vector per checkpoint."""
-    generator = torch.Generator().manual_seed(0)
-    return hessian_basis(
-        objective,
-        problem.checkpoints,
-        problem.curvature,
-        generator=generator,
-        tolerance=TOLERANCE,
-        max_products=100,
-    )
+    return hessian_basis(objective, problem.checkpoints, problem.curvature, len(problem.checkpoints), EIGEN)
 
 
 def true_residual(problem: Problem, objective: Objective, index: int, rows: Tensor, vector: Tensor) -> float:
@@ -160,15 +154,9 @@ def basis_rows(
 def successor_starts(problem: Problem, objective: Objective) -> Tensor:
     """(T, N) the warm start our Lanczos used at each checkpoint (row 0 is not used)."""
     kept: list[Tensor] = []
-    hessian_basis(
-        objective,
-        problem.checkpoints,
-        problem.curvature,
-        generator=torch.Generator().manual_seed(0),
-        tolerance=TOLERANCE,
-        max_products=100,
-        on_checkpoint=lambda part: kept.append(part.following[0].clone()),  # type: ignore[index]
-    )
+    keeping = Keeping(on_checkpoint=lambda part: kept.append(part.following[0].clone()))  # type: ignore[index]
+    count = len(problem.checkpoints)
+    hessian_basis(objective, problem.checkpoints, problem.curvature, count, EIGEN, keeping=keeping)
     return torch.stack([kept[0], *kept[:-1]])
 
 

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from polca_edit.basis.build import build_basis
-    from polca_edit.basis.record import Basis, hessian_basis, trajectory_basis
+    from polca_edit.basis.hessian import hessian_basis
+    from polca_edit.basis.path import trajectory_basis
+    from polca_edit.basis.record import Basis
     from polca_edit.checkpoints.opening import open_checkpoints
     from polca_edit.checkpoints.series import Checkpoints
     from polca_edit.clusters.density import ClusterSettings
@@ -56,11 +58,11 @@ _HOMES = {
     "Recorder": "recording",
     "TokenSet": "tokens",
     "build_basis": "basis.build",
-    "hessian_basis": "basis.record",
+    "hessian_basis": "basis.hessian",
     "next_token_loss": "tokens",
     "observe": "observation",
     "open_checkpoints": "checkpoints.opening",
-    "trajectory_basis": "basis.record",
+    "trajectory_basis": "basis.path",
 }
 
 

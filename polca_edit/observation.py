@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from polca_edit.allocation.allocate import Allocation, CheckpointMap, Projections, Rule, allocate, project
 from polca_edit.basis.record import Basis
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.clusters.breakthroughs import fitting_delta, flat_after, is_hidden
 from polca_edit.clusters.density import ClusterSettings, VectorClusters, cluster_trajectories
 from polca_edit.clusters.hypotheses import Hypothesis
+from polca_edit.clusters.membership import fit_rule
 from polca_edit.clusters.names import name_group
 from polca_edit.derivatives.objective import Objective
 from polca_edit.tokens import TokenSet
@@ -53,6 +56,19 @@ class Observation:
     tokens: TokenSet
     basis: Basis | None = None
     settings: ObserveSettings = field(default_factory=ObserveSettings)
+
+    def members(self, tokens: TokenSet) -> dict[str, Tensor]:
+        """Cluster name -> (M,) its tokens among any tokens, found by rules that never see a loss.
+
+        On the tokens of the observation itself these are the clusters as they are.
+        """
+        if tokens.fingerprint() == self.tokens.fingerprint():
+            return {name: mask for found in self.clusters for name, mask in found.masks().items()}
+        return {
+            name: fit_rule(self.tokens, mask, seed=0).assign(tokens)
+            for found in self.clusters
+            for name, mask in found.masks().items()
+        }
 
     def hypotheses(
         self, name: str | None = None, *, least: int = 20, seed: int = 0

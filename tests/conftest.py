@@ -46,7 +46,7 @@ def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             from experiments.config import load_config
             from experiments.run.driver import run_stages
             from experiments.run.run import open_run
-            from experiments.run.summary import write_summary
+            from experiments.run.summary.write import write_summary
 
             torch.set_num_threads(1)
             run = open_run(load_config("smoke", {"threads": 1}), out, lambda _: None)

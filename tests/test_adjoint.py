@@ -8,8 +8,9 @@ from oracles import copied_with, text_tokens, tiny_bridge, tiny_gpt2
 from torch import Tensor, nn
 
 from experiments.tasks import arithmetic
-from polca_edit.derivatives import adjoint
-from polca_edit.derivatives.adjoint import AdjointRoute, AdjointUnavailable, linear_share
+from polca_edit.derivatives import contacts
+from polca_edit.derivatives.adjoint import AdjointRoute, AdjointUnavailable
+from polca_edit.derivatives.contacts import linear_share
 from polca_edit.derivatives.objective import Objective
 from polca_edit.models import TransformerShape, build_small_transformer
 from polca_edit.parameters import ParameterSpace
@@ -153,8 +154,8 @@ def test_check_notices_a_wrong_share(generator, monkeypatch):
     module = small().double()
     space, tokens = ParameterSpace.from_module(module), few_scored(generator)
     values = space.unflatten(space.read(module))
-    right = adjoint.linear_share
-    monkeypatch.setattr(adjoint, "linear_share", lambda *given, **more: right(*given, **more) * 1.0001)
+    right = contacts.linear_share
+    monkeypatch.setattr(contacts, "linear_share", lambda *given, **more: right(*given, **more) * 1.0001)
     route = AdjointRoute(module, space, next_token_loss, 1 << 30)
     route.prepare(values, tokens.inputs, torch.tensor([[2, 6]]).expand(7, 2))
     skipped = ("embed", "pos_embed", "ln_final")
@@ -181,7 +182,7 @@ def test_smaller_budget_same_numbers_and_too_small_is_refused(generator):
 
 @pytest.mark.parametrize(("ranks", "length", "count"), [(1, 40, 30), (4, 5, 6), (2, 0, 3)])
 def test_both_orders_of_products(ranks, length, count, generator, monkeypatch):
-    monkeypatch.setattr(adjoint, "CACHE_BLOCK", 2000)
+    monkeypatch.setattr(contacts, "CACHE_BLOCK", 2000)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)

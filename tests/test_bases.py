@@ -8,7 +8,9 @@ from torch import nn
 
 from polca_edit.basis import operators as bases
 from polca_edit.basis import path as path_bases
-from polca_edit.basis.record import gram_error, trajectory_basis
+from polca_edit.basis.hessian import EigenSettings, operator_basis
+from polca_edit.basis.path import trajectory_basis
+from polca_edit.basis.record import gram_error
 from polca_edit.checkpoints.opening import open_checkpoints
 from polca_edit.derivatives.objective import Objective
 from polca_edit.parameters import ParameterSpace
@@ -86,8 +88,8 @@ def assert_same(found, expected, tolerance=1e-4):
     assert float((overlaps - 1).abs().max()) < tolerance, overlaps
 
 
-def settings(seed=0, products=150):
-    return {"generator": torch.Generator().manual_seed(seed), "tolerance": 1e-7, "max_products": products}
+def settings(k=1, products=150, mask=None):
+    return EigenSettings(k, 1e-7, products, mask=mask)
 
 
 def test_shuffled_final_and_sliding_hessian(problem):
@@ -96,12 +98,12 @@ def test_shuffled_final_and_sliding_hessian(problem):
     dense = [dense_hessian(objective, chosen[i], tokens) for i in range(4)]
     order = torch.randperm(4, generator=torch.Generator().manual_seed(0)).tolist()
     assert order != [0, 1, 2, 3]
-    found = bases.shuffled_hessian_basis(objective, chosen, tokens, **settings())
+    found = bases.shuffled_hessian_basis(objective, chosen, tokens, settings())
     assert_same(found.rows, sequential([dense[i] for i in order]))
     assert found.origins.tolist() == [chosen.steps[i] for i in order]
-    final = bases.final_hessian_basis(objective, chosen, tokens, 3, **settings())
+    final = bases.final_hessian_basis(objective, chosen, tokens, 3, settings())
     assert_same(final.rows, sequential([dense[3]], k=3))
-    sliding = bases.sliding_hessian_basis(objective, chosen, tokens, window=2, **settings())
+    sliding = bases.sliding_hessian_basis(objective, chosen, tokens, settings(), window=2)
     means = [dense[0], *((dense[i] + dense[i + 1]) / 2 for i in range(3))]
     assert_same(sliding.rows, sequential(means))
 
@@ -124,7 +126,7 @@ def test_gauss_newton_product_and_basis(problem):
     vector = torch.randn(51, generator=torch.Generator().manual_seed(1)).double()
     torch.testing.assert_close(product(vector), dense @ vector, atol=1e-12, rtol=1e-9)
     one = checkpoints.subset([2])
-    found = bases.gauss_newton_basis(objective, logits, one, tokens, k=2, **settings())
+    found = bases.gauss_newton_basis(objective, logits, one, tokens, settings(2))
     assert_same(found.rows, sequential([dense], k=2))
 
 
@@ -137,10 +139,10 @@ def test_fisher_covariance_and_stacked_jacobian(problem, centred):
         dense = [torch.cov(g.T, correction=0) for g in gradients]
     else:
         dense = [g.T @ g / len(g) for g in gradients]
-    found = bases.fisher_basis(objective, chosen, tokens, centred=centred, k=2, **settings())
+    found = bases.fisher_basis(objective, chosen, tokens, settings(2), centred=centred)
     assert_same(found.rows, sequential(dense, k=2))
     if not centred:
-        stacked = bases.stacked_jacobian_basis(objective, chosen, tokens, 3, **settings())
+        stacked = bases.stacked_jacobian_basis(objective, chosen, tokens, 3, settings())
         right = torch.linalg.svd(torch.cat(gradients), full_matrices=False)[2]
         assert_same(stacked.rows, right[:3])
 
@@ -150,7 +152,7 @@ def test_adam_hessian(problem):
     chosen = checkpoints.subset([2, 6])
     draw = torch.Generator().manual_seed(0)
     moments = {s: torch.rand(51, generator=draw).double() + 0.01 for s in chosen.steps}
-    found = bases.adam_hessian_basis(objective, chosen, tokens, moments.__getitem__, **settings())
+    found = bases.adam_hessian_basis(objective, chosen, tokens, moments.__getitem__, settings())
     rows = torch.zeros(0, 51).double()
     for i in range(2):
         scale = (moments[chosen.steps[i]].sqrt() + 1e-8).rsqrt()
@@ -162,9 +164,7 @@ def test_adam_hessian(problem):
         rows = torch.cat([rows, row[None] / row.norm()])
     assert float((rows @ rows.T - torch.eye(2).double()).abs().max()) < 1e-8
     assert_same(found.rows, rows)
-    plain = bases.operator_basis(
-        "hessian", lambda i: objective.hessian(chosen[i], tokens), chosen, **settings()
-    )
+    plain = operator_basis("hessian", lambda i: objective.hessian(chosen[i], tokens), chosen, settings())
     assert float((plain.rows * found.rows).sum(1).abs().min()) < 0.99
 
 
@@ -172,7 +172,7 @@ def test_trajectory_and_hessian(problem):
     objective, checkpoints, tokens = problem
     first = trajectory_basis(checkpoints, 3)
     chosen = checkpoints.subset([4, 8])
-    found = bases.trajectory_and_hessian_basis(first, objective, chosen, tokens, **settings())
+    found = bases.trajectory_and_hessian_basis(first, objective, chosen, tokens, settings())
     projector = torch.eye(51).double() - first.rows.T @ first.rows
     dense = [projector @ dense_hessian(objective, chosen[i], tokens) @ projector for i in range(2)]
     assert_same(found.rows, torch.cat([first.rows, sequential(dense)]))
@@ -254,16 +254,16 @@ def test_masks_confine_every_basis(problem):
     moments = torch.ones(51).double()
     gradients = path_bases.mean_gradients(objective, checkpoints, tokens)
     first = trajectory_basis(checkpoints, 2, mask=mask)
-    given = {**settings(products=40), "mask": mask}
+    given = settings(products=40, mask=mask)
     found = [
-        bases.shuffled_hessian_basis(objective, chosen, tokens, **given),
-        bases.final_hessian_basis(objective, chosen, tokens, 2, **given),
-        bases.sliding_hessian_basis(objective, chosen, tokens, **given),
-        bases.gauss_newton_basis(objective, logits, chosen, tokens, **given),
-        bases.fisher_basis(objective, chosen, tokens, **given),
-        bases.stacked_jacobian_basis(objective, chosen, tokens, 2, **given),
-        bases.adam_hessian_basis(objective, chosen, tokens, lambda _: moments, **given),
-        bases.trajectory_and_hessian_basis(first, objective, chosen, tokens, **given),
+        bases.shuffled_hessian_basis(objective, chosen, tokens, given),
+        bases.final_hessian_basis(objective, chosen, tokens, 2, given),
+        bases.sliding_hessian_basis(objective, chosen, tokens, given),
+        bases.gauss_newton_basis(objective, logits, chosen, tokens, given),
+        bases.fisher_basis(objective, chosen, tokens, given),
+        bases.stacked_jacobian_basis(objective, chosen, tokens, 2, given),
+        bases.adam_hessian_basis(objective, chosen, tokens, lambda _: moments, given),
+        bases.trajectory_and_hessian_basis(first, objective, chosen, tokens, given),
         path_bases.trajectory_secant_basis(checkpoints, gradients, 3, mask=mask),
         path_bases.loss_weighted_basis(checkpoints, gradients, torch.full((8,), 1 / 8), 3, mask=mask),
         path_bases.loss_path_basis(checkpoints, gradients, 2, mask=mask),

@@ -10,18 +10,9 @@ from torch import nn
 
 from experiments.run.parts import Ledger, kept_products, mapped_rows
 from polca_edit.artifacts import load_record, save_record
-from polca_edit.basis.record import (
-    Basis,
-    BasisCheckpoint,
-    capture,
-    gram_error,
-    hessian_basis,
-    join,
-    random_basis,
-    random_walk_capture,
-    trajectory_basis,
-    unlabelled,
-)
+from polca_edit.basis.hessian import BasisCheckpoint, EigenSettings, Keeping, hessian_basis, join
+from polca_edit.basis.path import trajectory_basis
+from polca_edit.basis.record import Basis, capture, gram_error, random_basis, random_walk_capture, unlabelled
 from polca_edit.checkpoints.opening import open_checkpoints
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.derivatives.lanczos import orthonormalise
@@ -98,7 +89,8 @@ def test_hessian_basis_against_dense_eigenpairs(k, masked, generator):
     module, objective, tokens, checkpoints = curved_problem(generator)
     mask = objective.space.mask(["first.*"]) if masked else None
     expected, values = algorithm_one(dense_hessians(module, curved_loss, tokens, checkpoints), k, mask)
-    basis = hessian_basis(objective, checkpoints, tokens, generator=generator, k=k, mask=mask, **TIGHT)
+    settings = EigenSettings(per_checkpoint=k, mask=mask, **TIGHT)
+    basis = hessian_basis(objective, checkpoints, tokens, 4 * k, settings)
     assert len(basis) == 4 * k
     assert basis.origins.tolist() == [step for step in checkpoints.steps for _ in range(k)]
     assert torch.allclose(basis.eigenvalues, values, rtol=1e-9, atol=1e-9)
@@ -124,7 +116,7 @@ def test_hessian_basis_of_a_tied_language_model(generator):
         hessians.append(dense_hessian(copied_with(model, theta), mean_loss(next_token_loss, tokens)))
     expected, values = algorithm_one(hessians, 1)
     objective = Objective(model, next_token_loss, space, batch_size=3, route="double_backward")
-    basis = hessian_basis(objective, checkpoints, tokens, generator=generator, **TIGHT)
+    basis = hessian_basis(objective, checkpoints, tokens, 2, EigenSettings(**TIGHT))
     assert torch.allclose(basis.eigenvalues, values, rtol=1e-8)
     assert_same_rows(basis.rows, expected, 1e-7)
 
@@ -133,9 +125,7 @@ def test_reported_residual_is_the_residual(generator):
     """Stopped early, the residual says how far off: ||Pi H Pi v - lambda v|| / |lambda|, recomputed."""
     module, objective, tokens, checkpoints = curved_problem(generator)
     hessians = dense_hessians(module, curved_loss, tokens, checkpoints)
-    basis = hessian_basis(
-        objective, checkpoints, tokens, generator=generator, tolerance=1e-10, max_products=3
-    )
+    basis = hessian_basis(objective, checkpoints, tokens, 4, EigenSettings(tolerance=1e-10, max_products=3))
     for index, row in enumerate(basis.rows):
         before = basis.rows[:index]
         project = torch.eye(len(row), dtype=torch.float64) - before.T @ before
@@ -147,9 +137,22 @@ def test_reported_residual_is_the_residual(generator):
     assert gram_error(basis.rows) < 1e-12
 
 
+def test_fewer_vectors_are_taken_at_equally_spaced_checkpoints(generator):
+    module, objective, tokens, checkpoints = curved_problem(generator)
+    two = hessian_basis(objective, checkpoints, tokens, 2, EigenSettings(**TIGHT))
+    assert two.origins.tolist() == [20, 30]
+    hessians = dense_hessians(module, curved_loss, tokens, checkpoints)
+    assert_same_rows(two.rows, algorithm_one(hessians[2:], 1)[0], 1e-8)
+    three = hessian_basis(objective, checkpoints, tokens, 3, EigenSettings(per_checkpoint=2, **TIGHT))
+    assert three.origins.tolist() == [20, 20, 30]
+    assert_same_rows(three.rows, algorithm_one(hessians[2:], 2)[0][:3], 1e-8)
+    with pytest.raises(ValueError, match="ask for fewer"):
+        hessian_basis(objective, checkpoints, tokens, 5, EigenSettings(**TIGHT))
+
+
 def test_products_are_counted(generator):
     _, objective, tokens, checkpoints = curved_problem(generator)
-    basis = hessian_basis(objective, checkpoints, tokens, generator=generator, **TIGHT)
+    basis = hessian_basis(objective, checkpoints, tokens, 4, EigenSettings(**TIGHT))
     assert basis.products * tokens.sequences == objective.passes.hvp
 
 
@@ -159,26 +162,14 @@ def test_resume_gives_the_same_bytes(done, masked, generator):
     """Loose tolerance on purpose: there the start vectors decide the last digits."""
     _, objective, tokens, checkpoints = curved_problem(generator)
     mask = objective.space.mask(["first.*"]) if masked else None
-    options = {"k": 2, "tolerance": 1e-1, "max_products": 12, "mask": mask}
     parts: list[BasisCheckpoint] = []
+    settings = EigenSettings(2, 1e-1, 12, seed=4, mask=mask)
     whole = hessian_basis(
-        objective,
-        checkpoints,
-        tokens,
-        generator=torch.Generator().manual_seed(4),
-        on_checkpoint=parts.append,
-        **options,
+        objective, checkpoints, tokens, 8, settings, keeping=Keeping(on_checkpoint=parts.append)
     )
     again: list[BasisCheckpoint] = []
-    resumed = hessian_basis(
-        objective,
-        checkpoints,
-        tokens,
-        generator=torch.Generator().manual_seed(4),
-        finished=parts[:done],
-        on_checkpoint=again.append,
-        **options,
-    )
+    keeping = Keeping(finished=parts[:done], on_checkpoint=again.append)
+    resumed = hessian_basis(objective, checkpoints, tokens, 8, settings, keeping=keeping)
     assert [part.step for part in again] == list(checkpoints.steps[done:])
     assert torch.equal(resumed.rows, whole.rows)
     assert torch.equal(resumed.eigenvalues, whole.eigenvalues)
@@ -188,8 +179,7 @@ def test_resume_gives_the_same_bytes(done, masked, generator):
 def test_seed_of_the_start_vectors_does_not_matter_at_tight_tolerance(generator):
     _, objective, tokens, checkpoints = curved_problem(generator)
     first, second = (
-        hessian_basis(objective, checkpoints, tokens, generator=torch.Generator().manual_seed(s), **TIGHT)
-        for s in (0, 1)
+        hessian_basis(objective, checkpoints, tokens, 4, EigenSettings(seed=s, **TIGHT)) for s in (0, 1)
     )
     assert_same_rows(first.rows, second.rows, 1e-8)
 
@@ -337,9 +327,7 @@ def test_orthonormalise_keeps_the_span_and_drops_dependent_rows(generator):
 
 def test_rows_in_blocks_on_disk_give_the_same_basis(generator, tmp_path):
     _, objective, tokens, checkpoints = curved_problem(generator)
-    whole = hessian_basis(
-        objective, checkpoints, tokens, generator=torch.Generator().manual_seed(4), k=2, **TIGHT
-    )
+    whole = hessian_basis(objective, checkpoints, tokens, 8, EigenSettings(per_checkpoint=2, seed=4, **TIGHT))
     seen = []
 
     def stored(part: BasisCheckpoint) -> BasisCheckpoint:
@@ -348,17 +336,13 @@ def test_rows_in_blocks_on_disk_give_the_same_basis(generator, tmp_path):
         seen.append(path)
         return load_record(BasisCheckpoint, path)
 
-    streamed = hessian_basis(
-        objective,
-        checkpoints,
-        tokens,
-        generator=torch.Generator().manual_seed(4),
-        k=2,
+    settings = EigenSettings(per_checkpoint=2, seed=4, **TIGHT)
+    keeping = Keeping(
         on_checkpoint=stored,
         rows_in_memory=0,
         allocate=lambda count, size: mapped_rows(tmp_path / "rows.bin", count, size),
-        **TIGHT,
     )
+    streamed = hessian_basis(objective, checkpoints, tokens, 8, settings, keeping=keeping)
     assert len(seen) == 4
     assert (tmp_path / "rows.bin").stat().st_size == 4 * streamed.rows.numel()
     torch.testing.assert_close(streamed.eigenvalues, whole.eigenvalues, rtol=1e-9, atol=0)
@@ -390,15 +374,8 @@ def test_products_of_an_interrupted_checkpoint_are_replayed(generator, tmp_path)
 
         before = objective.passes.hvp
         try:
-            basis = hessian_basis(
-                objective,
-                checkpoints,
-                tokens,
-                generator=torch.Generator().manual_seed(4),
-                finished=finished,
-                keep_products=kept,
-                **TIGHT,
-            )
+            settings, keeping = EigenSettings(seed=4, **TIGHT), Keeping(finished=finished, products=kept)
+            basis = hessian_basis(objective, checkpoints, tokens, 4, settings, keeping=keeping)
         except Killed:
             basis = None
         return basis, objective.passes.hvp - before

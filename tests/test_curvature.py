@@ -6,8 +6,8 @@ import pytest
 import torch
 from oracles import orthogonal, with_spectrum
 
-from polca_edit.basis.record import next_vectors
-from polca_edit.derivatives.lanczos import orthonormalise, projected_lanczos, remove_rows
+from polca_edit.basis.hessian import EigenSettings, next_vectors
+from polca_edit.derivatives.lanczos import LanczosSettings, orthonormalise, projected_lanczos, remove_rows
 
 SPECTRUM = [9.0, 7.5, 7.4, 5.0, -8.0, *torch.linspace(1.0, -1.0, 35).tolist()]
 
@@ -22,7 +22,11 @@ def angle(found: torch.Tensor, wanted: torch.Tensor) -> float:
 def test_top_pairs_of_a_chosen_spectrum(k, generator):
     matrix, frame = with_spectrum(SPECTRUM, generator)
     pairs = projected_lanczos(
-        lambda v: matrix @ v, 40, k, generator=generator, tolerance=1e-9, dtype=torch.float64
+        lambda v: matrix @ v,
+        torch.zeros(40, dtype=torch.float64),
+        k,
+        generator,
+        LanczosSettings(tolerance=1e-9),
     )
     wanted = sorted(SPECTRUM, reverse=True)[:k]
     assert pairs.converged
@@ -40,7 +44,12 @@ def test_projected_pairs_equal_the_dense_ones(generator):
     keep = torch.eye(40, dtype=torch.float64) - rows.T @ rows
     values, vectors = torch.linalg.eigh(keep @ matrix @ keep)
     pairs = projected_lanczos(
-        lambda v: matrix @ v, 40, 3, generator=generator, rows=rows, tolerance=1e-10, dtype=torch.float64
+        lambda v: matrix @ v,
+        torch.zeros(40, dtype=torch.float64),
+        3,
+        generator,
+        LanczosSettings(tolerance=1e-10),
+        rows=rows,
     )
     assert torch.allclose(pairs.values, values.flip(0)[:3])
     assert angle(pairs.vectors, vectors.flip(1)[:, :3].T) < 1e-7
@@ -50,7 +59,11 @@ def test_projected_pairs_equal_the_dense_ones(generator):
 def test_unconverged_says_so(generator):
     matrix, _ = with_spectrum(SPECTRUM, generator)
     pairs = projected_lanczos(
-        lambda v: matrix @ v, 40, 1, generator=generator, tolerance=1e-10, max_products=4, dtype=torch.float64
+        lambda v: matrix @ v,
+        torch.zeros(40, dtype=torch.float64),
+        1,
+        generator,
+        LanczosSettings(tolerance=1e-10, max_products=4),
     )
     assert not pairs.converged
     assert pairs.products == 4
@@ -59,9 +72,9 @@ def test_unconverged_says_so(generator):
 
 def test_refuses_impossible_and_broken(generator):
     with pytest.raises(ValueError, match="k must be"):
-        projected_lanczos(lambda v: v, 3, 4, generator=generator)
+        projected_lanczos(lambda v: v, torch.zeros(3), 4, generator)
     with pytest.raises(ValueError, match="finite"):
-        projected_lanczos(lambda v: v * float("nan"), 3, 1, generator=generator)
+        projected_lanczos(lambda v: v * float("nan"), torch.zeros(3), 1, generator)
 
 
 def test_orthonormal_rows_drop_dependent_ones(generator):
@@ -80,11 +93,17 @@ def test_successors_start_the_next_checkpoint(masked, generator):
     moved = matrix + 2e-4 * (noise + noise.T)
     theta = torch.zeros(200, dtype=torch.float64)
     mask = torch.arange(200) != 17 if masked else None
-    first = next_vectors(lambda v: matrix @ v, theta, [], 0, generator, 1, 1e-3, 60, mask)
+    settings = EigenSettings(tolerance=1e-3, mask=mask)
+    first = next_vectors(lambda v: matrix @ v, theta, [], 0, generator, settings)
     assert first.following is not None
-    warm = next_vectors(lambda v: moved @ v, theta, [first], 1, generator, 1, 1e-3, 60, mask)
+    warm = next_vectors(lambda v: moved @ v, theta, [first], 1, generator, settings)
     cold_rows = projected_lanczos(
-        lambda v: moved @ v, 200, 1, generator=generator, rows=first.rows, tolerance=1e-3, dtype=torch.float64
+        lambda v: moved @ v,
+        torch.zeros(200, dtype=torch.float64),
+        1,
+        generator,
+        LanczosSettings(tolerance=1e-3),
+        rows=first.rows,
     )
     assert warm.products < cold_rows.products
     assert float(warm.residuals.max()) <= 1e-3
@@ -98,7 +117,9 @@ def test_successors_start_the_next_checkpoint(masked, generator):
 def test_single_precision_stays_orthogonal(generator):
     matrix, _ = with_spectrum([10.0 * 0.9**i for i in range(300)], generator)
     single = matrix.float()
-    pairs = projected_lanczos(lambda v: single @ v, 300, 5, generator=generator, tolerance=1e-5)
+    pairs = projected_lanczos(
+        lambda v: single @ v, torch.zeros(300), 5, generator, LanczosSettings(tolerance=1e-5)
+    )
     gram = pairs.vectors.double() @ pairs.vectors.double().T
     assert float((gram - torch.eye(5, dtype=torch.float64)).abs().max()) < 1e-6
     assert torch.allclose(
@@ -115,13 +136,11 @@ def test_stops_at_the_first_product_that_reaches_the_tolerance(k, generator):
     def pairs(limit, tolerance=1e-4):
         return projected_lanczos(
             lambda v: matrix @ v,
-            120,
+            torch.zeros(120, dtype=torch.float64),
             k,
-            generator=torch.Generator().manual_seed(0),
+            torch.Generator().manual_seed(0),
+            LanczosSettings(tolerance=tolerance, max_products=limit),
             start=start,
-            tolerance=tolerance,
-            max_products=limit,
-            dtype=torch.float64,
         )
 
     found = pairs(100)
@@ -153,12 +172,11 @@ def test_blocks_of_rows_are_read_three_times_a_product(generator):
 
     pairs = projected_lanczos(
         lambda v: matrix @ v,
-        40,
+        torch.zeros(40, dtype=torch.float64),
         1,
-        generator=generator,
+        generator,
+        LanczosSettings(tolerance=1e-9),
         rows=Counted([rows[:4], rows[4:]]),
-        tolerance=1e-9,
-        dtype=torch.float64,
     )
     assert pairs.converged
     # Once to count them, two reads for the start, two for the result.

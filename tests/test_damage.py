@@ -10,7 +10,9 @@ from experiments.run.stages.damage_rows import damage_row
 from interventions.damage import Damage, EvaluatedSplit
 from interventions.edits import Edit, Movement, applied, displace, project_out, reverse, rollback
 from polca_edit.allocation.allocate import allocate, coordinates, project
-from polca_edit.basis.record import hessian_basis, trajectory_basis, unlabelled
+from polca_edit.basis.hessian import EigenSettings, hessian_basis
+from polca_edit.basis.path import trajectory_basis
+from polca_edit.basis.record import unlabelled
 from polca_edit.parameters import ParameterSpace, parameter_slots
 
 
@@ -82,14 +84,8 @@ def test_attribution_and_damage_agree_on_the_planted_model(planted):
 def test_the_method_finds_the_planted_directions(planted, generator):
     """Hessian vectors at the two breakthroughs point to the planted directions."""
     series = planted.checkpoints
-    basis = hessian_basis(
-        planted.objective,
-        series.subset([10, 30]),
-        planted.tokens,
-        generator=generator,
-        tolerance=1e-9,
-        max_products=60,
-    )
+    settings = EigenSettings(tolerance=1e-9)
+    basis = hessian_basis(planted.objective, series.subset([10, 30]), planted.tokens, 2, settings)
     overlap = (basis.rows @ planted.rows[:2].T).abs()
     assert float(overlap.max(0).values.min()) > 0.999
     span = trajectory_basis(series, 2).rows

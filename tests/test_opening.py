@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForC
 from typer.testing import CliRunner
 
 from experiments.cli import app
-from experiments.run.summary import summary_schema
+from experiments.run.summary.write import summary_schema
 from polca_edit.checkpoints.files import step_of
 
 SIZES = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 0}

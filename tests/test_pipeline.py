@@ -20,7 +20,7 @@ from experiments.run.keys import stage_names
 from experiments.run.run import open_run
 from experiments.run.stages import clusters as clusters_stage
 from experiments.run.stages import evaluate as evaluate_stage
-from experiments.run.summary import read_summary, summary_schema, write_summary
+from experiments.run.summary.write import summary_schema, summary_values, write_summary
 from interventions.damage import EvaluatedSplit
 from polca_edit import artifacts, training
 from polca_edit.checkpoints import files as checkpoint_files
@@ -46,7 +46,7 @@ def without_clock(summary: dict) -> dict:
 
 @pytest.fixture
 def finished(smoke_run: Path) -> tuple[Path, dict]:
-    return smoke_run, read_summary(smoke_run)
+    return smoke_run, summary_values(smoke_run)
 
 
 def test_the_summary_adds_up(finished: tuple[Path, dict]) -> None:
@@ -270,7 +270,7 @@ def test_inspect_prints_a_table_and_json(finished: tuple[Path, dict]) -> None:
     assert code == 0
     assert "How much of the loss change each basis accounts for" in output
     code, output = invoke("inspect", str(finished[0]), "--json")
-    assert json.loads(output) == read_summary(finished[0])
+    assert json.loads(output) == summary_values(finished[0])
 
 
 def test_read_back_records_are_the_ones_written(finished: tuple[Path, dict]) -> None:

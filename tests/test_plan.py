@@ -17,7 +17,7 @@ from experiments.run.cost import plan as planning
 from experiments.run.cost import sizes as costs
 from experiments.run.driver import run_stages
 from experiments.run.run import open_run
-from experiments.run.summary import write_summary
+from experiments.run.summary.write import write_summary
 
 #: d_model and layers: about 14,000, 54,000 and 160,000 parameters.
 SHAPES = {"small": (32, 1), "middle": (64, 1), "large": (80, 2)}

@@ -24,7 +24,6 @@ from experiments.report.figures_removal import RemovalCurves, draw_removal
 from experiments.report.figures_robustness import Survival, draw_survival
 from experiments.report.formats import highlighted, nats, share
 from experiments.report.page import write_report
-from experiments.report.records import ClusterEntry, read_summary
 from experiments.report.sections import (
     AxisRow,
     Discovery,
@@ -43,8 +42,10 @@ from experiments.report.view import (
     over_headroom,
     read_run,
 )
-from experiments.run.store import RunDirectory
-from experiments.run.summary import summary_schema
+from experiments.run.run_record import RunRecord
+from experiments.run.store import RunDirectory, StageRecord
+from experiments.run.summary.records import ClusterEntry, read_summary
+from experiments.run.summary.write import summary_schema
 from polca_edit.allocation.allocate import Projections, allocate
 from polca_edit.artifacts import from_plain, save_record, to_plain
 from polca_edit.clusters.medoid import nearest_to_medoid
@@ -224,10 +225,11 @@ def make_run(path: Path, bases: dict[str, bool], *, with_skills: bool = True) ->
             columns[f"damage:{name}:{vector}"] = damage_table()[vector]
     pd.DataFrame(columns).to_parquet(path / "tokens.parquet")
     (path / "summary.json").write_text(json.dumps(summary))
-    stage = {"seconds": 3.25, "passes": {"forward": 80.0}, "peak_rss_bytes": 1_500_000_000}
-    (path / "run.json").write_text(
-        json.dumps({"select_sequences": 40, "stages": {"projections": stage, "train": stage}})
-    )
+    stages = {
+        name: StageRecord(name, "key", 3.25, {"forward": 80.0}, 1_500_000_000)
+        for name in ("projections", "train")
+    }
+    save_record(path / "run.json", RunRecord(select_sequences=40, stages=stages))
     (path / "config.yaml").write_text(yaml.safe_dump({"breakthrough_delta": 20}))
     return directory
 

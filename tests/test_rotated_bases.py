@@ -15,7 +15,7 @@ from experiments.run.cost.sizes import ROTATED, sizes_of
 from experiments.run.driver import run_stages
 from experiments.run.keys import stage_names
 from experiments.run.run import Run, open_run
-from experiments.run.summary import write_summary
+from experiments.run.summary.write import write_summary
 from experiments.tasks.task import build_task
 from polca_edit.allocation.allocate import Projections, allocate, project
 from polca_edit.artifacts import load_record

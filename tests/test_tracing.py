@@ -71,7 +71,7 @@ def small_hessian() -> tuple[Objective, Tensor, TokenSet]:
 def test_the_tangent_part_of_a_transformer_is_lean() -> None:
     objective, theta, tokens = small_hessian()
     objective.hessian(theta, tokens, expected=1000)
-    (linear,) = objective._traces.values()
+    (linear,) = objective._routes.traces.values()
     assert isinstance(linear.tangent, torch.fx.GraphModule)
     nodes = [n for n in linear.tangent.graph.nodes if n.op == "call_function"]
     kinds = [n.target for n in nodes]

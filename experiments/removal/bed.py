@@ -26,7 +26,8 @@ from interventions.removal.problem import GroupRule, Limits, Predictor, RemovalP
 from interventions.removal.rivals import masked_loss
 from interventions.removal.searches import GroupCurvature, group_curvature
 from interventions.removal.spans import Span, span_by_tensor, stacked_displacements
-from polca_edit.basis.record import hessian_basis, trajectory_basis
+from polca_edit.basis.hessian import EigenSettings, hessian_basis
+from polca_edit.basis.path import trajectory_basis
 from polca_edit.checkpoints.files import read_weights, write_tensors
 from polca_edit.checkpoints.opening import open_checkpoints
 from polca_edit.derivatives.lanczos import orthonormalise
@@ -211,15 +212,8 @@ def _build(seed: int, settings: BedSettings, path: Path, say: Callable[[str], No
     objective = Objective(module, arithmetic.token_loss, space, batch_size=settings.curvature_sample)
     sample = data.splits.curvature.select(torch.arange(settings.curvature_sample))
     count = settings.hessian_vectors
-    chosen = checkpoints.subset([round((i + 1) * (len(steps) - 1) / count) for i in range(count)])
-    hessian = hessian_basis(
-        objective,
-        chosen,
-        sample,
-        generator=torch.Generator().manual_seed(seed),
-        max_products=12,
-        tolerance=3e-2,
-    )
+    eigen = EigenSettings(tolerance=3e-2, max_products=12, seed=seed)
+    hessian = hessian_basis(objective, checkpoints, sample, count, eigen)
     trajectory = trajectory_basis(checkpoints, settings.trajectory_vectors)
     vectors = orthonormalise(torch.cat([trajectory.rows, hessian.rows]))
     curvature = _curvature(objective, thetas[-1], sample, vectors)

@@ -15,10 +15,10 @@ import numpy as np
 from rich.console import Console
 
 from experiments.report.formats import MISSING, count, decimal, nats, share
-from experiments.report.records import Agreement, DamageEntry, Summary
 from experiments.report.tables import Cell, Column, Table, table
 from experiments.report.view import NAMED_F1, SMALL_HEADROOM, RunView, read_run
 from experiments.run.store import RunDirectory
+from experiments.run.summary.records import Agreement, DamageRow, Summary
 
 #: A skill counts as taken away from this share of its headroom on ...
 TAKEN = 0.5
@@ -128,7 +128,7 @@ def _selectivity(own: float, others: Sequence[float]) -> tuple[bool, float, floa
     return True, min(own, 1.0) - max(others, default=0.0), -sum(others)
 
 
-def _worst(view: RunView, row: DamageEntry, basis: str, skill: str) -> Loss | None:
+def _worst(view: RunView, row: DamageRow, basis: str, skill: str) -> Loss | None:
     """The largest loss elsewhere: of whole skills on the evaluate split, of rests on the select split."""
     change = next(a for a in view.analyses if a.name == basis).damage[row.vector]
     found = [
@@ -155,7 +155,7 @@ def _loss(view: RunView, change: np.ndarray, group: str, mask: np.ndarray) -> Lo
     return None if room < SMALL_HEADROOM else Loss(group, damage, damage / room, "select")
 
 
-def evaluate_loss(row: DamageEntry, skill: str) -> Loss | None:
+def evaluate_loss(row: DamageRow, skill: str) -> Loss | None:
     """What a skill loses on the evaluate split; None where it has no headroom to speak of."""
     room = row.group_headroom.get(skill)
     if skill not in row.groups or room is None or room < SMALL_HEADROOM:

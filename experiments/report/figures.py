@@ -10,7 +10,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.report.formats import count, decimal, share
-from experiments.report.records import BasisEntry, LossChange, LossParts
 from experiments.report.style import (
     CRIMSON,
     GREY,
@@ -27,6 +26,7 @@ from experiments.report.style import (
     styled,
 )
 from experiments.report.view import ClusterView, Curves
+from experiments.run.summary.records import BasisEntry, LossChange, LossParts
 
 TRAINING_CAPTION = (
     "What was learned when: exact loss of the select tokens of each skill over training. After the dotted "

@@ -13,7 +13,6 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from experiments.report.formats import decimal, nats
-from experiments.report.records import ControlEntry
 from experiments.report.style import (
     FIXED_INK,
     GREY,
@@ -27,6 +26,7 @@ from experiments.report.style import (
     styled,
 )
 from experiments.report.view import AnalysisView, ClusterView
+from experiments.run.summary.records import ControlRow
 
 #: Half the height of a dose panel at least, so that noise does not fill it.
 SMALLEST_SCALE = 0.1
@@ -109,7 +109,7 @@ class DosePanel:
     lines: Mapping[str, Sequence[float | None]]
     hues: Mapping[str, str]
     headroom: float | None
-    controls: Sequence[ControlEntry]
+    controls: Sequence[ControlRow]
 
 
 @styled()

@@ -14,11 +14,11 @@ from markupsafe import Markup
 
 from experiments.report.answers import share_cell
 from experiments.report.formats import MISSING, decimal, nats, share
-from experiments.report.records import Summary
 from experiments.report.style import Drawing
 from experiments.report.tables import Cell, Column, Table, table
 from experiments.report.verdicts import basis_table, verdict_table
 from experiments.run.store import RunDirectory
+from experiments.run.summary.records import Summary
 from polca_edit.artifacts import load_record
 
 

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from experiments.report.formats import MISSING, decimal, nats, share
 from experiments.report.tables import Cell, Column, Table, table
-from experiments.run.summary_records import VerdictEntry
+from experiments.run.summary.records import VerdictEntry
 
 #: Order of the families of a table, and what they are called.
 FAMILIES = {

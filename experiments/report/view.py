@@ -12,20 +12,18 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from experiments.report.records import (
+from experiments.report.records import ConfigFile, read_config
+from experiments.run.run_record import RunRecord, read_run_record
+from experiments.run.store import RunDirectory
+from experiments.run.summary.records import (
     Analysis,
     ClusterEntry,
-    ConfigFile,
-    ControlEntry,
-    DamageEntry,
-    EvaluateClusterEntry,
-    RunFile,
+    ControlRow,
+    DamageRow,
+    RuleScore,
     Summary,
-    read_config,
-    read_run_file,
     read_summary,
 )
-from experiments.run.store import RunDirectory
 from polca_edit.allocation.allocate import Allocation, Projections, Rule, allocate
 from polca_edit.artifacts import load_record
 from polca_edit.clusters.breakthroughs import breakthrough_start, fitting_delta
@@ -55,10 +53,10 @@ class ClusterView:
     basis: str
     members: np.ndarray
     entry: ClusterEntry
-    evaluate: EvaluateClusterEntry | None = None
-    damage: tuple[DamageEntry, ...] = ()
-    damage_evaluate: DamageEntry | None = None
-    controls: tuple[ControlEntry, ...] = ()
+    evaluate: RuleScore | None = None
+    damage: tuple[DamageRow, ...] = ()
+    damage_evaluate: DamageRow | None = None
+    controls: tuple[ControlRow, ...] = ()
 
     @property
     def vector(self) -> int:
@@ -91,7 +89,7 @@ class ClusterView:
         return self.entry.f1(self.entry.label)
 
     @property
-    def at_one(self) -> DamageEntry | None:
+    def at_one(self) -> DamageRow | None:
         """Damage row of the whole movement undone."""
         return next((row for row in self.damage if row.dose == 1.0), None)
 
@@ -153,7 +151,7 @@ class AnalysisView:
     def most_damaging(self, most: int) -> list[int]:
         """Vectors with the largest damage on any skill (on all tokens where there are none), select split."""
 
-        def largest(row: DamageEntry) -> float:
+        def largest(row: DamageRow) -> float:
             return max(row.groups.values(), default=row.on_target or 0.0)
 
         rows = [self.entry.damage_row(v.vector, None, "select") for v in self.entry.vectors]
@@ -178,7 +176,7 @@ class RunView:
 
     directory: RunDirectory
     summary: Summary
-    run: RunFile
+    run: RunRecord
     config: ConfigFile
     tokens: pd.DataFrame
     skills: Mapping[str, np.ndarray]
@@ -253,7 +251,7 @@ def read_run(directory: RunDirectory) -> RunView:
     return RunView(
         directory,
         summary,
-        read_run_file(directory),
+        read_run_record(directory),
         config,
         tokens,
         skill_masks(list(tokens["skills"])),

@@ -7,6 +7,7 @@ import os
 import platform
 import resource
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -35,7 +36,22 @@ def versions() -> dict[str, str]:
     return found
 
 
-def hardware() -> dict[str, object]:
+@dataclass(frozen=True)
+class Hardware:
+    """The machine a result was made on."""
+
+    processor: str
+    cores: int | None
+    torch_threads: int
+    accelerator: str | None = None
+
+
+def hardware() -> dict[str, str | int | None]:
+    """Processor, cores, threads and accelerator of this machine, as result files have them."""
+    return asdict(this_machine())
+
+
+def this_machine() -> Hardware:
     """Processor, cores, threads and accelerator of this machine."""
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
@@ -46,12 +62,8 @@ def hardware() -> dict[str, object]:
             if line.startswith("model name")
         ]
         model = names[0] if names else model
-    return {
-        "processor": model,
-        "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
+    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return Hardware(model, os.cpu_count(), torch.get_num_threads(), accelerator)
 
 
 def peak_rss_bytes() -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.run.keys import SCHEMA, stage_names
-from experiments.run.machine import hardware, versions
+from experiments.run.machine import Hardware, this_machine, versions
 from experiments.run.run import Run
 from experiments.run.store import RunDirectory, StageRecord
 from polca_edit.artifacts import load_record, save_record, to_plain
@@ -56,7 +56,7 @@ class RunRecord:
     schema: int = SCHEMA
     seed: int | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
-    hardware: Mapping[str, Any] = field(default_factory=dict)
+    hardware: Hardware | None = None
     parameters: int = 0
     select_sequences: int = 0
     stages: Mapping[str, StageRecord] = field(default_factory=dict)
@@ -76,7 +76,7 @@ def write_run_record(run: Run) -> None:
         SCHEMA,
         run.config.seed,
         versions(),
-        hardware(),
+        this_machine(),
         run.task.space.size,
         run.task.splits.select.sequences,
         {r.stage: r for r in run.directory.stage_records() if r.stage in names},

@@ -16,17 +16,17 @@ import typer
 from experiments.application import run_application
 from experiments.config import load_config
 from experiments.report.formats import decimal, nats, share
-from experiments.report.records import (
+from experiments.report.tables import Table, table
+from experiments.run.run_record import read_run_record
+from experiments.run.store import RunDirectory
+from experiments.run.summary.records import (
     Agreement,
     Analysis,
     ClusterEntry,
-    DamageEntry,
+    DamageRow,
     Summary,
-    read_run_file,
     read_summary,
 )
-from experiments.report.tables import Table, table
-from experiments.run.store import RunDirectory
 from experiments.study.results import publish, show
 
 #: The digits, of which an edit should hurt one alone.
@@ -203,7 +203,7 @@ def _described(name: str, analysis: Analysis, entry: ClusterEntry, skill: str, s
 def most_selective(summary: Summary) -> SelectiveVector | None:
     """The most selective vector of all bases."""
 
-    def damaged(row: DamageEntry | None) -> dict[str, float]:
+    def damaged(row: DamageRow | None) -> dict[str, float]:
         return {name: row.groups[name] for name in DIGITS if name in row.groups} if row else {}
 
     def worst_other(parts: dict[str, float], skill: str) -> float:
@@ -235,7 +235,7 @@ def demo_row(run: Path) -> DemoRow:
     Raises:
         ValueError: if the run is not finished.
     """
-    summary, record = read_summary(run), read_run_file(RunDirectory(run))
+    summary, record = read_summary(run), read_run_record(RunDirectory(run))
     changes = {name: analysis.loss_change for name, analysis in summary.analyses.items()}
     return DemoRow(
         run.name,

@@ -17,6 +17,8 @@ from interventions.edits import weights_fingerprint
 from polca_edit.allocation.allocate import CheckpointSlopes, Projections, project, second_order_terms
 from polca_edit.artifacts import load_record, save_record
 from polca_edit.basis.build import build_basis
+from polca_edit.basis.hessian import EigenSettings
+from polca_edit.basis.path import odd_checkpoints
 from polca_edit.basis.record import Basis
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.tokens import TokenSet
@@ -116,7 +118,8 @@ def on_select(run: Run, checkpoints: Checkpoints, counts: Mapping[str, int], say
         counts: kind -> number of vectors.
         say: told what took how long.
     """
-    inputs, bases, prices = basis_inputs(run, checkpoints), [], []
+    settings = EigenSettings(tolerance=0.05, max_products=24, seed=run.config.seed)
+    inputs, bases, prices = basis_inputs(run, odd_checkpoints(checkpoints), settings), [], []
     sequences = run.task.splits.select.sequences
     for kind, count in counts.items():
         started, name = time.perf_counter(), f"study/bases/{kind}-{count}"

@@ -7,7 +7,7 @@ Twelve symbols (0-9, + and =), twelve tokens a sum. The token loss has four slot
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from experiments.config import RunConfig
 from experiments.tasks.task import DATA_ORDER, BatchLoss, Task, training_generator
+from interventions.causal.control import Planted
 from polca_edit.models import TransformerShape, build_native_bridge, build_small_transformer
 from polca_edit.parameters import ParameterSpace
 from polca_edit.tokens import Splits, TokenSet
@@ -46,9 +47,15 @@ def encode(first: Int[Tensor, " S"], second: Int[Tensor, " S"]) -> Int[Tensor, "
     return torch.cat([digits(first, 3), plus, digits(second, 3), equals, digits(first + second, 4)], dim=1)
 
 
+def output_logits(module: nn.Module, inputs: Int[Tensor, "B 12"]) -> Float[Tensor, "B 4 V"]:
+    """Logits of the four output digits of a sum."""
+    logits: Tensor = module(inputs[:, :-1])[:, -4:]
+    return logits
+
+
 def token_loss(module: nn.Module, inputs: Int[Tensor, "B 12"]) -> Float[Tensor, "B 4"]:
     """Cross-entropy of the four output digits, in nats."""
-    logits = module(inputs[:, :-1])[:, -4:]
+    logits = output_logits(module, inputs)
     losses = nn.functional.cross_entropy(logits.flatten(0, 1), inputs[:, -4:].flatten(), reduction="none")
     return losses.view(len(inputs), 4)
 
@@ -97,6 +104,24 @@ def token_set(first: Int[Tensor, " S"], second: Int[Tensor, " S"]) -> TokenSet:
         {name: values.numpy().astype(np.int64) for name, values in features.items()},
         tuple(contexts),
     )
+
+
+def plant_rule(tokens: TokenSet, generator: torch.Generator, ruled: bool) -> Planted:
+    """The last digit of sums whose first summand ends in 5 to 9 is one too high, or drawn at random.
+
+    Args:
+        tokens: sums.
+        generator: of the random digits.
+        ruled: by the rule; otherwise the digits are drawn, the twin in which nothing can be learned.
+    """
+    chosen = tokens.inputs[:, 2] >= 5
+    drawn = torch.randint(0, 10, (tokens.sequences,), generator=generator)
+    target = torch.where(chosen, (tokens.inputs[:, -1] + 1) % 10 if ruled else drawn, tokens.inputs[:, -1])
+    inputs = torch.cat([tokens.inputs[:, :-1], target[:, None]], 1)
+    member = torch.zeros_like(tokens.scored)
+    member[:, -1] = chosen
+    changed = replace(tokens, inputs=inputs, outputs=inputs[:, -4:].clone())
+    return Planted(changed, member[tokens.scored])
 
 
 @dataclass(frozen=True)
@@ -256,4 +281,5 @@ def build(config: RunConfig, tokenizer: object = None) -> Task:
         {"seed": config.seed, "rule": DATA_ORDER, "batch_size": data.batch_size},
         unseen=None if opened else unseen,
         parents=PLACES,
+        plant=plant_rule,
     )

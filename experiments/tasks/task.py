@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from experiments.config import RunConfig
+from interventions.causal.control import Plant
 from polca_edit.checkpoints.opening import open_checkpoints
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.derivatives.objective import Objective
@@ -69,6 +70,8 @@ class Task:
         unseen: draws tokens that neither training nor a split has used; None where the task cannot know
             (opened checkpoints) or has no more to draw (texts).
         parents: names of skills that partition the tokens (digits); empty where there are none.
+        plant: changes the targets of some tokens by a rule, or without one, for the positive control of a
+            causal test; None where the task does not know how.
         tags: gold part-of-speech tags of the select tokens, where the text has them.
         tokenizer: what was trained on the text, None where there is none of its own.
     """
@@ -83,6 +86,7 @@ class Task:
     open_checkpoints: Callable[[], Checkpoints] | None = None
     unseen: Unseen | None = None
     parents: tuple[str, ...] = ()
+    plant: Plant | None = None
     tags: GoldTags | None = None
     tokenizer: Tokenizer | None = None
 

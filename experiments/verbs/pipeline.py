@@ -45,7 +45,7 @@ def execute(
     from experiments.run.keys import stage_names
     from experiments.run.labels import write_labels
     from experiments.run.run import open_run
-    from experiments.run.summary import write_summary
+    from experiments.run.summary.write import write_summary
 
     started = time.perf_counter()
     resolved = load_config(config, overrides)

@@ -32,10 +32,10 @@ def inspect(
     """
     from experiments.report.answers import print_summary
     from experiments.run.store import RunDirectory
-    from experiments.run.summary import read_summary
+    from experiments.run.summary.write import summary_values
 
     if json_:
-        typer.echo(json.dumps(read_summary(directory), indent=1, sort_keys=True))
+        typer.echo(json.dumps(summary_values(directory), indent=1, sort_keys=True))
     else:
         print_summary(RunDirectory(directory), console)
 
@@ -58,7 +58,7 @@ def label(
     from experiments.report.page import write_report
     from experiments.run.labels import transferred_labels, write_labels
     from experiments.run.run import load_run
-    from experiments.run.summary import write_summary
+    from experiments.run.summary.write import write_summary
     from experiments.tasks.text import transfer_tokens
     from polca_edit.artifacts import to_plain
     from polca_edit.checkpoints.files import write_json

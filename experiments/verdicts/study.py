@@ -18,6 +18,7 @@ from experiments.verdicts.choose import Chosen, choose, parents_of, same_pairs, 
 from experiments.verdicts.records import (
     SCHEMA,
     CausalResult,
+    ControlRow,
     KeptEvidence,
     PlannedPair,
     TestPlan,
@@ -25,12 +26,16 @@ from experiments.verdicts.records import (
     basis_row,
     verdict_row,
 )
+from interventions.causal.control import positive_control
 from interventions.causal.settings import TestSettings
 from interventions.causal.test import Measured, judge_runs, measure_run
-from polca_edit.artifacts import save_record, to_plain
+from polca_edit.artifacts import load_record, save_record, to_plain
+from polca_edit.basis.record import Basis
 from polca_edit.clusters.hypotheses import Unchosen
 
 Say = Callable[[str], None]
+#: Unseen sequences on which the positive control is judged.
+CONTROL_SEQUENCES = 250
 
 
 @dataclass(frozen=True)
@@ -42,12 +47,14 @@ class StudySettings:
         unseen: sequences drawn anew; zero takes the evaluate split.
         window: (first, last) step of the movement that is undone.
         test: draws and thresholds.
+        control: plant a rule and its twin in every run.
     """
 
     bases: tuple[str, ...]
     unseen: int = 1000
     window: tuple[int, int] | None = None
     test: TestSettings = TestSettings()
+    control: bool = True
 
 
 def run_study(
@@ -75,6 +82,7 @@ def run_study(
     exploratory = False
     for run, plan in zip(runs, plans, strict=True):
         exploratory = open_evaluate(run, plan, by="test").exploratory or exploratory
+    controls = [found for found in (_control(run, settings) for run in runs) if found is not None]
     jobs = [(place, label, settings) for place in places for label in settings.bases]
     say(f"  {len(jobs)} bases of {len(runs)} runs, {sum(len(p.pairs) for p in plans)} pairs")
     if workers > 1 and len(jobs) > 1:
@@ -93,7 +101,7 @@ def run_study(
         tuple(verdict_row(row, why.get(row.name, "")) for row in table.rows),
         tuple(basis_row(answer, seed) for answer, seed in answers),
         tuple(Untested(left.name, left.reason) for left in table.untested),
-        (),
+        tuple(controls),
         settings.test,
         {label: runs[0].key(f"clusters:{label}") for label in settings.bases},
         seeds,
@@ -163,6 +171,35 @@ def measure_basis(place: Path, label: str, settings: StudySettings) -> KeptEvide
         return KeptEvidence(found.evidence, found.bases, left)
 
     return run.directory.kept(f"verdicts/{label}", key, KeptEvidence, compute, run.objective.passes)
+
+
+def _control(run: Run, settings: StudySettings) -> ControlRow | None:
+    """A planted rule and its twin in this run's final model; None where the task cannot plant one."""
+    if run.task.plant is None or settings.unseen == 0 or not settings.control:
+        return None
+    key = run.key_for(
+        "verdicts/control", settings.unseen, settings.test, run.key(f"basis:{settings.bases[0]}")
+    )
+
+    def compute() -> ControlRow:
+        tokens = unseen_tokens(run, settings.unseen)
+        part = tokens.select(torch.arange(min(CONTROL_SEQUENCES, tokens.sequences)))
+        splits = run.task.splits
+        basis = load_record(Basis, run.directory.basis(settings.bases[0]))
+        assert run.task.plant is not None
+        found = positive_control(
+            run.objective,
+            run.checkpoints(),
+            basis,
+            (splits.curvature, splits.select, part),
+            run.task.plant,
+            replace(settings.test, rotations=min(settings.test.rotations, 20), transplants=0),
+        )
+        return ControlRow(
+            run.config.seed, found.planted.word, found.twin.word, found.planted.sentence, found.passed
+        )
+
+    return run.directory.kept("verdicts/control.json", key, ControlRow, compute, run.objective.passes)
 
 
 def _measured(

@@ -50,8 +50,8 @@ def causal_test(
     """
     from experiments.report.verdicts import print_verdicts
     from experiments.run.run import load_run
-    from experiments.run.summary import write_summary
-    from experiments.run.summary_records import TestedFile
+    from experiments.run.summary.records import TestedFile
+    from experiments.run.summary.write import write_summary
     from experiments.verdicts.study import StudySettings, run_study, write_result
     from interventions.causal.settings import TestSettings
     from polca_edit.artifacts import from_plain, save_record, to_plain
@@ -75,5 +75,10 @@ def causal_test(
         save_record(Path(json_), result)
     shown = from_plain(TestedFile, to_plain(result))
     answers = {b.basis: {"A": b.A, "P": b.P} for b in shown.bases}
+    for control in result.controls:
+        say(
+            f"  positive control, seed {control.seed}: planted rule {control.planted}, its twin with random "
+            f"targets {control.twin}: {'passed' if control.passed else 'FAILED'}"
+        )
     print_verdicts([(row.basis, row.entry()) for row in shown.rows], answers, console)
     say(f"Result: {(out or runs[0]) / 'verdicts.json'}; next: polca-edit report {runs[0]}")

@@ -235,13 +235,15 @@ def adjusted(found: Sequence[Pooled]) -> list[float | None]:
     return result
 
 
-def sentence_of(pair: Hypothesis, found: Pooled, word: Word, smallest: float) -> str:
+def sentence_of(pair: Hypothesis, found: Pooled, word: Word, smallest: float, floor: float) -> str:
     """One plain sentence a row."""
     name, group = pair.moved, pair.group.name
     damage, share = found.damage, found.share.estimate
     cost = f"Undoing {name} costs '{group}' {damage.estimate:.2g} nats"
     if not math.isnan(share) and not found.runs[0].in_nats:
         cost += " (all it learned)" if share >= 0.9 else f" ({share:.0%} of what it learned)"
+    if word == "inert" and damage.estimate > floor:
+        return f"{cost}, no more than random edits of its size do ({found.delta:.2g})."
     if word == "inert":
         return f"Undoing {name} costs '{group}' nothing; {smallest:.2g} nats would have been seen."
     if word in ("selective", "carrier"):
@@ -296,7 +298,7 @@ def judge(
                 pooled,
                 p,
                 smallest,
-                sentence_of(pair, pooled, word, smallest),
+                sentence_of(pair, pooled, word, smallest, settings.damage_floor),
                 own,
             )
         )

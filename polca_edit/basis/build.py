@@ -1,17 +1,17 @@
-"""Every basis by name: what it needs from a run, and how it is built from the odd checkpoints."""
+"""Every basis by name: one table, what each kind needs from a run, and how it is built."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
-from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from jaxtyping import Float
+from torch import Tensor
 
-from polca_edit.basis import operators as bases
-from polca_edit.basis import path as path_bases
-from polca_edit.basis.record import Basis, hessian_basis, random_basis, trajectory_basis
+from polca_edit.basis import operators, path
+from polca_edit.basis.hessian import EigenSettings, Keeping, hessian_basis
+from polca_edit.basis.record import Basis, random_basis
 from polca_edit.checkpoints.files import SeriesFolder, read_weights
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.derivatives.objective import Objective
@@ -25,38 +25,29 @@ class BasisInputs:
 
     Attributes:
         objective: the token loss.
-        checkpoints: basis checkpoints to choose from (the odd ones of the series).
+        checkpoints: basis checkpoints to choose from, the whole series or every second one.
         tokens: the curvature sample.
+        settings: accuracy, seed, mask and vectors per checkpoint.
         outputs: logits of the scored slots, for Gauss-Newton.
         second_moments: step -> Adam's second moments, None where no optimiser state was kept.
-        seed: of start vectors and random draws.
-        tolerance: relative eigen-residual.
-        max_products: operator products per basis checkpoint at most.
-        mask: restrict vectors to these parameters.
+        keeping: hooks for resuming and streaming, used by ``hessian``.
     """
 
     objective: Objective
     checkpoints: Checkpoints
     tokens: TokenSet
-    outputs: Callable[[nn.Module, Tensor], Tensor] | None = None
+    settings: EigenSettings = field(default_factory=EigenSettings)
+    outputs: operators.OutputFunction | None = None
     second_moments: Callable[[int], Float[Tensor, " N"]] | None = None
-    seed: int = 0
-    tolerance: float = 0.05
-    max_products: int = 24
-    mask: Bool[Tensor, " N"] | None = None
+    keeping: Keeping = field(default_factory=Keeping)
 
-    def generator(self) -> torch.Generator:
-        """A fresh generator, so that a basis does not depend on which were built before it."""
-        return torch.Generator().manual_seed(self.seed)
+    def places(self, count: int) -> int:
+        """Basis checkpoints that give ``count`` vectors."""
+        return -(-count // self.settings.per_checkpoint)
 
     def spaced(self, count: int) -> Checkpoints:
-        """``count`` equally spaced basis checkpoints, the last one included."""
-        last = len(self.checkpoints) - 1
-        if count > last:
-            raise ValueError(
-                f"{count} vectors need as many basis checkpoints, only {last} are there; ask for fewer"
-            )
-        return self.checkpoints.subset([round((i + 1) * last / count) for i in range(count)])
+        """Equally spaced basis checkpoints that give ``count`` vectors, the last one included."""
+        return self.checkpoints.spaced(self.places(count))
 
 
 def recorded_second_moments(
@@ -77,167 +68,109 @@ def recorded_second_moments(
     return read
 
 
-def output_logits(module: nn.Module, inputs: Tensor) -> Tensor:
-    """Logits of the four output digits of a sum, for Gauss-Newton."""
-    logits: Tensor = module(inputs[:, :-1])[:, -4:]
-    return logits
-
-
-def _eigen(inputs: BasisInputs) -> dict[str, object]:
-    return {
-        "generator": inputs.generator(),
-        "tolerance": inputs.tolerance,
-        "max_products": inputs.max_products,
-        "mask": inputs.mask,
-    }
-
-
-def _hessian(inputs: BasisInputs, count: int) -> Basis:
-    return hessian_basis(inputs.objective, inputs.spaced(count), inputs.tokens, **_eigen(inputs))  # type: ignore[arg-type]
-
-
-def _shuffled(inputs: BasisInputs, count: int) -> Basis:
-    return bases.shuffled_hessian_basis(
-        inputs.objective,
-        inputs.spaced(count),
-        inputs.tokens,
-        **_eigen(inputs),  # type: ignore[arg-type]
-    )
-
-
-def _final(inputs: BasisInputs, count: int) -> Basis:
-    options = {**_eigen(inputs), "max_products": inputs.max_products * max(1, count // 2)}
-    return bases.final_hessian_basis(
-        inputs.objective,
-        inputs.checkpoints,
-        inputs.tokens,
-        count,
-        **options,  # type: ignore[arg-type]
-    )
-
-
-def _sliding(inputs: BasisInputs, count: int) -> Basis:
-    return bases.sliding_hessian_basis(
-        inputs.objective,
-        inputs.spaced(count),
-        inputs.tokens,
-        **_eigen(inputs),  # type: ignore[arg-type]
-    )
-
-
-def _loss_groups(inputs: BasisInputs) -> tuple[Tensor, dict[str, Tensor]]:
-    """Exact losses of the curvature sample at the basis checkpoints, and its tokens grouped by k-means."""
-    series = inputs.checkpoints
-    losses = torch.stack([inputs.objective.losses(series[i], inputs.tokens) for i in range(len(series))])
-    return losses, path_bases.loss_groups(losses, 6, seed=inputs.seed)
-
-
-def _adaptive(inputs: BasisInputs, count: int) -> Basis:
-    """Hessian vectors where loss groups of the curvature sample accelerate."""
-    series = inputs.checkpoints
-    losses, groups = _loss_groups(inputs)
-    chosen = path_bases.accelerating_checkpoints(losses, torch.tensor(series.steps), groups, count)
+def _hessian(given: BasisInputs, count: int) -> Basis:
     return hessian_basis(
-        inputs.objective,
-        series.subset(chosen),
-        inputs.tokens,
-        kind="adaptive_hessian",
-        **_eigen(inputs),  # type: ignore[arg-type]
+        given.objective, given.checkpoints, given.tokens, count, given.settings, keeping=given.keeping
     )
 
 
-def _gauss_newton(inputs: BasisInputs, count: int) -> Basis:
-    if inputs.outputs is None:
+def _shuffled(given: BasisInputs, count: int) -> Basis:
+    chosen = given.spaced(count)
+    return operators.shuffled_hessian_basis(given.objective, chosen, given.tokens, given.settings)
+
+
+def _final(given: BasisInputs, count: int) -> Basis:
+    more = replace(given.settings, max_products=given.settings.max_products * max(1, count // 2))
+    return operators.final_hessian_basis(given.objective, given.checkpoints, given.tokens, count, more)
+
+
+def _sliding(given: BasisInputs, count: int) -> Basis:
+    chosen = given.spaced(count)
+    return operators.sliding_hessian_basis(given.objective, chosen, given.tokens, given.settings)
+
+
+def _loss_groups(given: BasisInputs) -> tuple[Tensor, dict[str, Tensor]]:
+    """Exact losses of the curvature sample at the basis checkpoints, and its tokens grouped by k-means."""
+    series = given.checkpoints
+    losses = torch.stack([given.objective.losses(series[i], given.tokens) for i in range(len(series))])
+    return losses, path.loss_groups(losses, 6, seed=given.settings.seed)
+
+
+def _adaptive(given: BasisInputs, count: int) -> Basis:
+    """Hessian vectors where loss groups of the curvature sample accelerate."""
+    series = given.checkpoints
+    losses, groups = _loss_groups(given)
+    chosen = path.accelerating_checkpoints(losses, torch.tensor(series.steps), groups, given.places(count))
+    return hessian_basis(given.objective, series.subset(chosen), given.tokens, count, given.settings)
+
+
+def _gauss_newton(given: BasisInputs, count: int) -> Basis:
+    if given.outputs is None:
         raise ValueError("a Gauss-Newton basis needs the model's logits, this task gives none; use 'fisher'")
-    return bases.gauss_newton_basis(
-        inputs.objective,
-        inputs.outputs,
-        inputs.spaced(count),
-        inputs.tokens,
-        **_eigen(inputs),  # type: ignore[arg-type]
-    )
+    chosen = given.spaced(count)
+    return operators.gauss_newton_basis(given.objective, given.outputs, chosen, given.tokens, given.settings)
 
 
-def _fisher(inputs: BasisInputs, count: int) -> Basis:
-    return bases.fisher_basis(
-        inputs.objective,
-        inputs.spaced(count),
-        inputs.tokens,
-        **_eigen(inputs),  # type: ignore[arg-type]
-    )
+def _fisher(given: BasisInputs, count: int) -> Basis:
+    return operators.fisher_basis(given.objective, given.spaced(count), given.tokens, given.settings)
 
 
-def _covariance(inputs: BasisInputs, count: int) -> Basis:
-    return bases.fisher_basis(
-        inputs.objective,
-        inputs.spaced(count),
-        inputs.tokens,
-        centred=True,
-        **_eigen(inputs),  # type: ignore[arg-type]
-    )
+def _covariance(given: BasisInputs, count: int) -> Basis:
+    chosen = given.spaced(count)
+    return operators.fisher_basis(given.objective, chosen, given.tokens, given.settings, centred=True)
 
 
-def _stacked(inputs: BasisInputs, count: int) -> Basis:
+def _stacked(given: BasisInputs, count: int) -> Basis:
     # Four checkpoints: every product passes over the sample once per stacked checkpoint.
-    return bases.stacked_jacobian_basis(
-        inputs.objective,
-        inputs.spaced(min(4, count)),
-        inputs.tokens,
-        count,
-        **_eigen(inputs),  # type: ignore[arg-type]
-    )
+    chosen = given.checkpoints.spaced(min(4, count))
+    return operators.stacked_jacobian_basis(given.objective, chosen, given.tokens, count, given.settings)
 
 
-def _adam(inputs: BasisInputs, count: int) -> Basis:
-    if inputs.second_moments is None:
+def _adam(given: BasisInputs, count: int) -> Basis:
+    if given.second_moments is None:
         raise ValueError("an Adam-preconditioned basis needs recorded optimiser state; set state_every")
-    return bases.adam_hessian_basis(
-        inputs.objective,
-        inputs.spaced(count),
-        inputs.tokens,
-        inputs.second_moments,
-        **_eigen(inputs),  # type: ignore[arg-type]
+    chosen = given.checkpoints.spaced(count)
+    return operators.adam_hessian_basis(
+        given.objective, chosen, given.tokens, given.second_moments, given.settings
     )
 
 
-def _trajectory(inputs: BasisInputs, count: int) -> Basis:
-    return trajectory_basis(inputs.checkpoints, count, mask=inputs.mask)
+def _trajectory(given: BasisInputs, count: int) -> Basis:
+    return path.trajectory_basis(given.checkpoints, count, mask=given.settings.mask)
 
 
-def _secant(inputs: BasisInputs, count: int) -> Basis:
-    gradients = path_bases.mean_gradients(inputs.objective, inputs.checkpoints, inputs.tokens)
-    return path_bases.trajectory_secant_basis(inputs.checkpoints, gradients, count, mask=inputs.mask)
+def _gradients(given: BasisInputs) -> Tensor:
+    return path.mean_gradients(given.objective, given.checkpoints, given.tokens)
 
 
-def _loss_weighted(inputs: BasisInputs, count: int) -> Basis:
-    gradients = path_bases.mean_gradients(inputs.objective, inputs.checkpoints, inputs.tokens)
-    density = path_bases.loss_fall_density(*_loss_groups(inputs))
-    return path_bases.loss_weighted_basis(inputs.checkpoints, gradients, density, count, mask=inputs.mask)
+def _secant(given: BasisInputs, count: int) -> Basis:
+    return path.trajectory_secant_basis(given.checkpoints, _gradients(given), count, mask=given.settings.mask)
 
 
-def _loss_path(inputs: BasisInputs, count: int) -> Basis:
-    gradients = path_bases.mean_gradients(inputs.objective, inputs.checkpoints, inputs.tokens)
-    return path_bases.loss_path_basis(inputs.checkpoints, gradients, count, mask=inputs.mask)
+def _loss_weighted(given: BasisInputs, count: int) -> Basis:
+    gradients, density = _gradients(given), path.loss_fall_density(*_loss_groups(given))
+    return path.loss_weighted_basis(given.checkpoints, gradients, density, count, mask=given.settings.mask)
 
 
-def _trajectory_hessian(inputs: BasisInputs, count: int) -> Basis:
-    first = trajectory_basis(inputs.checkpoints, count - count // 4, mask=inputs.mask)
-    return bases.trajectory_and_hessian_basis(
-        first,
-        inputs.objective,
-        inputs.spaced(count // 4),
-        inputs.tokens,
-        **_eigen(inputs),  # type: ignore[arg-type]
+def _loss_path(given: BasisInputs, count: int) -> Basis:
+    return path.loss_path_basis(given.checkpoints, _gradients(given), count, mask=given.settings.mask)
+
+
+def _trajectory_hessian(given: BasisInputs, count: int) -> Basis:
+    first = path.trajectory_basis(given.checkpoints, count - count // 4, mask=given.settings.mask)
+    chosen = given.spaced(count // 4)
+    return operators.trajectory_and_hessian_basis(
+        first, given.objective, chosen, given.tokens, given.settings
     )
 
 
-def _random(inputs: BasisInputs, count: int) -> Basis:
-    return random_basis(inputs.objective.space.size, count, inputs.generator(), mask=inputs.mask)
+def _random(given: BasisInputs, count: int) -> Basis:
+    settings = given.settings
+    return random_basis(given.objective.space.size, count, settings.generator(), mask=settings.mask)
 
 
-def _axes(inputs: BasisInputs, count: int) -> Basis:
-    last = inputs.checkpoints[len(inputs.checkpoints) - 1]
-    return path_bases.parameter_axes_basis(last, count, mask=inputs.mask)
+def _axes(given: BasisInputs, count: int) -> Basis:
+    return path.parameter_axes_basis(given.checkpoints[-1], count, mask=given.settings.mask)
 
 
 KINDS: dict[str, Callable[[BasisInputs, int], Basis]] = {
@@ -260,13 +193,23 @@ KINDS: dict[str, Callable[[BasisInputs, int], Basis]] = {
     "random": _random,
 }
 
+#: Kinds a run builds from its whole series; it builds the others from every second checkpoint, so that
+#: what they explain is tested on checkpoints they have not seen.
+FROM_THE_WHOLE_SERIES = frozenset({"hessian", "trajectory", "random"})
+
 
 def build_basis(kind: str, inputs: BasisInputs, count: int) -> Basis:
     """A basis by name.
+
+    Args:
+        kind: one of :data:`KINDS`.
+        inputs: what it is built from.
+        count: K, how many vectors.
 
     Raises:
         ValueError: for an unknown name, or inputs the basis cannot do without.
     """
     if kind not in KINDS:
         raise ValueError(f"basis kind must be one of {sorted(KINDS)}, got '{kind}'; correct the name")
-    return replace(KINDS[kind](inputs, count), kind=kind)
+    found = replace(KINDS[kind](inputs, count), kind=kind)
+    return found if len(found) <= count else found[:count]

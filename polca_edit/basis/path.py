@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from polca_edit.basis.record import Basis, displacements_from_start, trajectory_basis, unlabelled
+from polca_edit.basis.record import Basis, unlabelled
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.derivatives.lanczos import inner_products, orthonormalise, remove_rows
 from polca_edit.derivatives.objective import Objective
@@ -21,11 +21,47 @@ def odd_checkpoints(checkpoints: Checkpoints) -> Checkpoints:
     return checkpoints.subset(range(0, len(checkpoints), 2))
 
 
+def displacements_from_start(checkpoints: Checkpoints) -> Iterator[tuple[int, Float[Tensor, " N"]]]:
+    """(index, theta_t - theta_0) for t = 1 .. T-1, one at a time."""
+    origin = checkpoints[0].clone()
+    for index in range(1, len(checkpoints)):
+        yield index, checkpoints[index] - origin
+
+
+def trajectory_basis(
+    checkpoints: Checkpoints, count: int, *, mask: Bool[Tensor, " N"] | None = None
+) -> Basis:
+    """Right singular vectors of the rows theta_t - theta_0, from the T x T Gram matrix.
+
+    Eigenvalues are squared singular values. No derivative is taken.
+
+    Raises:
+        ValueError: if the movement has fewer independent directions than asked for.
+    """
+    keep = slice(None) if mask is None else mask
+    rows = torch.stack([moved[keep] for _, moved in displacements_from_start(checkpoints)])
+    gram = torch.zeros(len(rows), len(rows), dtype=torch.float64)
+    for columns in rows.split(1 << 20, dim=1):  # float64 in slices keeps the memory of one copy
+        gram += columns.double() @ columns.double().T
+    values, vectors = torch.linalg.eigh(gram)
+    order = torch.argsort(values, descending=True)[:count]
+    values = values[order]
+    if len(values) < count or float(values[-1]) <= 1e-12 * float(values[0]):
+        raise ValueError(
+            f"a trajectory basis of {count} vectors needs as many independent displacements, "
+            f"got {int((values > 1e-12 * values.max()).sum())}; use fewer vectors"
+        )
+    found = orthonormalise(vectors[:, order].T.to(rows) @ rows)
+    if mask is not None:
+        full = torch.zeros(len(found), mask.numel(), dtype=found.dtype)
+        full[:, mask] = found
+        found = full
+    return replace(unlabelled("trajectory", found), eigenvalues=values)
+
+
 def mean_gradients(objective: Objective, checkpoints: Checkpoints, tokens: TokenSet) -> Float[Tensor, "T N"]:
     """Gradient of the mean loss at every checkpoint."""
-    return torch.stack(
-        [objective.mean_gradient(checkpoints[i], tokens)[1].cpu() for i in range(len(checkpoints))]
-    )
+    return torch.stack([objective.mean_gradient(checkpoints[i], tokens)[1] for i in range(len(checkpoints))])
 
 
 def principal_rows(

@@ -74,6 +74,26 @@ class Checkpoints:
             self.dtype,
         )
 
+    def spaced(self, count: int) -> Checkpoints:
+        """``count`` equally spaced checkpoints, the last one included and the first only among all.
+
+        >>> space = ParameterSpace(("w",), ((1,),), (("w", "w"),))
+        >>> Checkpoints(space, (0, 10, 20, 30, 40), lambda i: {}).spaced(2).steps
+        (20, 40)
+
+        Raises:
+            ValueError: for more checkpoints than there are.
+        """
+        last = len(self) - 1
+        if count == len(self):
+            return self
+        if not 0 <= count <= last:
+            raise ValueError(
+                f"{count} checkpoints must be taken from a series of {len(self)}, the first apart; "
+                "ask for fewer or record more"
+            )
+        return self.subset([round((i + 1) * last / count) for i in range(count)])
+
     def require(self, minimum: int = 3) -> Checkpoints:
         """Itself.
 

@@ -109,69 +109,60 @@ def orthonormalise(vectors: Float[Tensor, "k N"]) -> Float[Tensor, "r N"]:
     return torch.stack(kept) if kept else vectors[:0]
 
 
+@dataclass(frozen=True)
+class LanczosSettings:
+    """When projected Lanczos stops, and what it returns besides.
+
+    Attributes:
+        tolerance: stop when every relative residual is at most this.
+        max_products: give up after this many products; the residuals then say how far it got.
+        following: how many further Ritz vectors to return.
+        noise: size of the random part added to a warm start, relative to it.
+    """
+
+    tolerance: float = 1e-3
+    max_products: int = 200
+    following: int = 0
+    noise: float = 0.02
+
+
 def projected_lanczos(
     product: Callable[[Tensor], Tensor],
-    size: int,
+    like: Float[Tensor, " N"],
     k: int,
-    *,
     generator: torch.Generator,
+    settings: LanczosSettings | None = None,
+    *,
     rows: Rows | None = None,
     start: Float[Tensor, "s N"] | None = None,
-    tolerance: float = 1e-3,
-    max_products: int = 200,
-    following: int = 0,
-    noise: float = 0.02,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
 ) -> Eigenpairs:
     """The k algebraically largest eigenpairs of Pi A Pi, Pi the projector off ``rows``.
 
     Args:
         product: v (N,) -> A v (N,), A symmetric.
-        size: N.
+        like: (N,) gives size, dtype and device of the Krylov vectors; its values do not matter.
         k: how many pairs.
         generator: draws the start vectors that ``start`` does not supply.
+        settings: accuracy.
         rows: orthonormal rows to project out (Algorithm 1 of arXiv 2506.15872), in one tensor or in blocks.
         start: warm start, for example the last checkpoint's eigenvectors.
-        tolerance: stop when every relative residual is at most this.
-        max_products: give up after this many products; the residuals then say how far it got.
-        following: how many further Ritz vectors to return.
-        noise: size of the random part added to a warm start, relative to it.
-        dtype: of the Krylov vectors.
-        device: of the Krylov vectors.
 
     Raises:
         ValueError: if fewer than k dimensions remain after projection, or a product is not finite.
     """
+    settings = settings or LanczosSettings()
     held = sum(len(block) for block in ([rows] if isinstance(rows, Tensor) else rows or []))
-    if not 1 <= k <= size - held:
-        raise ValueError(f"k must be between 1 and the {size - held} dimensions left, got {k}")
-    block = torch.randn(k, size, generator=generator, dtype=dtype).to(device)
-    if start is not None and len(start):
-        warm = remove_rows(start[:k].to(block), rows)
-        norms = warm.norm(dim=1, keepdim=True)
-        useful = norms[:, 0] > 1e-6 * start[:k].norm(dim=1).to(norms)
-        # A little noise keeps directions reachable that are exactly orthogonal to the warm start.
-        drawn = block[: len(warm)] / block[: len(warm)].norm(dim=1, keepdim=True)
-        started = warm / norms.clamp_min(1e-30) + noise * drawn
-        block[: len(warm)] = torch.where(useful[:, None], started, drawn)
-    block = orthonormalise(remove_rows(block, rows))
+    left = like.numel() - held
+    if not 1 <= k <= left:
+        raise ValueError(f"k must be between 1 and the {left} dimensions left, got {k}")
+    block = _first_block(like, k, generator, rows, start, settings.noise)
     basis, images, used = _Stack(block), _Stack(block[:0]), 0
     projected = torch.zeros(0, 0, dtype=torch.float64, device=block.device)
     while True:
-        new = torch.cat([remove_rows(product(vector).to(block)[None], rows, 1) for vector in block])
-        if not torch.isfinite(new).all():
-            raise ValueError(
-                "operator products must be finite, got NaN or infinity; are the weights damaged?"
-            )
+        new = _images(product, block, rows)
         used += len(new)
         images.append(new)
-        # Only the columns of the new images are new; <b_i, A b_j> = <b_j, A b_i> fills the rest.
-        columns = inner_products(basis.rows, new)
-        grown = torch.zeros(len(columns), len(columns), dtype=torch.float64, device=block.device)
-        grown[: len(projected), : len(projected)] = projected
-        grown[:, -len(new) :], grown[-len(new) :] = columns, columns.T
-        projected = grown
+        projected = _bordered(projected, inner_products(basis.rows, new))
         ritz, coefficients = torch.linalg.eigh((projected + projected.T) / 2)
         ranked = torch.argsort(ritz, descending=True)
         values, chosen = ritz[ranked[:k]], coefficients[:, ranked[:k]].to(block)
@@ -181,19 +172,58 @@ def projected_lanczos(
         outside = remove_rows(outside, basis.rows, 1)
         foreseen = (chosen[-len(new) :].T @ outside).norm(dim=1).double()
         block = orthonormalise(remove_rows(outside, rows, 1))
-        full = len(columns) >= size - held or len(block) == 0
-        last = full or used + len(block) > max_products
-        if not last and (len(values) < k or bool((foreseen > tolerance * values.abs()).any())):
+        full = len(projected) >= left or len(block) == 0
+        last = full or used + len(block) > settings.max_products
+        if not last and (len(values) < k or bool((foreseen > settings.tolerance * values.abs()).any())):
             basis.append(block)
             continue
         vectors = chosen.T @ basis.rows
         remainder = chosen.T @ images.rows - values[:, None].to(block) * vectors
         residuals = remainder.norm(dim=1).double() / values.abs().clamp_min(1e-30)
-        done = len(values) == k and bool((residuals <= tolerance).all())
+        done = len(values) == k and bool((residuals <= settings.tolerance).all())
         if done or last:
             break
         basis.append(block)
-    next_ones = coefficients[:, ranked[k : k + following]].to(block)
+    next_ones = coefficients[:, ranked[k : k + settings.following]].to(block)
     vectors = orthonormalise(remove_rows(vectors, rows))
     # `basis` has not grown since the last Rayleigh-Ritz step, so the coefficients still fit it.
     return Eigenpairs(values.cpu(), vectors, residuals.cpu(), used, done or full, next_ones.T @ basis.rows)
+
+
+def _first_block(
+    like: Float[Tensor, " N"],
+    k: int,
+    generator: torch.Generator,
+    rows: Rows | None,
+    start: Float[Tensor, "s N"] | None,
+    noise: float,
+) -> Float[Tensor, "k N"]:
+    """Orthonormal start vectors off the rows: the warm start with a little noise, drawn where it has none."""
+    block = torch.randn(k, like.numel(), generator=generator, dtype=like.dtype).to(like.device)
+    if start is not None and len(start):
+        warm = remove_rows(start[:k].to(block), rows)
+        norms = warm.norm(dim=1, keepdim=True)
+        useful = norms[:, 0] > 1e-6 * start[:k].norm(dim=1).to(norms)
+        # A little noise keeps directions reachable that are exactly orthogonal to the warm start.
+        drawn = block[: len(warm)] / block[: len(warm)].norm(dim=1, keepdim=True)
+        started = warm / norms.clamp_min(1e-30) + noise * drawn
+        block[: len(warm)] = torch.where(useful[:, None], started, drawn)
+    return orthonormalise(remove_rows(block, rows))
+
+
+def _images(
+    product: Callable[[Tensor], Tensor], block: Float[Tensor, "k N"], rows: Rows | None
+) -> Float[Tensor, "k N"]:
+    """Pi A v for every row v of a block."""
+    new = torch.cat([remove_rows(product(vector).to(block)[None], rows, 1) for vector in block])
+    if not torch.isfinite(new).all():
+        raise ValueError("operator products must be finite, got NaN or infinity; are the weights damaged?")
+    return new
+
+
+def _bordered(projected: Float[Tensor, "n n"], columns: Float[Tensor, "m k"]) -> Float[Tensor, "m m"]:
+    """The projected operator with new columns; <b_i, A b_j> = <b_j, A b_i> fills the new rows."""
+    grown = torch.zeros(len(columns), len(columns), dtype=torch.float64, device=projected.device)
+    grown[: len(projected), : len(projected)] = projected
+    grown[:, -columns.shape[1] :], grown[-columns.shape[1] :] = columns, columns.T
+    return grown

@@ -12,32 +12,19 @@ Everything is exact (no finite differences). Four routes compute the same number
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from polca_edit.derivatives.adjoint import AdjointRoute, AdjointUnavailable
-from polca_edit.derivatives.tracing import (
-    Linearization,
-    PointFunction,
-    PointLinearization,
-    double_backward,
-    plain_jvp,
-    symmetric_products,
-    trace_linearization,
-)
+from polca_edit.derivatives.routes import TRACE_BREAK_EVEN, Route, Routes
+from polca_edit.derivatives.tracing import PointLinearization
 from polca_edit.parameters import ParameterSpace, call_with
 from polca_edit.tokens import TokenLossFunction, TokenSet
 
-Route = Literal["auto", "adjoint", "traced", "jvp", "double_backward"]
-
-#: A trace costs about 70 forward passes and saves about one per vector.
-TRACE_BREAK_EVEN = 64
 #: Forward passes per vector by route (measured on the two arithmetic shapes, docs/results).
 PASSES_PER_VECTOR = {"adjoint": 1.0, "traced": 1.9, "jvp": 3.0}
 #: Forward passes per scored token of a sequence that the adjoint route needs before any vector.
@@ -107,38 +94,53 @@ class Objective:
         self.route_used: Route | None = None
         self.route_note = ""
         self.passes = PassCount()
-        self._traces: dict[tuple[object, ...], Linearization] = {}
-        self._reverse_only = False
-        self._untraceable = False
+        self._routes = Routes(route, compiled)
         self._adjoint: AdjointRoute | None = None
+
+    # -- devices: the module's for the work, the caller's for what goes in and comes out -------------
 
     @property
     def device(self) -> torch.device:
         """Where the module's parameters live."""
         return next(self.module.parameters()).device
 
-    def split(self, flat: Tensor) -> list[Tensor]:
-        """Parameters as separate tensors in canonical order (each with its own storage).
+    def placed(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor on the module's device. Nothing else in the library moves a tensor there."""
+        return tensor.to(self.device, dtype or tensor.dtype)
+
+    def weights(self, flat: Float[Tensor, " N"], dtype: torch.dtype | None = None) -> list[Tensor]:
+        """Parameters in canonical order on the module's device, each with its own storage.
 
         A view into one long vector would make every forward-mode tangent as long as the vector.
         """
-        return [value.clone() for value in self.space.unflatten(flat).values()]
+        return [value.clone() for value in self.space.unflatten(self.placed(flat, dtype)).values()]
 
-    def _losses(self, weights: Sequence[Tensor], inputs: Tensor) -> Tensor:
-        values = dict(zip(self.space.names, weights, strict=True))
-        losses: Tensor = call_with(self.module, self.space, values, self.token_loss, inputs)
-        return losses
+    def batches(self, tokens: TokenSet) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """(inputs, scored, rows) on the module's device, rows not; the last batch may be shorter."""
+        return [
+            (self.placed(tokens.inputs[rows]), self.placed(tokens.scored[rows]), rows)
+            for rows in tokens.batches(self.batch_size)
+        ]
 
-    def _batches(self, tokens: TokenSet) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """(inputs, scored, rows): equal shapes, the last batch padded with unscored repeats."""
+    def _padded_batches(self, tokens: TokenSet) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """The same with equal shapes, the last batch padded with unscored repeats: one trace serves all."""
         size = min(self.batch_size, tokens.sequences)
         batches = []
         for rows in tokens.batches(size):
             padded = torch.cat([rows, rows[:1].expand(size - len(rows))])
             scored = tokens.scored[padded].clone()
             scored[len(rows) :] = False
-            batches.append((tokens.inputs[padded].to(self.device), scored.to(self.device), rows))
+            batches.append((self.placed(tokens.inputs[padded]), self.placed(scored), rows))
         return batches
+
+    def evaluate(self, function: Callable[..., Tensor], weights: Sequence[Tensor], *inputs: Tensor) -> Tensor:
+        """``function(module, *inputs)`` at other weights, from :meth:`weights`."""
+        values = dict(zip(self.space.names, weights, strict=True))
+        result: Tensor = call_with(self.module, self.space, values, function, *inputs)
+        return result
+
+    def _losses(self, weights: Sequence[Tensor], inputs: Tensor) -> Tensor:
+        return self.evaluate(self.token_loss, weights, inputs)
 
     def losses(self, theta: Float[Tensor, " N"], tokens: TokenSet) -> Float[Tensor, " M"]:
         """Exact loss of every scored token, in nats.
@@ -146,10 +148,10 @@ class Objective:
         Raises:
             ValueError: if a loss is not finite.
         """
-        weights = self.split(theta.to(self.device))
+        weights = self.weights(theta)
         parts = []
         with torch.no_grad():
-            for inputs, scored, _ in self._batches(tokens):
+            for inputs, scored, _ in self._padded_batches(tokens):
                 parts.append(self._losses(weights, inputs)[scored].cpu())
         self.passes.forward += tokens.sequences
         result = torch.cat(parts)
@@ -187,24 +189,19 @@ class Objective:
                         f"route 'adjoint' must fit the model: {reason}; use route 'auto'"
                     ) from reason
                 self._adjoint, self.route_note = None, str(reason)
-        route = self._choose(planned)
-        weights = self.split(theta.to(self.device))
+        route = self._routes.choose(planned)
+        weights = self.weights(theta)
         values, slopes = [], []
         with torch.no_grad():
-            for inputs, scored, _ in self._batches(tokens):
+            for inputs, scored, _ in self._padded_batches(tokens):
                 linear = self._linear_losses(route, weights, inputs)
                 values.append(linear.values[0][scored].cpu())
                 slopes.append(
-                    torch.stack(
-                        [
-                            linear(self.split(row.to(self.device, theta.dtype)))[0][scored].cpu()
-                            for row in rows
-                        ]
-                    )
+                    torch.stack([linear(self.weights(row, theta.dtype))[0][scored].cpu() for row in rows])
                     if len(rows)
                     else torch.zeros(0, int(scored.sum()), dtype=theta.dtype)
                 )
-        self.route_used = "double_backward" if self._reverse_only else route
+        self.route_used = "double_backward" if self._routes.reverse_only else route
         self.passes.forward += tokens.sequences
         self.passes.tangent += tokens.sequences * len(rows)
         return torch.cat(values), torch.cat(slopes, dim=1)
@@ -226,23 +223,21 @@ class Objective:
         """Losses and slopes from the scored tokens' cotangents (:mod:`polca_edit.derivatives.adjoint`)."""
         if self._adjoint is None:
             self._adjoint = AdjointRoute(self.module, self.space, self.token_loss, self.memory_budget)
-        values = self.space.unflatten(theta.to(self.device))
-        directions = self.space.unflatten(rows.to(self.device, theta.dtype))
+        values = self.space.unflatten(self.placed(theta))
+        directions = self.space.unflatten(self.placed(rows, theta.dtype))
         # The r-th scored slot of each sequence; sequences with fewer repeat slot 0, dropped below.
         counts = tokens.scored.sum(1)
         ranks = int(counts.max())
         slots = torch.argsort(tokens.scored.to(torch.int8), dim=1, descending=True, stable=True)[:, :ranks]
         valid = torch.arange(ranks) < counts[:, None]
-        inputs = tokens.inputs
-        self._adjoint.prepare(
-            values, inputs[: self.batch_size].to(self.device), slots[: self.batch_size].to(self.device)
-        )
+        first = slice(self.batch_size)
+        self._adjoint.prepare(values, self.placed(tokens.inputs[first]), self.placed(slots[first]))
         size = self._adjoint.chunk(ranks, theta.element_size(), self.batch_size)
         losses, slopes = [], []
         with torch.no_grad():
             for batch in tokens.batches(size):
                 found, parts = self._adjoint.slopes(
-                    values, directions, inputs[batch].to(self.device), slots[batch].to(self.device)
+                    values, directions, self.placed(tokens.inputs[batch]), self.placed(slots[batch])
                 )
                 losses.append(found.cpu()[tokens.scored[batch]])
                 slopes.append(parts.cpu()[valid[batch]])
@@ -252,52 +247,11 @@ class Objective:
         self.passes.tangent += tokens.sequences * len(rows)
         return torch.cat(losses), torch.cat(slopes).T.contiguous()
 
-    def _choose(self, expected: int) -> Route:
-        if self._reverse_only:
-            return "double_backward"
-        if self.route not in ("auto", "adjoint"):
-            return self.route
-        return "traced" if expected >= TRACE_BREAK_EVEN else "jvp"
-
     def _linear_losses(self, route: Route, weights: list[Tensor], inputs: Tensor) -> PointLinearization:
         def function(point: Sequence[Tensor], given: Sequence[Tensor]) -> Sequence[Tensor]:
             return (self._losses(point, given[0]),)
 
-        return self._linear("losses", function, route, weights, [inputs])
-
-    def _linear(
-        self,
-        kind: str,
-        function: PointFunction,
-        route: Route,
-        weights: list[Tensor],
-        inputs: list[Tensor],
-    ) -> PointLinearization:
-        """The derivative of ``function`` at the weights by the wanted route, with fallback."""
-        try:
-            if route == "traced" and not self._untraceable:
-                key = (kind, weights[0].dtype, self.compiled, *(tuple(i.shape) for i in inputs))
-                if key not in self._traces:
-                    with warnings.catch_warnings():
-                        warnings.simplefilter("ignore")
-                        self._traces[key] = trace_linearization(
-                            function, weights, inputs, compiled=self.compiled
-                        )
-                return self._traces[key].at(weights, inputs)
-            if route in ("jvp", "traced"):
-                return plain_jvp(function, weights, inputs)
-        except (NotImplementedError, RuntimeError) as error:
-            if "tracing tensor" in str(error):  # a model that branches on values: the same numbers, untraced
-                self._untraceable = True
-                return self._linear(kind, function, "jvp", weights, inputs)
-            if (
-                "forward AD" not in str(error)
-                and "forward-mode" not in str(error)
-                and "jvp" not in str(error)
-            ):
-                raise
-            self._reverse_only = True
-        return double_backward(function, weights, inputs)
+        return self._routes.linear("losses", function, route, weights, [inputs])
 
     # -- gradients and curvature of the mean loss ------------------------------------------------
 
@@ -310,10 +264,10 @@ class Objective:
         do not matter.
         """
         token_weights = self._slot_weights(tokens, weights, theta.dtype)
-        parts = [w.requires_grad_() for w in self.split(theta.to(self.device))]
-        total = torch.zeros((), dtype=theta.dtype, device=self.device)
-        gradient = torch.zeros_like(theta, device=self.device)
-        for (inputs, _, rows), slot_weights in zip(self._batches(tokens), token_weights, strict=True):
+        parts = [w.requires_grad_() for w in self.weights(theta)]
+        total = self.placed(theta.new_zeros(()))
+        gradient = self.placed(torch.zeros_like(theta))
+        for (inputs, _, rows), slot_weights in zip(self._padded_batches(tokens), token_weights, strict=True):
             with torch.enable_grad():
                 loss = (self._losses(parts, inputs) * slot_weights).sum()
                 grads = torch.autograd.grad(loss, parts, materialize_grads=True)
@@ -321,7 +275,7 @@ class Objective:
             gradient += torch.cat([g.reshape(-1) for g in grads])
             self.passes.forward += len(rows)
             self.passes.backward += len(rows)
-        return float(total), gradient
+        return float(total), gradient.to(theta)
 
     def _slot_weights(self, tokens: TokenSet, weights: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
         """Per batch (B, P): the weight of each slot's loss, zero where nothing is scored."""
@@ -330,10 +284,10 @@ class Objective:
         full = torch.zeros(tokens.scored.shape, dtype=dtype)
         full[tokens.scored] = weights.to(dtype)
         result = []
-        for _, scored, rows in self._batches(tokens):
+        for _, scored, rows in self._padded_batches(tokens):
             padded = torch.zeros(scored.shape, dtype=dtype)
             padded[: len(rows)] = full[rows]
-            result.append(padded.to(self.device))
+            result.append(self.placed(padded))
         return result
 
     def hessian(
@@ -355,59 +309,76 @@ class Objective:
             weights: optional (M,) weights of the token losses.
             expected: number of products wanted, for the choice of route.
         """
-        # A trace of the gradient costs as much as about twenty products, once per model.
-        route = self._choose(expected * TRACE_BREAK_EVEN // 4)
-        parts = self.split(theta.to(self.device))
+        parts = self.weights(theta)
         slot_weights = self._slot_weights(tokens, weights, theta.dtype)
 
-        def gradient(point: Sequence[Tensor], given: Sequence[Tensor]) -> Sequence[Tensor]:
-            def total(*values: Tensor) -> Tensor:
-                return (self._losses(values, given[0]) * given[1]).sum()
+        def loss(point: Sequence[Tensor], given: Sequence[Tensor]) -> Tensor:
+            return (self._losses(point, given[0]) * given[1]).sum()
 
-            return torch.func.grad(total, argnums=tuple(range(len(point))))(*point)  # type: ignore[no-any-return]
-
-        def reverse_gradient(point: Sequence[Tensor], given: Sequence[Tensor]) -> Sequence[Tensor]:
-            with torch.enable_grad():
-                leaves = [p if p.requires_grad else p.detach().requires_grad_() for p in point]
-                total = (self._losses(leaves, given[0]) * given[1]).sum()
-                return torch.autograd.grad(total, leaves, create_graph=True, materialize_grads=True)
-
-        maps: list[Callable[[Sequence[Tensor]], tuple[Tensor, ...]]] = []
-        for (inputs, _, _), batch_weights in zip(self._batches(tokens), slot_weights, strict=True):
-            with torch.no_grad():
-                if self._choose(expected * TRACE_BREAK_EVEN // 4) == "double_backward":
-                    maps.append(symmetric_products(reverse_gradient, parts, [inputs, batch_weights]))
-                    continue
-                try:
-                    maps.append(self._linear("gradient", gradient, route, parts, [inputs, batch_weights]))
-                except (NotImplementedError, RuntimeError) as error:
-                    if "forward AD" not in str(error) and "forward-mode" not in str(error):
-                        raise
-                    self._reverse_only = True
-                    maps.append(symmetric_products(reverse_gradient, parts, [inputs, batch_weights]))
+        with torch.no_grad():
+            maps = [
+                self._routes.curvature(loss, expected, parts, [inputs, batch_weights])
+                for (inputs, _, _), batch_weights in zip(
+                    self._padded_batches(tokens), slot_weights, strict=True
+                )
+            ]
 
         def product(vector: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-            tangents = self.split(vector.to(self.device, theta.dtype))
+            tangents = self.weights(vector, theta.dtype)
             with torch.no_grad():
                 results = [torch.cat([part.reshape(-1) for part in linear(tangents)]) for linear in maps]
             self.passes.hvp += tokens.sequences
-            return torch.stack(results).sum(0) if len(results) > 1 else results[0]
+            return (torch.stack(results).sum(0) if len(results) > 1 else results[0]).to(vector.device)
+
+        return product
+
+    def squared_jacobian(
+        self,
+        outputs: Callable[[nn.Module, Tensor], Tensor],
+        theta: Float[Tensor, " N"],
+        tokens: TokenSet,
+        middle: Callable[[Tensor, Tensor, Tensor], Tensor],
+    ) -> Callable[[Tensor], Tensor]:
+        """The product v -> J' middle(outputs, J v, scored), J the Jacobian of other outputs of the module.
+
+        Args:
+            outputs: ``outputs(module, inputs)`` -> (B, P, C).
+            theta: weights.
+            tokens: the sample.
+            middle: (outputs, J v, scored (B, P)) -> cotangents (B, P, C).
+        """
+        parts = self.weights(theta)
+
+        def function(point: Sequence[Tensor], given: Sequence[Tensor]) -> Sequence[Tensor]:
+            return (self.evaluate(outputs, point, given[0]),)
+
+        def product(vector: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+            tangents = self.weights(vector, theta.dtype)
+            total = self.placed(torch.zeros_like(theta))
+            for inputs, scored, _ in self.batches(tokens):
+                with torch.no_grad():
+                    linear = self._routes.linear("outputs", function, self._routes.choose(1), parts, [inputs])
+                    cotangents = middle(linear.values[0], linear(tangents)[0], scored)
+                leaves = [w.detach().requires_grad_() for w in parts]
+                with torch.enable_grad():
+                    found = function(leaves, [inputs])
+                    grads = torch.autograd.grad(found, leaves, cotangents, materialize_grads=True)
+                total += torch.cat([g.reshape(-1) for g in grads])
+            self.passes.hvp += tokens.sequences
+            return total.to(vector.device)
 
         return product
 
     def token_gradients(self, theta: Float[Tensor, " N"], tokens: TokenSet) -> Float[Tensor, "M N"]:
         """Every token's own gradient (M, N): for small problems and references only."""
-        weights = self.split(theta.to(self.device))
+        weights = self.weights(theta)
         rows = []
-        for index in range(tokens.sequences):
-            inputs = tokens.inputs[index : index + 1].to(self.device)
-            scored = tokens.scored[index].to(self.device)
+        for inputs, scored, _ in self.batches(tokens):
             with torch.enable_grad():
                 leaves = [w.detach().requires_grad_() for w in weights]
-                losses = self._losses(leaves, inputs)[0][scored]
-                for loss in losses:
+                for loss in self._losses(leaves, inputs)[scored]:
                     grads = torch.autograd.grad(loss, leaves, retain_graph=True, materialize_grads=True)
                     rows.append(torch.cat([g.reshape(-1) for g in grads]))
         self.passes.forward += tokens.sequences
         self.passes.backward += tokens.count
-        return torch.stack(rows)
+        return torch.stack(rows).to(theta.device)

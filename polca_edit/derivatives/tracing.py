@@ -335,15 +335,15 @@ def double_backward(
 
 def symmetric_products(
     gradient: PointFunction, weights: list[Tensor], inputs: list[Tensor]
-) -> Callable[[Sequence[Tensor]], tuple[Tensor, ...]]:
+) -> PointLinearization:
     """Hessian-vector products as the gradient of <gradient, v>, which is H'v = Hv."""
     leaves = [w.detach().requires_grad_() for w in weights]
-    grads = gradient(leaves, inputs)
+    grads = tuple(gradient(leaves, inputs))
 
-    def product(tangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def tangent(*tangents: Tensor) -> tuple[Tensor, ...]:
         with torch.enable_grad():
             return torch.autograd.grad(
-                list(grads), leaves, list(tangents), retain_graph=True, materialize_grads=True
+                grads, leaves, list(tangents), retain_graph=True, materialize_grads=True
             )
 
-    return product
+    return PointLinearization(grads, (), tangent)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from experiments.config import BasisConfig, RunConfig
 from experiments.tasks.task import Task
-from polca_edit.derivatives.objective import TRACE_BREAK_EVEN
+from polca_edit.derivatives.routes import TRACE_BREAK_EVEN
 
 #: Lanczos products per basis checkpoint at tolerance 1e-2 with a warm start, and how many fewer the
 #: first takes (arithmetic runs of 9,706 to 401,162 parameters: 17, 33 and 87 products at 3, 5, 12).

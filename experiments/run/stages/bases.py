@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,12 +17,14 @@ from experiments.run.parts import Ledger, kept_parts, kept_products, mapped_rows
 from experiments.run.run import Run
 from experiments.run.stages.rotated import turned
 from experiments.run.stages.training import trained_series
+from experiments.tasks import arithmetic
 from polca_edit.allocation.allocate import Projections
 from polca_edit.artifacts import load_record, save_record
 from polca_edit.basis import build
-from polca_edit.basis.build import BasisInputs, output_logits, recorded_second_moments
+from polca_edit.basis.build import BasisInputs
+from polca_edit.basis.hessian import BasisCheckpoint, EigenSettings, Keeping
 from polca_edit.basis.path import odd_checkpoints
-from polca_edit.basis.record import Basis, BasisCheckpoint, hessian_basis, random_basis, trajectory_basis
+from polca_edit.basis.record import Basis
 from polca_edit.checkpoints.files import SeriesFolder
 from polca_edit.checkpoints.series import Checkpoints
 
@@ -83,46 +86,46 @@ def _run_rotated(run: Run, stage: str, spec: BasisConfig) -> None:
 
 
 def build_basis(run: Run, spec: BasisConfig, checkpoints: Checkpoints, parts: Path) -> Basis:
-    """The basis a config section asks for."""
+    """The basis a config section asks for, by the one table of kinds."""
     mask = None if spec.include == ("*",) else run.task.space.mask(spec.include)
-    if spec.kind == "hessian":
-        return _hessian(run, spec, basis_checkpoints(run, checkpoints, spec), parts)
-    if spec.kind == "random":
-        generator = torch.Generator().manual_seed(run.config.seed)
-        return random_basis(run.task.space.size, spec.vectors, generator, mask=mask)
-    if spec.kind == "trajectory":
-        return trajectory_basis(checkpoints, spec.vectors, mask=mask)
-    inputs = dataclasses.replace(
-        basis_inputs(run, checkpoints), tolerance=spec.tolerance, max_products=spec.max_products, mask=mask
+    whole = spec.kind in build.FROM_THE_WHOLE_SERIES
+    inputs = basis_inputs(
+        run,
+        checkpoints if whole else odd_checkpoints(checkpoints),
+        EigenSettings(spec.per_checkpoint, spec.tolerance, spec.max_products, run.config.seed, mask),
     )
-    return build.build_basis(spec.kind, inputs, spec.vectors)
+    if spec.kind != "hessian":
+        return build.build_basis(spec.kind, inputs, spec.vectors)
+    chosen = basis_checkpoints(run, checkpoints, spec)
+    chosen = chosen.subset(range(min(inputs.places(spec.vectors), len(chosen))))
+    with kept_basis(run, spec, len(chosen), parts) as keeping:
+        given = dataclasses.replace(inputs, checkpoints=chosen, keeping=keeping)
+        return build.build_basis(spec.kind, given, min(spec.vectors, len(chosen) * spec.per_checkpoint))
 
 
-def basis_inputs(run: Run, checkpoints: Checkpoints) -> BasisInputs:
-    """What the kinds of :mod:`polca_edit.basis.build` take: odd checkpoints and the curvature sample."""
+def basis_inputs(run: Run, checkpoints: Checkpoints, settings: EigenSettings) -> BasisInputs:
+    """What the kinds of :mod:`polca_edit.basis.build` take: basis checkpoints and the curvature sample."""
+    folder = SeriesFolder(run.directory.checkpoints)
     return BasisInputs(
         run.objective,
-        odd_checkpoints(checkpoints),
+        checkpoints,
         run.task.splits.curvature,
-        output_logits if run.config.task == "arithmetic" else None,
-        recorded_second_moments(
-            SeriesFolder(run.directory.checkpoints), run.task.space, run.config.training.betas[1]
-        ),
-        run.config.seed,
+        settings,
+        arithmetic.output_logits if run.config.task == "arithmetic" else None,
+        build.recorded_second_moments(folder, run.task.space, run.config.training.betas[1]),
     )
 
 
-def _hessian(run: Run, spec: BasisConfig, chosen: Checkpoints, parts: Path) -> Basis:
-    """Ordered Hessian vectors; finished checkpoints and products survive an interruption."""
+@contextmanager
+def kept_basis(run: Run, spec: BasisConfig, places: int, parts: Path) -> Iterator[Keeping]:
+    """Hooks that keep every finished checkpoint and product of a basis on disk, with a progress bar."""
     ledger = Ledger(parts, run.objective.passes)
     keep = kept_parts(parts, BasisCheckpoint, ledger)
     budget = round(run.config.basis_memory_gb * 1e9)
     large = spec.vectors * run.task.space.size * 4 > budget
     finished = [load_record(BasisCheckpoint, p) for p in sorted(parts.glob("part-*.safetensors"))]
     queue = list(finished)
-    bar = tqdm(
-        total=len(chosen), initial=len(finished), desc=f"basis {spec.label}", disable=None, leave=False
-    )
+    bar = tqdm(total=places, initial=len(finished), desc=f"basis {spec.label}", disable=None, leave=False)
 
     def note(part: BasisCheckpoint) -> BasisCheckpoint:
         # Written through the keeping map, so that cost and part survive together.
@@ -133,24 +136,14 @@ def _hessian(run: Run, spec: BasisConfig, chosen: Checkpoints, parts: Path) -> B
         bar.update()
         return queue[-1]
 
-    basis = hessian_basis(
-        run.objective,
-        chosen,
-        run.task.splits.curvature,
-        generator=torch.Generator().manual_seed(run.config.seed),
-        k=spec.per_checkpoint,
-        tolerance=spec.tolerance,
-        max_products=spec.max_products,
-        mask=None if spec.include == ("*",) else run.task.space.mask(spec.include),
-        finished=finished,
-        on_checkpoint=note,
-        keep_products=lambda index, product: kept_products(parts / f"products-{index:05d}", product, ledger),
-        rows_in_memory=budget,
-        allocate=(lambda count, width: mapped_rows(parts / "rows.bin", count, width)) if large else None,
-        kind=spec.kind,
-    )
-    bar.close()
-    return dataclasses.replace(basis[: spec.vectors], products=basis.products)
+    with bar:
+        yield Keeping(
+            finished=finished,
+            on_checkpoint=note,
+            products=lambda index, product: kept_products(parts / f"products-{index:05d}", product, ledger),
+            rows_in_memory=budget,
+            allocate=(lambda count, width: mapped_rows(parts / "rows.bin", count, width)) if large else None,
+        )
 
 
 def basis_checkpoints(run: Run, checkpoints: Checkpoints, spec: BasisConfig) -> Checkpoints:
@@ -173,7 +166,7 @@ def basis_checkpoints(run: Run, checkpoints: Checkpoints, spec: BasisConfig) -> 
             "lower vectors or raise per_checkpoint"
         )
     if spec.placement == "equal":
-        return checkpoints.subset([round((i + 1) * (len(checkpoints) - 1) / count) for i in range(count)])
+        return checkpoints.spaced(count)
     sample = run.task.splits.curvature
     means = [
         float(run.objective.losses(checkpoints[i], sample).double().mean()) for i in range(len(checkpoints))

@@ -10,7 +10,8 @@ from tqdm import tqdm
 
 from experiments.run.run import Run
 from experiments.run.stages.clusters import load_clusters
-from experiments.run.stages.damage_rows import ControlRow, DamageRecord, DamageRow, damage_row
+from experiments.run.stages.damage_rows import DamageRecord, damage_row
+from experiments.run.summary.records import ControlRow, DamageRow
 from interventions.damage import EvaluatedSplit
 from interventions.edits import Edit, displace, reverse
 from polca_edit.artifacts import load_record, save_record

@@ -8,68 +8,13 @@ from dataclasses import dataclass
 from jaxtyping import Bool
 from torch import Tensor
 
+from experiments.run.summary.records import ControlRow, DamageRow
 from interventions.damage import Damage
 
 
 def mean(value: Tensor, mask: Tensor) -> float | None:
     """Mean over a mask in float64, None for an empty mask."""
     return float(value[mask].double().mean()) if bool(mask.any()) else None
-
-
-@dataclass(frozen=True)
-class DamageRow:
-    """One row of ``damage[]`` in a summary; nats per token.
-
-    Attributes:
-        vector: basis vector, or the first of a set.
-        cluster: target cluster, None for the vector alone.
-        operator: what was done.
-        dose: how much of it.
-        split: tokens it was measured on.
-        on_target: mean over the target.
-        off_target: mean over all other tokens.
-        off_target_worst: largest mean over the other groups.
-        headroom: mean headroom of the target.
-        groups: skill -> mean change.
-        group_headroom: skill -> mean headroom.
-    """
-
-    vector: int
-    cluster: int | None
-    operator: str
-    dose: float
-    split: str
-    on_target: float | None
-    off_target: float | None
-    off_target_worst: float | None
-    headroom: float | None
-    groups: dict[str, float]
-    group_headroom: dict[str, float]
-
-
-@dataclass(frozen=True)
-class ControlRow:
-    """Matched-norm random directions, measured on the target of a damage row; nats per token.
-
-    Attributes:
-        vector: the vector whose undone movement they match.
-        cluster: target cluster, None for all tokens.
-        draws: how many.
-        norm: of every displacement.
-        on_target_mean: mean over draws and target tokens.
-        on_target_max: largest of the draws' means over the target.
-        split: tokens it was measured on.
-        control: what was drawn.
-    """
-
-    vector: int
-    cluster: int | None
-    draws: int
-    norm: float
-    on_target_mean: float
-    on_target_max: float
-    split: str = "select"
-    control: str = "random_direction"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from experiments.run.run import Run
 from experiments.run.run_record import Opening, open_evaluate
 from experiments.run.stages.clusters import load_clusters
 from experiments.run.stages.damage import evaluated, vector_rows
-from experiments.run.stages.damage_rows import DamageRow
+from experiments.run.summary.records import DamageRow, RuleScore
 from interventions.damage import EvaluatedSplit
 from polca_edit.artifacts import load_record, save_record
 from polca_edit.basis.record import Basis
@@ -49,20 +49,6 @@ class EvaluatePlan:
     pairs: tuple[PlannedPair, ...]
     operator: str = "project_out"
     dose: float = 1.0
-
-
-@dataclass(frozen=True)
-class RuleScore:
-    """A cluster carried over to the evaluate split by its rule, and how it agrees with each skill."""
-
-    vector: int
-    cluster: int
-    tokens: int
-    rule: str
-    rule_auc: float | None
-    homogeneity: dict[str, float]
-    recall_all: dict[str, float]
-    lift: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -153,12 +139,12 @@ def _score(one: RuledCluster, mask: Tensor, tokens: TokenSet) -> RuleScore:
     )
     agreement = skill_scores(as_cluster, 0, tokens.skills)
     return RuleScore(
-        one.clusters.vector,
-        one.cluster,
-        int(mask.sum()),
-        one.rule.description,
-        one.auc,
-        {name: score.homogeneity for name, score in agreement.items()},
-        {name: score.recall_all for name, score in agreement.items()},
-        {name: score.lift for name, score in agreement.items()},
+        vector=one.clusters.vector,
+        cluster=one.cluster,
+        tokens=int(mask.sum()),
+        homogeneity={name: score.homogeneity for name, score in agreement.items()},
+        recall_all={name: score.recall_all for name, score in agreement.items()},
+        lift={name: score.lift for name, score in agreement.items()},
+        rule=one.rule.description,
+        rule_auc=one.auc,
     )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from experiments.run.stages.damage_rows import ControlRow, DamageRow
-from experiments.run.stages.evaluate import RuleScore
+from polca_edit.artifacts import load_record
 
 SUMMARY_SCHEMA = "polca-edit/summary/2"
 
@@ -57,21 +57,103 @@ class VectorEntry:
     dropped_tokens: int
     outlier_share: float
 
+    @property
+    def title(self) -> str:
+        """Index and the step it was taken at, as row titles have it."""
+        return f"v{self.vector}" + ("" if self.origin is None else f" (step {self.origin})")
+
 
 @dataclass(frozen=True)
-class ClusterEntry:
-    """``analyses.NAME.clusters[]``; the last four are skill -> number."""
+class Agreement:
+    """How well a set of tokens agrees with each known skill; skill -> number."""
 
     vector: int
     cluster: int
     tokens: int
+    homogeneity: dict[str, float]
+    recall_all: dict[str, float]
+    lift: dict[str, float]
+
+    def f1(self, skill: str | None) -> float:
+        """F1 of homogeneity and recall over all tokens of the skill, 0 where it is unknown."""
+        if skill is None:
+            return 0.0
+        share, recall = self.homogeneity.get(skill, 0.0), self.recall_all.get(skill, 0.0)
+        return 2 * share * recall / (share + recall) if share + recall else 0.0
+
+
+@dataclass(frozen=True)
+class ClusterEntry(Agreement):
+    """``analyses.NAME.clusters[]``."""
+
     hidden_breakthrough: bool
     label: str | None
     label_support: int
-    homogeneity: dict[str, float]
-    recall_all: dict[str, float]
-    recall_paper: dict[str, float]
-    lift: dict[str, float]
+    recall_paper: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RuleScore(Agreement):
+    """``analyses.NAME.evaluate_clusters[]``: the evaluate tokens that a rule assigns to a cluster."""
+
+    rule: str
+    rule_auc: float | None
+
+
+@dataclass(frozen=True)
+class DamageRow:
+    """One row of ``damage[]`` in a summary; nats per token.
+
+    Attributes:
+        vector: basis vector, or the first of a set.
+        cluster: target cluster, None for the vector alone.
+        operator: what was done.
+        dose: how much of it.
+        split: tokens it was measured on.
+        on_target: mean over the target.
+        off_target: mean over all other tokens.
+        off_target_worst: largest mean over the other groups.
+        headroom: mean headroom of the target.
+        groups: skill -> mean change.
+        group_headroom: skill -> mean headroom.
+    """
+
+    vector: int
+    cluster: int | None
+    operator: str
+    dose: float
+    split: str
+    on_target: float | None
+    off_target: float | None
+    off_target_worst: float | None
+    headroom: float | None
+    groups: dict[str, float]
+    group_headroom: dict[str, float]
+
+
+@dataclass(frozen=True)
+class ControlRow:
+    """Matched-norm random directions, measured on the target of a damage row; nats per token.
+
+    Attributes:
+        vector: the vector whose undone movement they match.
+        cluster: target cluster, None for all tokens.
+        draws: how many.
+        norm: of every displacement.
+        on_target_mean: mean over draws and target tokens.
+        on_target_max: largest of the draws' means over the target.
+        split: tokens it was measured on.
+        control: what was drawn.
+    """
+
+    vector: int
+    cluster: int | None
+    draws: int
+    norm: float
+    on_target_mean: float
+    on_target_max: float
+    split: str = "select"
+    control: str = "random_direction"
 
 
 @dataclass(frozen=True)
@@ -201,6 +283,22 @@ class Analysis:
     verdicts: tuple[VerdictEntry, ...] = ()
     answers: dict[str, str] = field(default_factory=dict)
 
+    def damage_row(self, vector: int, cluster: int | None, split: str) -> DamageRow | None:
+        """What undoing the whole movement along a vector costs a target."""
+        rows = self.damage_rows(vector, cluster, split)
+        return next((row for row in rows if row.dose == 1.0), None)
+
+    def damage_rows(self, vector: int, cluster: int | None, split: str) -> tuple[DamageRow, ...]:
+        """The same at every dose, by rising dose."""
+        place = (vector, cluster, split)
+        found = (row for row in self.damage if (row.vector, row.cluster, row.split) == place)
+        return tuple(sorted(found, key=lambda row: row.dose))
+
+    def random_controls(self, vector: int, cluster: int | None) -> tuple[ControlRow, ...]:
+        """Random directions of the same norm, measured on a target of the select split."""
+        place = ("random_direction", vector, cluster, "select")
+        return tuple(c for c in self.controls if (c.control, c.vector, c.cluster, c.split) == place)
+
 
 @dataclass(frozen=True)
 class ModelEntry:
@@ -247,3 +345,15 @@ class Summary:
     evaluate: PlanEntry
     analyses: dict[str, Analysis] = field(default_factory=dict)
     schema: str = SUMMARY_SCHEMA
+
+
+def read_summary(directory: Path) -> Summary:
+    """summary.json of a run directory.
+
+    Raises:
+        ValueError: if there is none, or it was written by another version.
+    """
+    file = directory / "summary.json"
+    if not file.exists():
+        raise ValueError(f"'{directory}' must hold a finished run (summary.json); run 'polca-edit run' first")
+    return load_record(Summary, file)

@@ -21,7 +21,7 @@ from experiments.run.run import Run
 from experiments.run.stages.clusters import load_observation
 from experiments.run.stages.damage_rows import DamageRecord
 from experiments.run.stages.evaluate import EvaluateRecord
-from experiments.run.summary_records import (
+from experiments.run.summary.records import (
     Analysis,
     BasisEntry,
     ClusterEntry,
@@ -34,8 +34,9 @@ from experiments.run.summary_records import (
     TokenCounts,
     VectorEntry,
     VerdictEntry,
+    read_summary,
 )
-from experiments.run.token_table import write_token_table
+from experiments.run.summary.tokens import write_token_table
 from polca_edit.allocation.allocate import explained_share, loss_change
 from polca_edit.artifacts import from_plain, load_record, to_plain
 from polca_edit.basis.record import Basis, capture, random_walk_capture
@@ -49,7 +50,7 @@ AGREEMENT = ("homogeneity", "recall_all", "recall_paper", "lift")
 
 def summary_schema() -> dict[str, Any]:
     """The JSON Schema of summary.json."""
-    text = (resources.files("experiments.run") / "summary.schema.json").read_text()
+    text = (resources.files("experiments.run.summary") / "summary.schema.json").read_text()
     schema: dict[str, Any] = json.loads(text)
     return schema
 
@@ -164,18 +165,21 @@ def _vector_entry(basis: Basis, found: VectorClusters) -> VectorEntry:
 def _cluster_entry(tokens: TokenSet, found: VectorClusters, cluster: int, hidden: bool) -> ClusterEntry:
     scores = skill_scores(found, cluster, tokens.skills)
     members = found.members(cluster)
-    label, support = None, 0
-    if scores:
-        # The skill that describes the cluster best: the largest F1 of homogeneity and recall.
-        def f1(name: str) -> float:
-            s = scores[name]
-            total = s.homogeneity + s.recall_all
-            return 2 * s.homogeneity * s.recall_all / total if total else 0.0
-
-        label = max(scores, key=f1)
-        support = int((members & tokens.skills[label]).sum())
     agreement = {key: {name: getattr(s, key) for name, s in scores.items()} for key in AGREEMENT}
-    return ClusterEntry(found.vector, cluster, int(members.sum()), hidden, label, support, **agreement)
+    entry = ClusterEntry(
+        vector=found.vector,
+        cluster=cluster,
+        tokens=int(members.sum()),
+        hidden_breakthrough=hidden,
+        label=None,
+        label_support=0,
+        **agreement,
+    )
+    if not scores:
+        return entry
+    # The skill that describes the cluster best: the largest F1 of homogeneity and recall.
+    label = max(scores, key=entry.f1)
+    return replace(entry, label=label, label_support=int((members & tokens.skills[label]).sum()))
 
 
 def _with_found_label(file: Path, entry: ClusterEntry) -> ClusterEntry:
@@ -196,14 +200,12 @@ def _with_found_label(file: Path, entry: ClusterEntry) -> ClusterEntry:
     return entry
 
 
-def read_summary(path: Path) -> dict[str, Any]:
-    """summary.json of a run directory.
+def summary_values(path: Path) -> dict[str, Any]:
+    """summary.json of a run directory as it is.
 
     Raises:
         ValueError: if there is none.
     """
-    file = path / "summary.json"
-    if not file.exists():
-        raise ValueError(f"'{path}' must hold a finished run (summary.json); run 'polca-edit run' first")
-    result: dict[str, Any] = json.loads(file.read_text())
-    return result
+    read_summary(path)
+    values: dict[str, Any] = json.loads((path / "summary.json").read_text())
+    return values

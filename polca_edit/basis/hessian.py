@@ -1,0 +1,282 @@
+"""Algorithm 1 of arXiv 2506.15872: top eigenvectors of an operator, checkpoint after checkpoint.
+
+The operator is the Hessian of the mean loss (:func:`hessian_basis`) or any other symmetric one
+(:func:`operator_basis`, used by :mod:`polca_edit.basis.operators`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from polca_edit.basis.record import Basis
+from polca_edit.checkpoints.series import Checkpoints
+from polca_edit.derivatives.lanczos import LanczosSettings, projected_lanczos
+from polca_edit.derivatives.objective import Objective
+from polca_edit.tokens import TokenSet
+
+#: v (N,) -> A v (N,).
+Product = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class EigenSettings:
+    """How eigenvectors are taken at each basis checkpoint.
+
+    Attributes:
+        per_checkpoint: vectors at each (k of Algorithm 1).
+        tolerance: relative eigen-residual to stop at.
+        max_products: operator products per checkpoint at most; the residuals then say how far it got.
+        seed: of the start vectors.
+        mask: (N,) restrict vectors to these parameters; None for all.
+    """
+
+    per_checkpoint: int = 1
+    tolerance: float = 1e-2
+    max_products: int = 60
+    seed: int = 0
+    mask: Bool[Tensor, " N"] | None = None
+
+    def generator(self) -> torch.Generator:
+        """A fresh generator, so that a basis does not depend on which were built before it."""
+        return torch.Generator().manual_seed(self.seed)
+
+    def lanczos(self, *, following: int = 0, noise: float = 0.02) -> LanczosSettings:
+        """The same for one checkpoint's Lanczos."""
+        return LanczosSettings(self.tolerance, self.max_products, following, noise)
+
+    def inside(self, size: int) -> Tensor:
+        """Indices of the parameters that vectors may use, of ``size``."""
+        return torch.arange(size) if self.mask is None else self.mask.nonzero()[:, 0]
+
+
+@dataclass(frozen=True)
+class BasisCheckpoint:
+    """Vectors found at one checkpoint (one step of Algorithm 1).
+
+    ``following`` holds the next Ritz vectors, where the next checkpoint's Lanczos starts.
+    """
+
+    step: int
+    rows: Float[Tensor, "k N"]
+    eigenvalues: Float[Tensor, " k"]
+    residuals: Float[Tensor, " k"]
+    products: int
+    following: Float[Tensor, "s N"] | None = None
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """What a caller keeps of a basis while it is built, so that it can be resumed or streamed.
+
+    Attributes:
+        finished: checkpoints already done, to resume from.
+        on_checkpoint: called with each finished checkpoint; what it returns (the same vectors,
+            memory-mapped from disk, say) takes the checkpoint's place.
+        products: wraps the operator of a checkpoint (given its index), so that products of an
+            interrupted checkpoint can be replayed.
+        rows_in_memory: bytes of earlier vectors that may be held beside the Krylov vectors; above it
+            they are taken block by block from where the parts hold them. None: no limit.
+        allocate: makes the (K, N) tensor of the joined rows; None joins in memory.
+    """
+
+    finished: Sequence[BasisCheckpoint] = ()
+    on_checkpoint: Callable[[BasisCheckpoint], BasisCheckpoint | None] | None = None
+    products: Callable[[int, Product], Product] | None = None
+    rows_in_memory: int | None = None
+    allocate: Callable[[int, int], Tensor] | None = None
+
+
+def hessian_basis(
+    objective: Objective,
+    checkpoints: Checkpoints,
+    tokens: TokenSet,
+    count: int,
+    settings: EigenSettings | None = None,
+    *,
+    keeping: Keeping | None = None,
+) -> Basis:
+    """Algorithm 1 of arXiv 2506.15872: top eigenvectors of Pi H_t Pi, checkpoint after checkpoint.
+
+    Pi projects off all vectors found before; the symmetric form Pi H Pi is used. Lanczos starts
+    from the last checkpoint's next Ritz vectors: those it found are projected out.
+
+    Args:
+        objective: the token loss.
+        checkpoints: the series; vectors are taken at equally spaced checkpoints, the last one
+            included, or at all of them where ``count`` needs as many.
+        tokens: the curvature sample X.
+        count: K, vectors in all.
+        settings: vectors per checkpoint, accuracy, seed, mask.
+        keeping: hooks for resuming and streaming.
+
+    Raises:
+        ValueError: for more vectors than the checkpoints can give.
+    """
+    settings, keeping = settings or EigenSettings(), keeping or Keeping()
+    chosen = checkpoints.spaced(-(-count // settings.per_checkpoint))
+    # One draw seeds every checkpoint apart, so that a resumed basis gets the same start vectors.
+    seed = int(torch.randint(2**31, (1,), generator=settings.generator()))
+    expected = 8 * settings.per_checkpoint * len(chosen)
+    parts = _algorithm_one(
+        lambda index: objective.hessian(chosen[index], tokens, expected=expected),
+        chosen,
+        range(len(keeping.finished), len(chosen)),
+        settings,
+        lambda index: torch.Generator().manual_seed(seed + index),
+        list(keeping.finished),
+        keeping,
+    )
+    basis = join("hessian", parts, keeping.allocate)
+    return basis if len(basis) == count else basis[:count]
+
+
+def operator_basis(
+    kind: str,
+    product_at: Callable[[int], Product],
+    checkpoints: Checkpoints,
+    settings: EigenSettings | None = None,
+    *,
+    order: Sequence[int] | None = None,
+    before: Sequence[BasisCheckpoint] = (),
+    generator: torch.Generator | None = None,
+) -> Basis:
+    """Algorithm 1 with any symmetric operator in place of the Hessian.
+
+    Args:
+        kind: name of the basis.
+        product_at: index into ``checkpoints`` -> the operator's product there.
+        checkpoints: basis checkpoints, all of which are used.
+        settings: vectors per checkpoint, accuracy, seed, mask.
+        order: indices in the order they are taken; default as they come.
+        before: vectors that are already in the basis and come first.
+        generator: draws the start vectors; default a fresh one from the settings' seed.
+    """
+    settings = settings or EigenSettings()
+    drawn = generator or settings.generator()
+    wanted = range(len(checkpoints)) if order is None else order
+    parts = _algorithm_one(
+        product_at, checkpoints, wanted, settings, lambda _: drawn, list(before), Keeping()
+    )
+    return join(kind, parts)
+
+
+def _algorithm_one(
+    product_at: Callable[[int], Product],
+    checkpoints: Checkpoints,
+    order: Sequence[int],
+    settings: EigenSettings,
+    generator_at: Callable[[int], torch.Generator],
+    parts: list[BasisCheckpoint],
+    keeping: Keeping,
+) -> list[BasisCheckpoint]:
+    """The parts so far and those of the checkpoints still to come."""
+    for index in order:
+        theta, product = checkpoints[index], product_at(index)
+        if keeping.products is not None:
+            product = keeping.products(index, product)
+        step, generator = checkpoints.steps[index], generator_at(index)
+        part = next_vectors(product, theta, parts, step, generator, settings, keeping.rows_in_memory)
+        if parts:
+            parts[-1] = replace(parts[-1], following=None)
+        parts.append(part)
+        if keeping.on_checkpoint is not None:
+            parts[-1] = keeping.on_checkpoint(part) or part
+    return parts
+
+
+def next_vectors(
+    product: Product,
+    theta: Float[Tensor, " N"],
+    parts: Sequence[BasisCheckpoint],
+    step: int,
+    generator: torch.Generator,
+    settings: EigenSettings,
+    rows_in_memory: int | None = None,
+) -> BasisCheckpoint:
+    """Top eigenpairs of the operator at one checkpoint, off the vectors found so far and inside the mask.
+
+    Args:
+        product: v (N,) -> A v (N,).
+        theta: weights there; their dtype and device are those of the vectors.
+        parts: vectors found at earlier checkpoints.
+        step: optimiser step of this one.
+        generator: draws what the warm start does not supply.
+        settings: vectors, accuracy, mask.
+        rows_in_memory: see :class:`Keeping`.
+    """
+    mask, k = settings.mask, settings.per_checkpoint
+    # Lanczos runs on the masked coordinates alone, so a subset costs its own size, not N.
+    inside = settings.inside(theta.numel())
+
+    def restricted(vector: Tensor) -> Tensor:
+        if mask is None:
+            return product(vector)
+        return product(_outer(vector[None], inside, theta)[0])[inside]
+
+    blocks = [part.rows if mask is None else part.rows[:, inside] for part in parts]
+    start, extra = parts[-1].following if parts else None, 0
+    if start is not None:
+        # The vectors found last are projected out; the Ritz vectors behind them are their successors.
+        start = start.to(theta) if mask is None else start.to(theta)[:, inside]
+    elif parts and mask is None:
+        # Without them, what is left of H v, v the last vectors, points the same way.
+        start = torch.stack([restricted(vector) for vector in parts[-1].rows.to(theta)])
+        extra = len(start)
+    size = sum(part.rows.numel() * part.rows.element_size() for part in parts)
+    streamed = rows_in_memory is not None and size > rows_in_memory
+    pairs = projected_lanczos(
+        restricted,
+        theta[inside] if mask is not None else theta,
+        k,
+        generator,
+        settings.lanczos(following=k, noise=1e-3 if extra == 0 else 0.02),
+        rows=blocks if streamed or not blocks else torch.cat(blocks).to(theta),
+        start=start,
+    )
+    vectors, behind = pairs.vectors, pairs.following
+    if mask is not None:
+        vectors = _outer(vectors, inside, theta)
+        behind = None if behind is None else _outer(behind, inside, theta)
+    if behind is not None and len(behind) == 0:
+        behind = None
+    return BasisCheckpoint(step, vectors, pairs.values, pairs.residuals, pairs.products + extra, behind)
+
+
+def _outer(vectors: Tensor, inside: Tensor, theta: Tensor) -> Float[Tensor, "k N"]:
+    """Vectors on the masked coordinates as vectors on all, zero elsewhere."""
+    full = theta.new_zeros(len(vectors), theta.numel())
+    full[:, inside] = vectors.to(full)
+    return full
+
+
+def join(
+    kind: str, parts: Sequence[BasisCheckpoint], allocate: Callable[[int, int], Tensor] | None = None
+) -> Basis:
+    """One basis from the vectors of several checkpoints.
+
+    Args:
+        kind: name of the basis.
+        parts: vectors of each checkpoint.
+        allocate: makes the (K, N) tensor the rows are copied into, for example in a mapped file.
+    """
+    if allocate is None:
+        rows = torch.cat([part.rows for part in parts])
+    else:
+        rows = allocate(sum(len(part.rows) for part in parts), parts[0].rows.shape[1])
+        first = 0
+        for part in parts:
+            rows[first : first + len(part.rows)] = part.rows
+            first += len(part.rows)
+    return Basis(
+        kind,
+        rows,
+        torch.tensor([part.step for part in parts for _ in part.rows]),
+        torch.cat([part.eigenvalues for part in parts]).double(),
+        torch.cat([part.residuals for part in parts]).double(),
+        products=sum(part.products for part in parts),
+    )

@@ -1,0 +1,144 @@
+"""What the adjoint route needs of one call of a linear map: its record, and its share of a slope.
+
+For y = W a + b with cotangents delta = d loss / d y, <V, d loss_{x,r} / d W> is
+sum_l delta[x, r, l] . (V a[x, l]): one matrix product per weight and vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+Kind = Literal["linear", "conv1d", "norm", "embedding"]
+
+#: Bytes of the block in which per-token gradients are formed; it should stay in cache.
+CACHE_BLOCK = 1 << 21
+#: Measured cost of forming and reading a per-token gradient entry, in multiples of a multiply-add.
+FORMING_PENALTY = 1.7
+
+
+@dataclass(frozen=True)
+class Contact:
+    """One call of a watched module.
+
+    Attributes:
+        kind: which map it is.
+        weight: canonical name of its weight, or None where it is not differentiated.
+        bias: canonical name of its bias, or None.
+        given: what goes in: (B, L, in), normalised for a norm, indices (B, L) for an embedding.
+        result: its output, the tensor cotangents are taken of, leading axis B.
+    """
+
+    kind: Kind
+    weight: str | None
+    bias: str | None
+    given: Tensor
+    result: Tensor
+
+
+def kind_of(module: nn.Module) -> Kind | None:
+    """Exact types only: a subclass may compute something else."""
+    if type(module) is nn.Linear:
+        return "linear"
+    if type(module) is nn.LayerNorm and module.weight is not None and len(module.normalized_shape) == 1:
+        return "norm"
+    if type(module) is nn.Embedding and module.max_norm is None and not module.scale_grad_by_freq:
+        return "embedding"
+    if type(module).__name__ == "Conv1D" and getattr(module, "weight", torch.empty(0)).ndim == 2:
+        return "conv1d"
+    return None
+
+
+def contact_shares(
+    contact: Contact, delta: Float[Tensor, "B R L out"], rows: Mapping[str, Tensor], skip: Sequence[str] = ()
+) -> Iterator[tuple[str, Tensor]]:
+    """The shares (B, R, K) of one call's weight and bias in <row, grad loss>.
+
+    Args:
+        contact: the call.
+        delta: cotangents of its output.
+        rows: canonical name -> (K, ...) directions.
+        skip: parameters treated elsewhere.
+    """
+    if contact.bias is not None and contact.bias not in skip:
+        yield contact.bias, delta.sum(2) @ rows[contact.bias].T
+    if contact.weight is None or contact.weight in skip:
+        return
+    given, vectors = contact.given, rows[contact.weight]
+    used = delta.abs().amax((0, 1, 3)).nonzero()[:, 0]
+    if len(used) < delta.shape[2]:
+        given, delta = given[:, used], delta[:, :, used]
+    if contact.kind == "norm":
+        yield contact.weight, (delta * given[:, None]).sum(2) @ vectors.T
+    elif contact.kind == "embedding":
+        yield contact.weight, _embedding_share(given, delta, vectors)
+    else:
+        yield contact.weight, linear_share(given, delta, vectors, transposed=contact.kind == "linear")
+
+
+def _embedding_share(
+    given: Int[Tensor, "B L"], delta: Float[Tensor, "B R L out"], vectors: Float[Tensor, "K words out"]
+) -> Float[Tensor, "B R K"]:
+    """sum_l delta[x, r, l] . V[given[x, l]], vector by vector."""
+    batch, ranks = delta.shape[:2]
+    flat = delta.reshape(batch, ranks, -1)
+    parts = [torch.bmm(flat, vector[given].reshape(batch, -1, 1)) for vector in vectors]
+    return torch.cat(parts, 2)
+
+
+def linear_share(
+    given: Float[Tensor, "B L in"],
+    delta: Float[Tensor, "B R L out"],
+    vectors: Float[Tensor, "K p q"],
+    *,
+    transposed: bool,
+) -> Float[Tensor, "B R K"]:
+    """sum_l delta[x, r, l] . (given[x, l] V_k), by the cheaper order of products.
+
+    Args:
+        given: inputs of the map.
+        delta: cotangents of its outputs.
+        vectors: (K, in, out), or (K, out, in) where ``transposed``.
+        transposed: how the weight is laid out.
+    """
+    batch, ranks, length, width = delta.shape
+    count = len(vectors)
+    if length == 0:
+        return delta.new_zeros(batch, ranks, count)
+    if FORMING_PENALTY * ranks * (length + count) < count * length:
+        pair = (delta, given[:, None]) if transposed else (given[:, None], delta)
+        return _by_token_gradients(*pair, vectors)
+    turned = vectors.transpose(1, 2) if transposed else vectors
+    block = max(1, 4 * CACHE_BLOCK // (batch * length * width * delta.element_size()))
+    flat, parts = delta.reshape(batch, ranks, length * width), []
+    for some in torch.split(turned, block):
+        pushed = torch.matmul(given.reshape(1, batch * length, -1), some)
+        pushed = pushed.view(len(some), batch, length * width)
+        parts.append(torch.bmm(flat, pushed.permute(1, 2, 0)))
+    return torch.cat(parts, 2)
+
+
+def _by_token_gradients(
+    left: Float[Tensor, "B R1 L p"], right: Float[Tensor, "B R2 L q"], vectors: Float[Tensor, "K p q"]
+) -> Float[Tensor, "B R K"]:
+    """The same through the per-token gradients left' right, formed in blocks of sequences and weight rows.
+
+    The layout is that of the weight, so that neither the blocks nor the vectors are ever copied.
+    """
+    batch, ranks = len(left), max(left.shape[1], right.shape[1])
+    count, depth, width = vectors.shape
+    many = max(1, 64 // ranks)
+    block = max(1, CACHE_BLOCK // (many * ranks * width * left.element_size()))
+    result = left.new_zeros(batch * ranks, count)
+    for row in range(0, depth, block):
+        directions = vectors[:, row : row + block].flatten(1).T
+        for first in range(0, batch, many):
+            some = slice(first, min(batch, first + many))
+            formed = torch.matmul(left[some, ..., row : row + block].transpose(2, 3), right[some])
+            result[some.start * ranks : some.stop * ranks].addmm_(formed.flatten(0, 1).flatten(1), directions)
+    return result.view(batch, ranks, count)

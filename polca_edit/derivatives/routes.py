@@ -1,0 +1,164 @@
+"""Which way a derivative is computed, and what was learnt about the model on the way.
+
+Forward mode traced once (``traced``) or vector by vector (``jvp``); reverse mode twice
+(``double_backward``) where a module has no forward mode.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from polca_edit.derivatives.tracing import (
+    Linearization,
+    PointFunction,
+    PointLinearization,
+    double_backward,
+    plain_jvp,
+    symmetric_products,
+    trace_linearization,
+)
+
+Route = Literal["auto", "adjoint", "traced", "jvp", "double_backward"]
+
+#: A trace costs about 70 forward passes and saves about one per vector.
+TRACE_BREAK_EVEN = 64
+
+
+def lacks_forward_mode(error: Exception) -> bool:
+    """Whether torch says that some operation has no forward-mode derivative."""
+    return any(words in str(error) for words in ("forward AD", "forward-mode", "jvp"))
+
+
+@dataclass
+class Routes:
+    """Linearises functions of the weights by the wanted route, with fallback.
+
+    Attributes:
+        wanted: what the caller asked for.
+        compiled: pass traced tangent parts through ``torch.compile``.
+        reverse_only: the module was found to have no forward mode.
+        untraceable: the module was found to branch on values.
+        traces: traces made so far, by kind, precision and input shapes.
+    """
+
+    wanted: Route
+    compiled: bool = False
+    reverse_only: bool = False
+    untraceable: bool = False
+    traces: dict[tuple[object, ...], Linearization] = field(default_factory=dict, repr=False)
+
+    def choose(self, expected: int) -> Route:
+        """The forward route for a number of vectors."""
+        if self.reverse_only:
+            return "double_backward"
+        if self.wanted not in ("auto", "adjoint"):
+            return self.wanted
+        return "traced" if expected >= TRACE_BREAK_EVEN else "jvp"
+
+    def linear(
+        self,
+        kind: str,
+        function: PointFunction,
+        route: Route,
+        weights: list[Tensor],
+        inputs: list[Tensor],
+    ) -> PointLinearization:
+        """The derivative of ``function`` at the weights by the wanted route, with fallback.
+
+        Args:
+            kind: names the function; one trace is made per kind.
+            function: (weights, inputs) -> one tensor.
+            route: from :meth:`choose`.
+            weights: where.
+            inputs: not differentiated.
+        """
+        if route == "double_backward":
+            return double_backward(function, weights, inputs)
+        return self._forward(
+            kind, function, route, weights, inputs, lambda: double_backward(function, weights, inputs)
+        )
+
+    def _forward(
+        self,
+        kind: str,
+        function: PointFunction,
+        route: Route,
+        weights: list[Tensor],
+        inputs: list[Tensor],
+        reverse: Callable[[], PointLinearization],
+    ) -> PointLinearization:
+        """Forward mode; ``reverse`` takes over, now or at the first tangent, where the module has none."""
+        try:
+            if route == "traced" and not self.untraceable:
+                try:
+                    return self._traced(kind, function, weights, inputs)
+                except RuntimeError as error:
+                    if "tracing tensor" not in str(error):
+                        raise
+                    self.untraceable = True  # a model that branches on values: the same numbers, untraced
+            plain = plain_jvp(function, weights, inputs)
+        except (NotImplementedError, RuntimeError) as error:
+            if not lacks_forward_mode(error):
+                raise
+            self.reverse_only = True
+            return reverse()
+        fallback: list[PointLinearization] = []
+
+        def tangent(*tangents: Tensor) -> tuple[Tensor, ...]:
+            if not fallback:
+                try:
+                    return plain(tangents)
+                except (NotImplementedError, RuntimeError) as error:
+                    if not lacks_forward_mode(error):
+                        raise
+                    self.reverse_only = True
+                    fallback.append(reverse())
+            return fallback[0](tangents)
+
+        return PointLinearization(plain.values, (), tangent)
+
+    def _traced(
+        self, kind: str, function: PointFunction, weights: list[Tensor], inputs: list[Tensor]
+    ) -> PointLinearization:
+        key = (kind, weights[0].dtype, self.compiled, *(tuple(i.shape) for i in inputs))
+        if key not in self.traces:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self.traces[key] = trace_linearization(function, weights, inputs, compiled=self.compiled)
+        return self.traces[key].at(weights, inputs)
+
+    def curvature(
+        self,
+        loss: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor],
+        expected: int,
+        weights: list[Tensor],
+        inputs: list[Tensor],
+    ) -> Callable[[Sequence[Tensor]], tuple[Tensor, ...]]:
+        """The product tangents -> Hessian times tangents of a scalar loss (weights, inputs)."""
+
+        def gradient(point: Sequence[Tensor], given: Sequence[Tensor]) -> Sequence[Tensor]:
+            def total(*values: Tensor) -> Tensor:
+                return loss(values, given)
+
+            return torch.func.grad(total, argnums=tuple(range(len(point))))(*point)  # type: ignore[no-any-return]
+
+        def reverse_gradient(point: Sequence[Tensor], given: Sequence[Tensor]) -> Sequence[Tensor]:
+            with torch.enable_grad():
+                leaves = [p if p.requires_grad else p.detach().requires_grad_() for p in point]
+                total = loss(leaves, given)
+                return torch.autograd.grad(total, leaves, create_graph=True, materialize_grads=True)
+
+        def reverse() -> PointLinearization:
+            return symmetric_products(reverse_gradient, weights, inputs)
+
+        # A trace of the gradient costs as much as about twenty products, once per model.
+        route = self.choose(expected * TRACE_BREAK_EVEN // 4)
+        if route == "double_backward":
+            return reverse()
+        return self._forward("gradient", gradient, route, weights, inputs, reverse)
