@@ -32,6 +32,7 @@ from interventions.discovery.search import (
 )
 from interventions.edits import Edit, project_out
 from polca_edit.basis.record import Basis, unlabelled
+from polca_edit.seeds import generator_for
 
 #: Further axes of one skill, at the most: each is orthogonal to those before it.
 MOST_AXES = 4
@@ -45,6 +46,7 @@ class AxisSettings:
 
     Attributes:
         search: the pooled search; null sets get the same.
+        further: rounds of it for the targets alone, after the comparison with null sets is fixed.
         score: what is maximised.
         limit: share that any other group may lose at the most; None weighs leakage as ``score`` says.
         refine: steps on the true losses at the end, two forward passes and one backward pass each.
@@ -56,6 +58,7 @@ class AxisSettings:
 
     search: SearchSettings = field(default_factory=SearchSettings)
     score: ScoreSettings = field(default_factory=ScoreSettings)
+    further: int = 4
     limit: float | None = None
     refine: int = 20
     rate: float = 0.05
@@ -86,7 +89,7 @@ class SkillAxis:
         along: (k,) recorded movement along each, weight units.
         score: of the first axis on the tokens of the search.
         shares: group -> share lost on the tokens of the search with the first axis undone.
-        searched: (K,) the first axis before the true losses finished it: what null sets are compared with.
+        searched: (K,) the direction found by the search that null sets got too: what they are compared with.
         crossed: share of the target lost on the half of the documents that an axis was not searched on,
             mean of both halves; None where it was not cross-fitted.
     """
@@ -197,6 +200,8 @@ def find_axes(
 ) -> list[SkillAxis]:
     """Axes of many targets, searched together: every measured direction serves them all.
 
+    Rank one is all that undoing can use; further axes say how many directions hurt the target by themselves.
+
     Args:
         library: span and tokens; it grows.
         targets: on the library's tokens.
@@ -205,7 +210,9 @@ def find_axes(
             come from :func:`searched`.
     """
     scores = Scores([*targets, *nulls], library.room.numpy(), settings.weights)
-    units, _ = pooled_search(library, scores, settings.search)
+    compared, _ = pooled_search(library, scores, settings.search)
+    alone = Scores(targets, library.room.numpy(), settings.weights)
+    units, _ = pooled_search(library, alone, replace(settings.search, rounds=settings.further))
     found = []
     for number, target in enumerate(targets):
         own = Scores([target], library.room.numpy(), settings.weights)
@@ -214,7 +221,7 @@ def find_axes(
             off = torch.stack(axes)
             further, _ = pooled_search(library, own, settings.search, off=off)
             axes.append(refined(library, own, further[0], settings, off=off))
-        found.append(_axis(library, target, own, torch.stack(axes), units[number]))
+        found.append(_axis(library, target, own, torch.stack(axes), compared[number]))
     return found
 
 
@@ -255,7 +262,7 @@ def score_gradient(
         capped = torch.minimum(change, split.headroom.double().clamp_min(0))
         value = scores.of(scores.shares(capped[None]), torch.zeros(1, dtype=torch.long))[0]
         (weights,) = torch.autograd.grad(value, change)
-    return float(value), split.loss.mean_gradient(theta, split.tokens, weights)[1].cpu()
+    return float(value.detach()), split.loss.mean_gradient(theta, split.tokens, weights)[1].cpu()
 
 
 def refined(
@@ -300,10 +307,10 @@ def _crossed(
     aim = axis_target(split, target, others, parent=parent)
     tokens = split.tokens
     names = tokens.documents.unique()
-    order = names[torch.randperm(len(names), generator=torch.Generator().manual_seed(settings.seed))]
+    order = names[torch.randperm(len(names), generator=generator_for(settings.seed, "halves"))]
     first = torch.isin(tokens.documents, order[: len(order) // 2])
     halves = [split.on(tokens.select(rows)) for rows in (first, ~first)]
-    aims = [_part(aim, rows[tokens.sequence_of].numpy()) for rows in (first, ~first)]
+    aims = [narrowed(aim, rows[tokens.sequence_of].numpy()) for rows in (first, ~first)]
     plain = replace(settings, crossed=False)
     found = [
         find_axes(DirectionLibrary(h, basis.rows), [a], plain)[0] for h, a in zip(halves, aims, strict=True)
@@ -320,7 +327,7 @@ def _crossed(
     return replace(_axis(library, aim, own, mean, mean[0]), crossed=float(np.mean(judged)))
 
 
-def _part(target: AxisTarget, kept: np.ndarray) -> AxisTarget:
+def narrowed(target: AxisTarget, kept: np.ndarray) -> AxisTarget:
     """The same target where only some tokens are looked at."""
     others = {name: mask[kept] for name, mask in target.others.items() if mask[kept].any()}
     rest = None if target.rest is None or not target.rest[kept].any() else target.rest[kept]
@@ -371,8 +378,8 @@ def measured(
     return AxisEffect(
         units.interval(found.share[:, 0]),
         units.interval(found.damage[:, 0]),
-        names[int(np.nanargmax(off[0]))],
-        units.interval(np.nanmax(off, axis=1)),
+        names[int(np.nan_to_num(off[0], nan=-np.inf).argmax())],
+        units.interval(np.fmax.reduce(off, axis=1)),
         None if target.rest is None else units.interval(found.share[:, -1]),
         dict(zip(names, off[0].tolist(), strict=True)),
     )

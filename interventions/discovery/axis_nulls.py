@@ -78,7 +78,7 @@ def null_sets(
     if own.rest is not None and target[1].rest is not None:
         within = np.concatenate([own.members | own.rest, target[1].members | target[1].rest])
     size = int(own.members.sum() + target[1].members.sum())
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng([seed, len(own.members), int(own.members.sum())])
     room = np.maximum(search.headroom.double().numpy(), 0.0)
     loss = search.before.double().numpy()
     candidates: list[Bits] = []

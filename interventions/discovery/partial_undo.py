@@ -21,6 +21,7 @@ from interventions.damage import EvaluatedSplit
 from interventions.discovery.windows import Window, equal_windows
 from interventions.edits import Edit, Movement, displace, rollback
 from polca_edit.basis.record import Basis
+from polca_edit.seeds import generator_for
 
 #: Pairs of tokens whose distances are compared between halves of the edits.
 PAIRS = 20_000
@@ -99,7 +100,6 @@ def partial_undo_edits(
     for _ in range(count):
         dose = torch.rand(len(along), generator=generator, dtype=torch.float64)
         chosen = torch.rand(len(along), generator=generator, dtype=torch.float64) < undone
-        # Tensor arithmetic, so that float32 rows stay float32.
         yield displace(split, basis, -(dose * chosen * along), "partial_undo")
 
 
@@ -135,12 +135,10 @@ def signatures(
     if not bases:
         raise ValueError("signatures need a basis whose movement is undone, got none; give one or more")
     for name, basis in bases.items():
-        if not float(split.movement.along(basis.rows).norm()) > 0:
+        moved = split.movement.displacement.double().norm()
+        if not float(split.movement.along(basis.rows).norm()) > 1e-9 * float(moved):
             raise ValueError(f"basis '{name}' holds none of the recorded movement; take another")
-    draws = {
-        name: torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
-        for number, name in enumerate(bases)
-    }
+    draws = {name: generator_for(settings.seed, "partial_undo", name) for name in bases}
     found: dict[str, list[Tensor]] = {name: [] for name in bases}
     stability: list[tuple[int, float]] = []
     while not stability or (stability[-1][1] < settings.stable and stability[-1][0] < settings.most):

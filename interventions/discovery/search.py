@@ -22,6 +22,7 @@ from torch import Tensor
 from interventions.causal.statistics import Array, Bits
 from interventions.damage import EvaluatedSplit
 from interventions.edits import Edit
+from polca_edit.seeds import generator_for
 
 #: Length scales of the kernel that are tried, as shares of the diameter |m|.
 LENGTHS = (0.25, 0.5, 1.0, 2.0)
@@ -266,7 +267,7 @@ def pooled_search(
         off: orthonormal directions that the found ones must be orthogonal to (deflation).
         progress: called with the number of rounds done.
     """
-    generator = torch.Generator().manual_seed(settings.seed)
+    generator = generator_for(settings.seed, "pooled_search")
     library.fill(settings.directions, generator)
     count = len(scores.own)
 

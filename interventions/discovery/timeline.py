@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
@@ -32,6 +31,12 @@ from interventions.discovery.windows import (
 )
 from interventions.edits import Edit, Movement, rollback
 from polca_edit.checkpoints.series import Checkpoints
+from polca_edit.seeds import generator_for
+
+#: Headroom below which a group's loss says more in nats than as a share.
+FLOOR = 0.05
+#: A skill that loses a smaller share of its headroom does not depend on the window.
+LEAST = 0.02
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,8 @@ class WindowEffect:
     Attributes:
         window: the stretch.
         norm: length of its movement, weight units.
-        shares: group -> share of its headroom lost, capped per token.
+        shares: group -> share of its headroom lost, capped per token; groups with next to no headroom are
+            left out.
         damage: group -> mean loss change, nats per token.
         random_shares: group -> mean share lost to random movements of the same norm; empty without draws.
     """
@@ -104,8 +110,8 @@ class Dependence:
 
     @property
     def holds(self) -> bool:
-        """The skill falls with the other's window, more than by a random movement and than the other way."""
-        return self.beyond.low > 0 and self.share.low > max(self.random, 0.0)
+        """The skill falls with the other's window, by more than a random movement and than the reverse."""
+        return self.beyond.low > 0 and self.share.low > max(self.random, LEAST)
 
 
 @dataclass(frozen=True)
@@ -121,6 +127,7 @@ class Timeline:
         dependences: every ordered pair of groups with a window.
         alignment: agreement of what windows take with when groups were learned: mean over windows and groups
             of the double-centred share beyond random times the double-centred "begins before it is learned".
+            None with fewer than two groups that were learned.
         p: of the alignment among shuffled orders of the windows; 1 where nothing can be told.
     """
 
@@ -130,7 +137,7 @@ class Timeline:
     proposed: Mapping[str, Window]
     effects: tuple[WindowEffect, ...]
     dependences: tuple[Dependence, ...]
-    alignment: Interval
+    alignment: Interval | None
     p: float
 
     def order(self) -> list[str]:
@@ -231,7 +238,7 @@ class _Table:
         movement = Movement(self.split.theta, series[at(window.start)], series[at(window.end)])
         edit = rollback(movement, window=str(window))
         shares = shares_of(self._change(edit), self.headroom, self.masks, self.units)
-        generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + number)
+        generator = generator_for(self.settings.seed, "timeline", number)
         random = np.array(
             [
                 shares_of(self._change(drawn), self.headroom, self.masks, self.units).share[0]
@@ -246,11 +253,18 @@ class _Table:
         effect = WindowEffect(
             window,
             edit.norm,
-            dict(zip(self.names, shares.share[0].tolist(), strict=True)),
+            self._known(shares.share[0], shares),
             dict(zip(self.names, shares.damage[0].tolist(), strict=True)),
-            dict(zip(self.names, random.mean(0).tolist(), strict=True)) if len(random) else {},
+            self._known(random.mean(0), shares) if len(random) else {},
         )
         return _Measured(effect, shares)
+
+    def _known(self, values: Array, shares: Shares) -> dict[str, float]:
+        """Values of the groups whose headroom is large enough for a share to say something."""
+        tiny = shares.judged_in_nats(FLOOR)
+        return {
+            n: v for n, v, left_out in zip(self.names, values.tolist(), tiny, strict=True) if not left_out
+        }
 
     def _change(self, edit: Edit) -> Array:
         return np.asarray(self.split.changes([edit])[0].numpy())
@@ -278,7 +292,8 @@ def _curves(
 def dependences(found: Sequence[_Measured], table: _Table) -> tuple[Dependence, ...]:
     """Every ordered pair of groups with a window: what falls with what."""
     names = list(table.names)
-    own = {m.effect.window.kind: m for m in found if m.effect.window.kind in names}
+    # A group without headroom has no share that could fall.
+    own = {m.effect.window.kind: m for m in found if m.effect.window.kind in m.effect.shares}
     units = table.units
     pairs = []
     for on, undone in own.items():
@@ -316,17 +331,17 @@ def aligned(
     learned: Mapping[str, int | None],
     table: _Table,
     settings: TimelineSettings,
-) -> tuple[Interval, float]:
+) -> tuple[Interval | None, float]:
     """Whether equal windows take the groups learned in or after them; p among shuffled window orders.
 
     Rows and columns are centred, so neither large windows nor fragile groups count, only which window
     takes which group.
     """
     equal = [m for m in found if m.effect.window.kind == EQUAL]
-    room = equal[0].shares.room[0] if equal else np.zeros(len(table.names))
-    usable = [g for g, name in enumerate(table.names) if learned[name] is not None and room[g] > 0]
+    known = equal[0].effect.shares if equal else {}
+    usable = [g for g, name in enumerate(table.names) if learned[name] is not None and name in known]
     if len(usable) < 2 or len(equal) < 2:
-        return Interval(float("nan"), float("nan"), float("nan"), table.units.count), 1.0
+        return None, 1.0
     names = [table.names[g] for g in usable]
     random = np.array([[m.effect.random_shares.get(n, 0.0) for n in names] for m in equal])
     # (R + 1, W, G): shares beyond a random movement's, in the sample and in every resample.
