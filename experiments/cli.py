@@ -99,7 +99,9 @@ VERBS = {
     "paper-scale": Verb(
         "study.paper_scale:paper_scale", "The paper-scale experiment with its timing.", "Studies"
     ),
-    "remove-skill": Verb("removal.study:main", "Skill removal: our edits and today's rivals.", "Studies"),
+    "remove-skill": Verb(
+        "removal.study:remove_skill_study", "Skill removal: our edits and today's rivals.", "Studies"
+    ),
 }
 
 
@@ -108,8 +110,6 @@ def _register(name: str, verb: Verb) -> None:
 
     def call(context: typer.Context) -> None:
         function = getattr(importlib.import_module(f"experiments.{module}"), attribute)
-        if name == "remove-skill":
-            raise typer.Exit(function(context.args))
         command = typer.main.get_command(single(function, verb.examples))
         code = command.main(context.args, prog_name=f"polca-edit {name}", standalone_mode=False)
         if code:

@@ -21,7 +21,7 @@ from interventions.edits import Edit
 from polca_edit.allocation.allocate import coordinates
 from polca_edit.checkpoints.files import SeriesFolder, read_weights
 from polca_edit.parameters import ParameterSpace, parameter_slots
-from polca_edit.training import TrainingSettings, train
+from polca_edit.training import TrainingSettings, TrainingSpan, train
 
 #: Share of the window below which a delay counts as none.
 DELAY_MARGIN = 0.1
@@ -72,7 +72,7 @@ class Hold:
     def put_back(self, theta: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
         """Weights theta - P (theta - anchor), exact on masked coordinates."""
         if self.mask is not None:
-            return torch.where(self.mask, self.anchor.to(theta), theta)
+            return torch.where(self.mask.to(theta.device), self.anchor.to(theta), theta)
         assert self.rows is not None
         # Once more on what rounding left: the second pass removes what the weights' type can hold.
         for _ in range(2):
@@ -85,7 +85,7 @@ class Hold:
         """Largest held coordinate's distance from the anchor."""
         away = theta - self.anchor.to(theta)
         if self.mask is not None:
-            return float(away[self.mask].abs().max())
+            return float(away[self.mask.to(away.device)].abs().max())
         assert self.rows is not None
         return float(coordinates(self.rows, away).abs().max())
 
@@ -221,15 +221,8 @@ def run_arm(
             found.append(dict(measure(trained)))
             trained.train()
 
-    train(
-        module,
-        batch_loss,
-        settings,
-        start=start.step,
-        stop=stop,
-        optimiser_state=start.optimiser_state or None,
-        after_step=after,
-    )
+    span = TrainingSpan(start.step, stop, start.optimiser_state)
+    train(module, batch_loss, settings, span=span, after_step=after)
     losses = {name: np.array([values[name] for values in found]) for name in found[0]}
     return Curve(arm, branch, tuple(steps), losses, hold is None or hold.held)
 

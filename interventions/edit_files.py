@@ -8,15 +8,16 @@ tensors. Both are written atomically, the JSON last: an edit without it is incom
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from interventions.edits import Edit
-from polca_edit.artifacts import checksum
+from interventions.lora import Adapter
+from polca_edit.artifacts import checksum, from_plain, to_plain
 from polca_edit.checkpoints.files import write_json, write_tensors
 from polca_edit.parameters import ParameterSpace
 
@@ -36,6 +37,39 @@ class EditFile:
     space: ParameterSpace
 
 
+@dataclass(frozen=True)
+class SpaceRecord:
+    """A parameter space as the description has it."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    aliases: tuple[tuple[str, str], ...]
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """Where the tensors are."""
+
+    file: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class EditRecord:
+    """``NAME.json``: everything of an edit but its tensors."""
+
+    operator: str
+    dose: float
+    base: str
+    norm: float
+    rank: int
+    space: SpaceRecord
+    provenance: Mapping[str, object]
+    tensors: TensorFile
+    schema: str = SCHEMA
+
+
 def paths_of(path: Path) -> tuple[Path, Path]:
     """(tensors, description) of an edit named with or without a suffix."""
     stem = path.with_suffix("") if path.suffix in (".safetensors", ".json") else path
@@ -46,34 +80,30 @@ def save_edit(path: Path, edit: Edit, space: ParameterSpace) -> Path:
     """Write an edit; returns the JSON's path.
 
     Raises:
-        ValueError: if the edit does not live in the space.
+        ValueError: if the edit does not live in the space, or is not finite.
     """
     if edit.rows.shape[1] != space.size:
         raise ValueError(
             f"an edit must have one entry per parameter, got {edit.rows.shape[1]} for {space.size}; "
             "pass the space it was made in"
         )
+    if not bool(torch.isfinite(edit.rows).all()) or not bool(torch.isfinite(edit.coordinates).all()):
+        raise ValueError(
+            f"an edit must be finite, this one ({edit.operator}) has NaN or infinity; did its fit diverge?"
+        )
     tensors, description = paths_of(path)
     write_tensors(tensors, {"rows": edit.rows, "coordinates": edit.coordinates.double()})
-    write_json(
-        description,
-        {
-            "schema": SCHEMA,
-            "operator": edit.operator,
-            "dose": edit.dose,
-            "base": edit.base,
-            "norm": edit.norm,
-            "rank": edit.rank,
-            "space": {
-                "names": list(space.names),
-                "shapes": [list(shape) for shape in space.shapes],
-                "aliases": [list(pair) for pair in space.aliases],
-                "fingerprint": space.fingerprint(),
-            },
-            "provenance": edit.provenance,
-            "tensors": {"file": tensors.name, "sha256": checksum(tensors)},
-        },
+    record = EditRecord(
+        edit.operator,
+        edit.dose,
+        edit.base,
+        edit.norm,
+        edit.rank,
+        SpaceRecord(space.names, space.shapes, space.aliases, space.fingerprint()),
+        edit.provenance,
+        TensorFile(tensors.name, checksum(tensors)),
     )
+    write_json(description, to_plain(record))
     return description
 
 
@@ -87,35 +117,44 @@ def load_edit(path: Path) -> EditFile:
     for part in (tensors, description):
         if not part.exists():
             raise ValueError(f"an edit needs both its files, '{part}' is missing; copy it beside the other")
-    try:
-        values: dict[str, Any] = json.loads(description.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"'{description}' must be JSON ({error}); make the edit again") from error
-    if values.get("schema") != SCHEMA:
-        raise ValueError(f"'{description}' must have schema {SCHEMA}, got {values.get('schema')}")
-    if checksum(tensors) != values["tensors"]["sha256"]:
+    record = _description(description)
+    if checksum(tensors) != record.tensors.sha256:
         raise ValueError(f"'{tensors}' does not match its description (checksum differs); copy both again")
     try:
         with safe_open(tensors, framework="pt") as handle:
             rows, coordinates = handle.get_tensor("rows"), handle.get_tensor("coordinates")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"'{tensors}' must be a readable edit ({error}); make the edit again") from error
-    stored = values["space"]
-    space = ParameterSpace(
-        tuple(stored["names"]),
-        tuple(tuple(int(n) for n in shape) for shape in stored["shapes"]),
-        tuple((str(slot), str(name)) for slot, name in stored["aliases"]),
-    )
-    if space.fingerprint() != stored["fingerprint"] or rows.shape != (len(coordinates), space.size):
+    space = ParameterSpace(record.space.names, record.space.shapes, record.space.aliases)
+    if space.fingerprint() != record.space.fingerprint or rows.shape != (len(coordinates), space.size):
         raise ValueError(
             f"'{description}' does not describe its tensors (shapes differ); make the edit again"
         )
     edit = Edit(
-        values["base"],
+        record.base,
         rows,
         coordinates.to(torch.float64),
-        values["operator"],
-        float(values["dose"]),
-        dict(values["provenance"]),
+        record.operator,
+        record.dose,
+        dict(record.provenance),
     )
     return EditFile(edit, space)
+
+
+def _description(path: Path) -> EditRecord:
+    try:
+        values = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"'{path}' must be JSON ({error}); make the edit again") from error
+    found = values.get("schema") if isinstance(values, dict) else None
+    if found != SCHEMA:
+        raise ValueError(f"'{path}' must have schema {SCHEMA}, got {found}; make the edit again")
+    record: EditRecord = from_plain(EditRecord, values)
+    return record
+
+
+def save_adapter(folder: Path, adapter: Adapter) -> Path:
+    """Write a LoRA adapter as PEFT reads it; returns its description's path."""
+    write_tensors(folder / "adapter_model.safetensors", dict(adapter.tensors))
+    write_json(folder / "adapter_config.json", adapter.config())
+    return folder / "adapter_config.json"

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from polca_edit.allocation.allocate import coordinates
-from polca_edit.basis.record import Basis
+from polca_edit.basis.record import Basis, gram_error
 from polca_edit.derivatives.lanczos import orthonormalise
 from polca_edit.parameters import ParameterSpace
 
@@ -91,8 +91,7 @@ def rows_of(rows: Rows) -> Float[Tensor, "k N"]:
         return rows.rows
     rows = rows[None] if rows.ndim == 1 else rows
     if len(rows):
-        gram = rows @ rows.T
-        error = float((gram - torch.eye(len(rows), dtype=gram.dtype, device=gram.device)).abs().max())
+        error = gram_error(rows)
         if not error <= 1e-3:
             raise ValueError(
                 f"rows of an edit must be orthonormal, |B B' - I| is {error:.3g}; "

@@ -254,6 +254,24 @@ def localise(split: EvaluatedSplit, edit: Edit, members: Bits, parts: Sequence[C
     return LocalisationMap(whole, tuple(found), gap, squares / total if total > 0 else 1.0)
 
 
+def _target_loss(split: EvaluatedSplit, members: Bits, sequences: int) -> Callable[[], float]:
+    """Mean loss of the target's tokens among the first sequences, at the module's present weights."""
+    loss, module = split.loss, split.loss.module
+    part = split.tokens.select(torch.arange(min(sequences, split.tokens.sequences)))
+    target = torch.from_numpy(np.ascontiguousarray(members[: part.count]))
+    if not bool(target.any()):
+        raise ValueError(
+            f"activation patching needs target tokens in the first {sequences} sequences, got none"
+        )
+
+    def measured() -> float:
+        with torch.no_grad():
+            found: Tensor = loss.token_loss(module, part.inputs.to(loss.device)).cpu()[part.scored]
+        return float(found[target].double().mean())
+
+    return measured
+
+
 def patch_activations(
     split: EvaluatedSplit,
     edit: Edit,
@@ -278,26 +296,14 @@ def patch_activations(
     Raises:
         ValueError: if the module has no hooks, or no target token is among the sequences.
     """
-    objective, space = split.loss, split.loss.space
-    module = objective.module
+    module, space = split.loss.module, split.loss.space
     chosen = [n for n in hook_names(module) if re.search(r"(attn_out|mlp_out|resid_post)$", n)]
     chosen = list(names) if names is not None else chosen
     if not chosen:
         raise ValueError(
             "activation patching needs a model with hooks, this one has none; localise by parameters"
         )
-    part = split.tokens.select(torch.arange(min(sequences, split.tokens.sequences)))
-    target = torch.from_numpy(np.ascontiguousarray(members[: part.count]))
-    if not bool(target.any()):
-        raise ValueError(
-            f"activation patching needs target tokens in the first {sequences} sequences, got none"
-        )
-
-    def target_loss() -> float:
-        with torch.no_grad():
-            found: Tensor = objective.token_loss(module, part.inputs.to(objective.device)).cpu()[part.scored]
-        return float(found[target].double().mean())
-
+    target_loss = _target_loss(split, members, sequences)
     kept: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[[Tensor], Tensor]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import typing
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,9 +24,12 @@ from polca_edit.checkpoints.files import write_json, write_tensors
 
 Record = TypeVar("Record")
 
-#: The one way between records and plain JSON values; unknown keys of older files are left out.
+#: The one way between records and plain JSON values; unknown keys of older files are left out. JSON has no
+#: NaN: a number that is not finite is null, and null where a record wants a number is NaN.
+#: Values of no stated type (``object``) stay plain.
 CONVERTER = make_converter()
-#: Provenance may hold any plain value; it comes back as it was stored.
+CONVERTER.register_unstructure_hook(float, lambda value: value if math.isfinite(value) else None)
+CONVERTER.register_structure_hook(float, lambda value, _: math.nan if value is None else float(value))
 CONVERTER.register_structure_hook_func(lambda kind: kind is object, lambda value, _: value)
 
 

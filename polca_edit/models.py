@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
+from polca_edit.training import callers_generators
+
 
 @dataclass(frozen=True)
 class TransformerShape:
@@ -124,7 +126,8 @@ class SmallTransformer(HookedRootModule):  # type: ignore[misc]
 
 def build_small_transformer(shape: TransformerShape, seed: int) -> SmallTransformer:
     """A freshly initialised plain model; the same seed gives the same bytes."""
-    model = SmallTransformer(shape, torch.Generator().manual_seed(seed))
+    with callers_generators():  # torch's layers draw from the global one before theirs is used
+        model = SmallTransformer(shape, torch.Generator().manual_seed(seed))
     model.eval()
     return model
 
@@ -153,7 +156,8 @@ def build_native_bridge(shape: TransformerShape, seed: int) -> nn.Module:
         act_fn="gelu",
         seed=seed,
     )
-    bridge: nn.Module = TransformerBridge.boot_native(config)
+    with callers_generators():
+        bridge: nn.Module = TransformerBridge.boot_native(config)
     return bridge.eval()
 
 
@@ -166,9 +170,10 @@ def bridge_around(model: nn.Module, tokenizer: Any = None) -> nn.Module:
     """
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
-    bridge: nn.Module = build_bridge_from_module(
-        model, type(model).__name__, hf_config=model.config, tokenizer=tokenizer
-    )
+    with callers_generators():
+        bridge: nn.Module = build_bridge_from_module(
+            model, type(model).__name__, hf_config=model.config, tokenizer=tokenizer
+        )
     for path, submodule in bridge.named_modules():
         if path.endswith(".qkv"):
             submodule.requires_grad_(False)

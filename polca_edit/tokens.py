@@ -17,8 +17,6 @@ from torch import Tensor, nn
 #: ``token_loss(module, inputs)`` -> losses (B, P) in nats, one per prediction slot of a sequence.
 TokenLossFunction = Callable[[nn.Module, Tensor], Tensor]
 
-SPLITS = ("curvature", "select", "evaluate")
-
 
 @dataclass(frozen=True)
 class TokenSet:

@@ -7,9 +7,12 @@ steps, step 0 included; optimiser and generator state at a coarser spacing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +21,25 @@ from polca_edit.parameters import ParameterSpace
 
 #: ``after_step(step, module, optimiser)`` runs after every optimiser step.
 AfterStep = Callable[[int, nn.Module, torch.optim.Optimizer], None]
+
+
+@contextmanager
+def callers_generators() -> Iterator[None]:
+    """Within the block the global generators may be seeded and used; afterwards they are as they were.
+
+    >>> before = torch.get_rng_state()
+    >>> with callers_generators():
+    ...     _ = torch.manual_seed(1)
+    >>> torch.equal(torch.get_rng_state(), before)
+    True
+    """
+    plain, arrays = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(plain)
+        np.random.set_state(arrays)
 
 
 @dataclass(frozen=True)
@@ -75,7 +97,7 @@ def optimiser_tensors(module: nn.Module, optimiser: torch.optim.Optimizer) -> di
 
 
 def restore_optimiser(
-    module: nn.Module, optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]
+    module: nn.Module, optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
 ) -> None:
     """Put saved state back into an optimiser over the same module, and the generator state too."""
     torch.set_rng_state(tensors["generator"])
@@ -97,18 +119,20 @@ class SeriesWriter:
         space: parameters that are recorded.
         weight_steps: steps at which weights are kept (0 is the initial model).
         state_every: spacing of optimiser state, a multiple of which must be saved to branch there.
+        data_order: how batches are drawn, for the index.
     """
 
     folder: SeriesFolder
     space: ParameterSpace
     weight_steps: Sequence[int]
     state_every: int
+    data_order: Mapping[str, object] = field(default_factory=dict)
 
     def resume_step(self) -> int | None:
         """Latest step from which the run can go on with nothing missing before it, if any."""
         for step in reversed(self.folder.state_steps()):
             needed = [s for s in self.weight_steps if s <= step] + [step]
-            if all(self.folder.weights(s).exists() for s in needed):
+            if self.folder.has_weights(needed):
                 return step
         return None
 
@@ -121,14 +145,29 @@ class SeriesWriter:
         if state_due:
             write_tensors(self.folder.state(step), optimiser_tensors(module, optimiser))
 
-    def finish(self, settings: TrainingSettings, data_order: dict[str, object]) -> None:
+    def finish(self, settings: TrainingSettings) -> None:
         """Write the index if every wanted step is there; its presence says that the series is complete."""
         steps = sorted(self.weight_steps)
-        if not all(self.folder.weights(step).exists() for step in steps):
+        if not self.folder.has_weights(steps):
             return
         rates = tuple(settings.rate(step) if step else 0.0 for step in steps)
         index = SeriesIndex(tuple(steps), self.space.fingerprint(), rates, settings.weight_decay)
-        self.folder.write_index(index, training=asdict(settings), data_order=data_order)
+        self.folder.write_index(index, training=asdict(settings), data_order=dict(self.data_order))
+
+
+@dataclass(frozen=True)
+class TrainingSpan:
+    """Where a training run sets in, and how far it goes.
+
+    Attributes:
+        start: steps already done; the module is at its weights after them.
+        stop: last step; None for all.
+        optimiser_state: state after ``start`` steps, as read from a state file.
+    """
+
+    start: int = 0
+    stop: int | None = None
+    optimiser_state: Mapping[str, Tensor] | None = None
 
 
 def train(
@@ -137,32 +176,39 @@ def train(
     settings: TrainingSettings,
     *,
     recorder: SeriesWriter | None = None,
-    data_order: dict[str, object] | None = None,
-    start: int = 0,
-    stop: int | None = None,
-    optimiser_state: dict[str, Tensor] | None = None,
+    span: TrainingSpan | None = None,
     after_step: AfterStep | None = None,
     progress: Callable[[int, float], None] | None = None,
 ) -> nn.Module:
-    """Train in place from ``start`` to the last step.
+    """Train in place to the last step; the caller's generators are left as they were.
 
     Args:
-        module: the model, at its weights after ``start`` steps.
+        module: the model, at its weights after ``span.start`` steps.
         batch_loss: ``batch_loss(module, step)`` -> mean loss of that step's batch (steps count from 1).
         settings: optimisation.
-        recorder: keeps weights and state; resumes by itself when files are there and ``start`` is 0.
-        data_order: how ``batch_loss`` draws its batches, for the index.
-        start: steps already done.
-        stop: last step; default all.
-        optimiser_state: state after ``start`` steps, as read from a state file.
+        recorder: keeps weights and state; resumes by itself when files are there and nothing is branched.
+        span: start somewhere else than at the first step, or stop early.
         after_step: called after every update, e.g. to hold a direction still.
         progress: called with (step, loss).
     """
-    stop = settings.steps if stop is None else stop
+    with callers_generators():
+        return _train(module, batch_loss, settings, recorder, span or TrainingSpan(), after_step, progress)
+
+
+def _train(
+    module: nn.Module,
+    batch_loss: Callable[[nn.Module, int], Tensor],
+    settings: TrainingSettings,
+    recorder: SeriesWriter | None,
+    span: TrainingSpan,
+    after_step: AfterStep | None,
+    progress: Callable[[int, float], None] | None,
+) -> nn.Module:
+    start, stop = span.start, settings.steps if span.stop is None else span.stop
     torch.manual_seed(settings.seed)
     optimiser = build_optimiser(module, settings)
-    if optimiser_state is not None:
-        restore_optimiser(module, optimiser, optimiser_state)
+    if span.optimiser_state:
+        restore_optimiser(module, optimiser, span.optimiser_state)
     if recorder is not None and start == 0:
         start = _resume(module, optimiser, recorder)
         if start == 0:
@@ -183,7 +229,7 @@ def train(
             progress(step, loss.item() if step % 20 == 0 or step == stop else float("nan"))
     module.eval()
     if recorder is not None:
-        recorder.finish(settings, data_order or {})
+        recorder.finish(settings)
     return module
 
 

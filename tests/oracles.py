@@ -286,3 +286,20 @@ def mean_loss(
 ) -> Callable[[nn.Module], Tensor]:
     """The mean over scored tokens in one batch, as a function of the module."""
     return lambda module: token_loss(module, tokens.inputs)[tokens.scored].mean()
+
+
+# -- rotations -------------------------------------------------------------------------------------
+
+
+def rotated_allocation(matrices: Tensor, rotation: Tensor) -> Tensor:
+    """(M, K) r_j' S_x r_j: nats given to each rotated vector."""
+    return torch.einsum("ij,mik,kj->mj", rotation, matrices, rotation)
+
+
+def orthomax_criterion(table: Tensor, kind: str) -> float:
+    """sum of fourth powers, less the columns' squared sums of squares over M for varimax."""
+    squares = table.double().square()
+    total = squares.square().sum()
+    if kind == "varimax":
+        total = total - squares.sum(0).square().sum() / len(table)
+    return float(total)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from interventions.causal import bases
 from interventions.causal.evidence import Evidence, Insertion, Other, leakage_draws
 from interventions.causal.nulls import SpanPool, total_share
 from interventions.causal.questions import judge, needed, only, pool, within
@@ -16,9 +17,12 @@ from interventions.causal.settings import TestSettings
 from interventions.causal.statistics import Interval, Shares
 from interventions.causal.test import CausalTable, causal_test
 from interventions.damage import EvaluatedSplit
+from polca_edit.basis.record import unlabelled
 from polca_edit.checkpoints.opening import open_checkpoints
+from polca_edit.clusters.density import ClusterSettings
 from polca_edit.clusters.hypotheses import Hypothesis, TokenGroup
 from polca_edit.derivatives.objective import Objective
+from polca_edit.observation import ObserveSettings, observe
 from polca_edit.parameters import ParameterSpace
 from polca_edit.tokens import TokenSet
 
@@ -278,6 +282,67 @@ def test_matched_directions_do_the_wanted_total_damage() -> None:
         assert [total_share(change, room) for change in matched] == pytest.approx(
             [level] * len(matched), rel=0.01
         )
+
+
+def test_a_span_that_hardly_moved_still_has_directions_to_compare_with() -> None:
+    """Most rows of this span never moved, so the median displacement is zero."""
+    module = Landscape(60, coupled=False)
+    space = ParameterSpace.from_module(module)
+    end = torch.zeros(60, dtype=torch.float64)
+    end[:SKILLS] = 2.0
+    series = open_checkpoints({t: end * t / 10 for t in range(11)}, space)
+    tokens = TokenSet(
+        torch.ones(10, SKILLS).double(), torch.ones(10, SKILLS, dtype=torch.bool), torch.arange(10)
+    )
+    split = EvaluatedSplit(Objective(module, token_loss, space), series, tokens)
+    filled = SpanPool(split, torch.eye(60, dtype=torch.float64)[:12], 2, seed=0, lowest=0.02, highest=0.3)
+    filled.fill()
+    assert len(filled.matched(0.25)) > 20
+
+
+def test_attribution_stands_beside_the_damage_where_unseen_tokens_were_observed() -> None:
+    split, groups = world()
+    axes = torch.eye(16, dtype=torch.float64)[:8]
+    seen = observe(split.loss, split.series, unlabelled("axes", axes), split.tokens)
+    table = causal_test(split, pairs_of((0, 1)), QUICK, parents=groups, observations={"axes": seen})
+    for row in table.rows:
+        [evidence] = row.pooled.runs
+        # Straight path, separable loss: A = -(D + S) / 2 with D = S.
+        assert evidence.attributed == pytest.approx(-row.pooled.damage.estimate)
+    other, _ = world(seed=1)
+    elsewhere = observe(other.loss, other.series, unlabelled("axes", axes), other.tokens)
+    table = causal_test(split, pairs_of((0,)), QUICK, parents=groups, observations={"axes": elsewhere})
+    assert table.rows[0].pooled.runs[0].attributed is None
+
+
+def test_a_basis_is_compared_with_rotated_ones_on_the_same_tokens(monkeypatch) -> None:
+    """Rotated by nothing at all, a basis must tie with itself, however few tokens the null has."""
+    split, groups = world(documents=60)
+    split.loss.token_loss = lambda module, inputs: 0.5 * (module.theta[:SKILLS] - 3 * inputs) ** 2
+    tokens = replace(split.tokens, features={"slot": split.tokens.position_of.numpy().astype(str)})
+    turn = torch.randn(8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    basis = unlabelled("turned", torch.linalg.qr(turn)[0] @ torch.eye(16, dtype=torch.float64)[:8])
+    how = ObserveSettings(
+        clusters=ClusterSettings(min_cluster_share=0.1, drop_rising_vectors=False, algorithm="generic")
+    )
+    seen = observe(split.loss, split.series, basis, tokens, how)
+    again: list[float] = []
+
+    def unturned(bench, seen, settings, progress):
+        again.append(bases.rotated_statistic(bench, seen, torch.eye(8, dtype=torch.float64), settings))
+        return again
+
+    monkeypatch.setattr(bases, "_rotated", unturned)
+    table = causal_test(
+        split.on(tokens),
+        seen.hypotheses("turned"),
+        replace(QUICK, null_documents=7),
+        parents=groups,
+        observations={"turned": seen},
+    )
+    found = table.bases[0].aligned
+    assert abs(found.statistic - again[0]) > 1e-3  # on all tokens it is another number
+    assert found.rotated_p == 1.0
 
 
 def test_pairs_that_cannot_be_tested_are_named_with_the_reason() -> None:

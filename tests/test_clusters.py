@@ -10,15 +10,9 @@ from sklearn.cluster import HDBSCAN
 from sklearn.metrics import adjusted_rand_score
 
 from polca_edit.basis.record import unlabelled
+from polca_edit.clusters.agreement import skill_scores
 from polca_edit.clusters.comparators import cluster_both
-from polca_edit.clusters.density import (
-    OUTLIER,
-    ClusterSettings,
-    VectorClusters,
-    cluster_trajectories,
-    shaped,
-    skill_scores,
-)
+from polca_edit.clusters.density import OUTLIER, ClusterSettings, VectorClusters, cluster_trajectories, shaped
 from polca_edit.observation import ObserveSettings, analyse, observe
 
 TIME = torch.linspace(0, 1, 30, dtype=torch.float64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,9 @@ from torch import nn
 from typer.testing import CliRunner
 
 from experiments.removal.apply import apply, apply_edit, edited_tensors, undo_edit
-from interventions.edit_files import load_edit, paths_of, save_edit
+from interventions.edit_files import load_edit, paths_of, save_adapter, save_edit
 from interventions.edits import Movement, displace, from_delta, weights_fingerprint
-from interventions.lora import export_lora, factors
+from interventions.lora import factors, low_rank, transposed_weights
 from polca_edit.parameters import ParameterSpace
 from tests.oracles import tiny_gpt2
 
@@ -207,10 +208,73 @@ def test_dose_zero_changes_nothing_and_half_is_half(model: Small, tmp_path: Path
 def test_low_rank_factors_have_the_eckart_young_error() -> None:
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(8, 6, generator=generator, dtype=torch.float64)
-    up, down, error = factors(matrix, 2)
     values = torch.linalg.svdvals(matrix)
-    assert error == pytest.approx(float((values[2:].square().sum() / values.square().sum()).sqrt()), rel=1e-9)
-    assert float((up @ down - matrix).norm() / matrix.norm()) == pytest.approx(error, rel=1e-9)
+    best = float((values[2:].square().sum() / values.square().sum()).sqrt())
+    for transposed in (False, True):
+        found = factors(matrix, 2, transposed=transposed)
+        assert found.down.shape == ((2, 8) if transposed else (2, 6))
+        assert float((found.merged() - matrix).norm() / matrix.norm()) == pytest.approx(best, rel=1e-9)
+
+
+@pytest.mark.parametrize("with_module", [False, True])
+def test_lora_of_transposed_layers_merges_to_the_edit(with_module: bool, tmp_path: Path) -> None:
+    """GPT-2 keeps its matrices as (in, out); PEFT's own merge is the oracle, square and oblong ones."""
+    from peft import PeftModel
+
+    model = tiny_gpt2()
+    space = ParameterSpace.from_module(model)
+    wanted = ("transformer.h.0.attn.c_proj.weight", "transformer.h.0.mlp.c_fc.weight")
+    delta = torch.randn(space.size, generator=torch.Generator().manual_seed(4)) * space.mask(wanted)
+    before = {name: part.clone() for name, part in space.unflatten(space.read(model)).items()}
+    edit = from_delta("base", delta, "test")
+    adapter = low_rank(edit, space, 3, model if with_module else None)
+    assert {row.name for row in adapter.rows} == set(wanted)
+    save_adapter(tmp_path / "a", adapter)
+    merged = PeftModel.from_pretrained(model, tmp_path / "a").merge_and_unload()
+    for row in adapter.rows:
+        got = merged.get_parameter(row.name).detach() - before[row.name]
+        planned = space.unflatten(delta)[row.name]
+        assert float((got - planned).norm() / planned.norm()) == pytest.approx(row.error, abs=1e-5)
+    assert max(row.error for row in low_rank(edit, space, 8).rows) < 1e-6
+
+
+def test_which_layers_are_transposed_is_told_by_their_bias() -> None:
+    gpt2 = ParameterSpace.from_module(tiny_gpt2())
+    found = transposed_weights(gpt2)
+    assert found == transposed_weights(gpt2, tiny_gpt2())
+    assert {name.split(".")[-2] for name in found} == {"c_attn", "c_proj", "c_fc"}
+    square = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 7))
+    assert transposed_weights(ParameterSpace.from_module(square)) == frozenset()
+
+
+def test_an_edit_that_moves_nothing_is_kept_applied_and_refused_as_adapter(
+    model: Small, tmp_path: Path
+) -> None:
+    space = ParameterSpace.from_module(model)
+    theta = space.read(model)
+    edit = from_delta(weights_fingerprint(theta), torch.zeros(space.size), "nothing")
+    save_edit(tmp_path / "zero", edit, space)
+    file = load_edit(tmp_path / "zero")
+    assert (file.edit.rank, file.edit.norm) == (0, 0.0)
+    assert torch.equal(file.edit.apply(theta), theta)
+    save_file(model.state_dict(), tmp_path / "m.safetensors")
+    assert apply_edit(file, tmp_path / "m.safetensors", tmp_path / "out").share == 1.0
+    assert (tmp_path / "out" / "m.safetensors").read_bytes() == (tmp_path / "m.safetensors").read_bytes()
+    moving, _ = random_edit(model)
+    for still in (file.edit, moving.scaled(0.0)):
+        with pytest.raises(ValueError, match="moves none"):
+            low_rank(still, space, 4)
+
+
+def test_an_edit_that_is_not_finite_is_refused(model: Small, tmp_path: Path) -> None:
+    edit, space = random_edit(model)
+    for broken in (
+        replace(edit, rows=edit.rows.clone().fill_(float("nan"))),
+        replace(edit, coordinates=torch.tensor([1.0, float("inf"), 0.0], dtype=torch.float64)),
+    ):
+        with pytest.raises(ValueError, match="finite"):
+            save_edit(tmp_path / "broken", broken, space)
+    assert not list(tmp_path.iterdir())
 
 
 def test_lora_adapter_reproduces_a_low_rank_edit(model: Small, tmp_path: Path) -> None:
@@ -219,8 +283,9 @@ def test_lora_adapter_reproduces_a_low_rank_edit(model: Small, tmp_path: Path) -
     moved["inner.weight"] = torch.outer(torch.arange(5.0), torch.ones(6))
     moved["inner.bias"] = torch.ones(5)
     edit = from_delta(weights_fingerprint(space.read(model)), space.flatten(moved), "test")
-    save_edit(tmp_path / "edit", edit, space)
-    rows = {row.name: row for row in export_lora(load_edit(tmp_path / "edit"), tmp_path / "adapter", 4)}
+    adapter = low_rank(edit, space, 4)
+    save_adapter(tmp_path / "adapter", adapter)
+    rows = {row.name: row for row in adapter.rows}
     assert rows["inner.weight"].error < 1e-6
     total = edit.norm**2
     assert rows["(other)"].share == pytest.approx(5 / total, rel=1e-6)

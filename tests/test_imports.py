@@ -1,4 +1,4 @@
-"""Rules of the house that a parser can hold: arrows between packages, libraries in one place, no pickle."""
+"""Rules of the house that a parser can hold: arrows, circles, sizes, files in few places, no pickle."""
 
 from __future__ import annotations
 
@@ -128,3 +128,103 @@ def test_no_file_is_named_for_nothing():
 def test_the_parser_sees_hidden_imports(source, bad):
     reached = roots(ast.parse(source)) & set(PACKAGES)
     assert (not reached <= ALLOWED["polca_edit"]) == bad
+
+
+# -- circles and sizes ------------------------------------------------------------------------------
+
+MODULES = {
+    name_of(path).removesuffix("/__init__.py").removesuffix(".py").replace("/", "."): path for path in FILES
+}
+LINES, FUNCTION, ARGUMENTS, FOLDER = 400, 60, 8, 14
+#: Modules of the two library packages that touch files.
+STARRED = {
+    "polca_edit/artifacts.py",
+    "polca_edit/recording.py",
+    "polca_edit/checkpoints/files.py",
+    "polca_edit/checkpoints/huggingface.py",
+    "polca_edit/checkpoints/huggingface_models.py",
+    "polca_edit/checkpoints/opening.py",
+    "interventions/edit_files.py",
+}
+#: Calls that read, write or ask for files: functions, and methods of paths.
+TOUCHING = {"open", "load_file", "save_file", "safe_open", "rmtree", "copytree"} | {
+    *("read_text", "write_text", "read_bytes", "write_bytes", "exists", "is_file", "is_dir", "mkdir"),
+    *("unlink", "glob", "rglob", "iterdir", "touch", "from_pretrained", "save_pretrained"),
+}
+
+
+def arrows(trees: dict[str, ast.AST]) -> dict[str, set[str]]:
+    """Module -> modules it imports, inside functions too; a package that names its parts is no arrow."""
+    graph = {name: imported(tree) & trees.keys() - {name} for name, tree in trees.items()}
+    inside = {name for name in trees if any(other.startswith(f"{name}.") for other in trees)}
+    return {name: set() if name in inside else targets for name, targets in graph.items()}
+
+
+def on_a_circle(graph: dict[str, set[str]]) -> list[str]:
+    """Modules from which an import leads back to themselves."""
+
+    def reached(start: str) -> set[str]:
+        found: set[str] = set()
+        ahead = list(graph[start])
+        while ahead:
+            module = ahead.pop()
+            if module not in found:
+                found.add(module)
+                ahead.extend(graph[module])
+        return found
+
+    return sorted(name for name in graph if name in reached(name))
+
+
+def functions(tree: ast.AST) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+
+
+def wide(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """More arguments than allowed; ``self`` is none, and a verb has as many as it has options."""
+    given = function.args
+    every = [*given.posonlyargs, *given.args, *given.kwonlyargs]
+    if any("Annotated" in ast.dump(a.annotation) for a in every if a.annotation is not None):
+        return False
+    return len(every) - (bool(every) and every[0].arg in ("self", "cls")) > ARGUMENTS
+
+
+def touches_files(tree: ast.AST) -> set[str]:
+    named = {dotted(c.func).split(".")[-1] for c in ast.walk(tree) if isinstance(c, ast.Call)}
+    return named & TOUCHING
+
+
+def test_no_import_circle_anywhere():
+    assert on_a_circle(arrows({name: TREES[path] for name, path in MODULES.items()})) == []
+
+
+def test_a_circle_through_a_function_is_found():
+    sources = {"a": "import b", "b": "def f():\n    from c import d", "c": "import a", "d": "import a"}
+    graph = arrows({name: ast.parse(text) for name, text in sources.items()})
+    assert on_a_circle(graph) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_files_are_touched_in_few_modules_of_the_libraries(path):
+    if not name_of(path).startswith("experiments/") and name_of(path) not in STARRED:
+        assert touches_files(TREES[path]) == set()
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("def f(p):\n    return p.read_text()", {"read_text"}),
+        ("open('x')", {"open"}),
+        ("open_checkpoints('x')", set()),
+    ],
+)
+def test_the_parser_sees_files_touched(source, found):
+    assert touches_files(ast.parse(source)) == found
+
+
+def test_bounds_are_seen():
+    many = ", ".join("abcdefghi")
+    tree = ast.parse(f"class A:\n    def f(self, {many}): ...\n    def g(self, {many[:-3]}): ...")
+    assert [wide(f) for f in functions(tree)] == [True, False]
+    verb = ast.parse(f"def v({many}, j: Annotated[int, typer.Option()] = 1): ...")
+    assert [wide(f) for f in functions(verb)] == [False]

@@ -26,6 +26,9 @@ def test_the_quickstart_runs(monkeypatch, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "explained share" in said
     assert "vector 0" in said
+    words = {row.word for row in names["table"].rows}
+    assert words <= {"inert", "shared", "selective", "carrier", "unclear"}
+    assert len(names["table"].rows) == len(names["found"].hypotheses()) - len(names["table"].untested) > 0
 
 
 def test_the_notebook_is_committed_without_outputs():

@@ -9,14 +9,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from interventions.damage import EvaluatedSplit
+from interventions.removal.grouped import GroupedSplit, GroupRule, Predictor, token_nll
 from interventions.removal.measures import (
     SkillOutputs,
     chance,
     refit_damage,
     relearn,
 )
-from interventions.removal.problem import GroupRule, Predictor, RemovalProblem, token_nll
 from interventions.removal.relabelling import best_permutation, fit_relabelling
+from polca_edit.checkpoints.opening import open_checkpoints
+from polca_edit.derivatives.objective import Objective
 from polca_edit.parameters import ParameterSpace
 from polca_edit.tokens import TokenSet
 
@@ -108,22 +111,23 @@ def test_relearning_needs_the_skills_own_data() -> None:
     space = ParameterSpace.from_module(module)
     theta = known(torch.arange(8) % 4, 4).flatten()
     rule = GroupRule(("skill", "rest"), (True, False), lambda t: (t.inputs[:, 0] >= 4).long())
-    predictor = Predictor(module, space, lambda m, inputs: m(inputs))
+    loss = Objective(module, lambda m, x: token_nll(m(x).flatten(0, 1), x.flatten() % 4).view(x.shape), space)
     everything = table_tokens(torch.arange(8).repeat(4))
-    problem = RemovalProblem(predictor, theta, torch.zeros(32), rule, lambda step: everything, everything)
+    series = open_checkpoints({0: torch.zeros(32), 1: theta}, space)
+    split = EvaluatedSplit(loss, series, everything)
+    judged = GroupedSplit(split, Predictor(loss, lambda m, inputs: m(inputs)), rule)
     removed = theta.clone()
     removed[:16] = 0.0
 
     def curve(with_skill: bool):
         mask = torch.ones(32, dtype=torch.bool) if with_skill else ~rule.is_target(rule.assign(everything))
         return relearn(
-            problem,
+            judged,
             removed,
             lambda step: (everything, mask),
             60,
             learning_rate=0.1,
             every=20,
-            judge=everything,
         )
 
     without, with_ = curve(False), curve(True)

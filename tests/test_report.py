@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from markupsafe import Markup
+from rich.console import Console
 
 from experiments.discover.records import (
     AxisRow,
@@ -27,7 +28,7 @@ from experiments.discover.records import (
     cluster_file,
     discovery_file,
 )
-from experiments.report.answers import Answer, Loss, answers
+from experiments.report.answers import Answer, Loss, answers, print_summary
 from experiments.report.blocks import Section
 from experiments.report.discovery import discovery_section
 from experiments.report.figures_damage import damage_map
@@ -45,7 +46,7 @@ from experiments.report.view import (
     over_headroom,
     read_run,
 )
-from experiments.run.run_record import RunRecord
+from experiments.run.run_record import Opening, RunRecord
 from experiments.run.store import RunDirectory, StageRecord
 from experiments.run.summary.records import ClusterEntry, read_summary
 from experiments.run.summary.write import summary_schema
@@ -388,6 +389,14 @@ class TestPage:
         # The first table tells of clusters instead; v2.c0 loses 5.7 nats, no headroom to speak of.
         assert rows_of(page, "hessian v2·c0")[0][2:4] == ["+5.700", "–"]
 
+    def test_openings_of_an_older_run_are_read(self, tmp_path) -> None:
+        """They did not say which verb had read the split: it was always the run itself."""
+        directory = make_run(tmp_path, {"trajectory": False})
+        record = json.loads((tmp_path / "run.json").read_text())
+        record["evaluate_openings"] = [{"plan": "ab", "exploratory": False}]
+        (tmp_path / "run.json").write_text(json.dumps(record))
+        assert read_run(directory).run.evaluate_openings == (Opening("ab", False, "run"),)
+
     def test_missing_records_are_named(self, tmp_path) -> None:
         with pytest.raises(ValueError, match="summary.json"):
             write_report(RunDirectory(tmp_path))
@@ -418,11 +427,12 @@ class TestAnswers:
         rows = tuple(
             replace(
                 row,
-                groups={k: 2 * float(damage[row.vector, m].mean()) for k, m in skills.items()},
+                groups={k: scale * float(damage[row.vector, m].mean()) for k, m in skills.items()},
                 group_headroom=dict.fromkeys(skills, 5.0),
             )
             for row in analysis.entry.damage
-            if row.cluster is None and row.split == "evaluate"
+            for scale in [2.0 if row.split == "evaluate" else 1.0]
+            if row.cluster is None and row.dose == 1.0
         )
         entry = replace(analysis.entry, damage=rows)
         summary = replace(view.summary, analyses={"hessian": entry})
@@ -543,8 +553,6 @@ class TestTables:
     )
 
     def test_page_terminal_and_document_share_the_cells(self) -> None:
-        from rich.console import Console
-
         html, text = self.made.__html__(), Console(width=60)
         with text.capture() as shown:
             text.print(self.made.terminal())
@@ -558,8 +566,6 @@ class TestTables:
         assert "a\\|b" in self.made.markdown()
 
     def test_words_are_never_cut(self) -> None:
-        from rich.console import Console
-
         rule = "token is ',' and previous shape is 'piece' and distance >= 7 " * 4
         console = Console(width=40)
         with console.capture() as shown:
@@ -581,7 +587,7 @@ class TestFigures:
             draw_survival({"a": Survival(0.5, 2, {"rule": {"x": 1.0, "y": 0.0}})}, tmp_path / "s.png")
             assert {key: matplotlib.rcParams._get(key) for key in matplotlib.rcParams} == before
 
-    def test_importing_changes_no_setting_and_starts_no_backend(self) -> None:
+    def test_importing_changes_no_setting_and_brings_no_backend_and_no_model(self) -> None:
         import subprocess
         import sys
 
@@ -590,7 +596,8 @@ class TestFigures:
             "import experiments.report.page, experiments.report.figures_removal\n"
             "import experiments.report.figures_robustness, sys\n"
             "assert {k: m.rcParams._get(k) for k in m.rcParams} == before\n"
-            "assert 'matplotlib.pyplot' not in sys.modules\n"
+            "absent = 'matplotlib.pyplot', 'transformer_lens', 'experiments.run.run', 'experiments.tasks'\n"
+            "assert not {*absent} & {*sys.modules}, {*absent} & {*sys.modules}\n"
         )
         subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -721,3 +728,64 @@ def test_formats() -> None:
     assert nats(1.5) == "+1.500"
     assert str(highlighted("no mark <i>")) == "no mark &lt;i&gt;"
     assert share(-0.0002) == "−0.02\xa0%"
+
+
+# -- a real run ---------------------------------------------------------------------------------
+
+
+class TestSmoke:
+    """The page of a real run says what the run's records say."""
+
+    @pytest.fixture
+    def page(self, smoke_copy) -> tuple[Path, str]:
+        path = write_report(RunDirectory(smoke_copy), lambda _: None)
+        return smoke_copy, path.read_text(encoding="utf-8")
+
+    def test_every_number_is_that_of_the_summary(self, page) -> None:
+        run, text = page
+        summary = json.loads((run / "summary.json").read_text())
+        for name, analysis in summary["analyses"].items():
+            parts = [nats(analysis["loss_change"][key]) for key in ("exact", "attributed", "residual")]
+            assert [row[2:5] for row in rows_of(text, name) if len(row) == 11] == [parts]
+            damage = {
+                r["vector"]: r
+                for r in analysis["damage"]
+                if r["cluster"] is None and r["split"] == "evaluate" and r["dose"] == 1.0
+            }
+            for vector in analysis["vectors"]:
+                title = f"v{vector['vector']}"
+                title += "" if vector["origin"] is None else f" (step {vector['origin']})"
+                wanted = nats(damage[vector["vector"]]["on_target"])
+                assert wanted in [row[2] for row in rows_of(text, title) if len(row) > 5]
+
+    def test_the_first_table_quotes_evaluate_rows(self, page) -> None:
+        run, text = page
+        summary = json.loads((run / "summary.json").read_text())
+        skills = {skill for r in summary["analyses"]["hessian"]["damage"] for skill in r["groups"]}
+        shown = [row for skill in skills for row in rows_of(text, skill) if len(row) == 7]
+        assert len(shown) >= 4
+        for skill, _, place, damage, of_headroom, *_ in shown:
+            basis, _, vector = place.partition(" v")
+            row = next(
+                r
+                for r in summary["analyses"][basis]["damage"]
+                if (r["vector"], r["cluster"], r["split"], r["dose"]) == (int(vector), None, "evaluate", 1.0)
+            )
+            assert damage == nats(row["groups"][skill], 2)
+            assert of_headroom == share(row["groups"][skill] / row["group_headroom"][skill])
+
+    def test_every_cluster_is_counted(self, page) -> None:
+        run, text = page
+        summary = json.loads((run / "summary.json").read_text())
+        for analysis in summary["analyses"].values():
+            found = len(analysis["clusters"])
+            assert f"showing {min(found, 24)} of {found}" in words(text)
+
+    def test_the_terminal_shows_the_same_cells(self, page) -> None:
+        run, text = page
+        console = Console(width=400)
+        with console.capture() as shown:
+            print_summary(RunDirectory(run), console)
+        for row in (r for name in ("hessian", "trajectory") for r in rows_of(text, name) if len(r) == 11):
+            for cell in row:
+                assert cell in shown.get()

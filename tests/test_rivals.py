@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from interventions.damage import EvaluatedSplit
 from interventions.removal import rivals
+from interventions.removal.grouped import GroupedSplit, GroupRule, Predictor, token_nll
 from interventions.removal.optimise import FitSettings, batch_at
-from interventions.removal.problem import GroupRule, Limits, Predictor, RemovalProblem, select_shares
+from interventions.removal.problem import Limits, RemovalProblem
+from polca_edit.checkpoints.opening import open_checkpoints
+from polca_edit.derivatives.objective import Objective
 from polca_edit.models import (
     TransformerShape,
     build_small_transformer,
@@ -48,11 +51,15 @@ def problem() -> RemovalProblem:
     def batch(step: int) -> TokenSet:
         return tokens_of(torch.randint(0, 10, (60,), generator=torch.Generator().manual_seed(step)))
 
-    rule = GroupRule(("a", "b"), (True, False), lambda t: t.inputs[:, 0] // 5)
-    predictor = Predictor(module, space, lambda m, inputs: m(inputs))
-    return RemovalProblem(
-        predictor, theta, torch.zeros(40), rule, batch, tokens_of(torch.arange(10)), Limits(), "first"
-    )
+    def token_loss(m: nn.Module, x: Tensor) -> Tensor:
+        return token_nll(m(x).flatten(0, 1), x.flatten() % 4).view(x.shape)
+
+    loss = Objective(module, token_loss, space)
+    series = open_checkpoints({0: torch.zeros(40), 1: theta}, space)
+    split = EvaluatedSplit(loss, series, tokens_of(torch.arange(10)))
+    rule = GroupRule(("a", "b"), (True, False), lambda t: t.inputs[:, 0] // 5, "first")
+    select = GroupedSplit(split, Predictor(loss, lambda m, inputs: m(inputs)), rule)
+    return RemovalProblem(select, batch)
 
 
 def test_losses_are_their_formulas(problem: RemovalProblem) -> None:
@@ -84,8 +91,8 @@ def test_npo_at_the_reference_has_half_the_gradient_of_ascent(problem: RemovalPr
 @pytest.mark.parametrize("method", [rivals.gradient_ascent, rivals.grad_diff, rivals.npo])
 def test_rivals_hurt_the_skill_and_stop_at_the_goal(problem: RemovalProblem, method) -> None:
     found = method(problem, FitSettings(learning_rate=0.1, retain=1.0, strength=0.5), 200)
-    shares = select_shares(problem, problem.theta + found.delta)
-    assert shares.target_raw > 0.9
+    shares = problem.select.shares_at(problem.theta + found.delta)
+    assert shares.target > 0.9
     assert found.steps < 200
     # Disjoint tables: a loss masked to the skill cannot reach the other one.
     assert shares.worst_off <= 1e-6
@@ -98,15 +105,15 @@ def test_without_the_stop_all_steps_are_used(problem: RemovalProblem, method) ->
     found = method(problem, settings, 60)
     stopped = method(problem, replace(settings, stop=True), 60)
     assert found.steps == 60 > stopped.steps
-    assert select_shares(problem, problem.theta + found.delta).target_raw > 1.04
+    assert problem.select.shares_at(problem.theta + found.delta).target > 1.04
 
 
 def test_task_vector_is_the_negative_of_fine_tuning(problem: RemovalProblem) -> None:
     once = rivals.task_vector(problem, FitSettings(learning_rate=0.05, strength=1.0), 10)
     twice = rivals.task_vector(problem, FitSettings(learning_rate=0.05, strength=2.0), 10)
     torch.testing.assert_close(twice.delta, 2 * once.delta)
-    assert select_shares(problem, problem.theta - once.delta).target_raw < 0  # fine-tuning helped
-    assert select_shares(problem, problem.theta + once.delta).target_raw > 0
+    assert problem.select.shares_at(problem.theta - once.delta).target < 0  # fine-tuning helped
+    assert problem.select.shares_at(problem.theta + once.delta).target > 0
 
 
 def test_importance_separates_disjoint_tables(problem: RemovalProblem) -> None:
@@ -118,14 +125,14 @@ def test_importance_separates_disjoint_tables(problem: RemovalProblem) -> None:
         assert int((moved != 0).sum()) <= 4
         assert float(moved[20:].abs().max()) == 0.0
     whole = rivals.rewind_weights(problem, found, "magnitude", 1.0)
-    torch.testing.assert_close(problem.theta + whole, problem.reference)
+    torch.testing.assert_close(problem.theta + whole, problem.select.reference)
     with pytest.raises(ValueError, match="importance rule"):
         rivals.rewind_weights(problem, found, "other", 0.1)
 
 
 def test_part_rewind_is_the_reference_on_that_part_only(problem: RemovalProblem) -> None:
     moved = problem.theta + rivals.rewind_part(problem, ["first"])
-    torch.testing.assert_close(moved[:20], problem.reference[:20])
+    torch.testing.assert_close(moved[:20], problem.select.reference[:20])
     assert torch.equal(moved[20:], problem.theta[20:])
 
 
@@ -149,11 +156,16 @@ def test_activation_ablation_replaces_one_head_at_given_positions() -> None:
     torch.testing.assert_close(changed, direct)
 
 
-def test_more_damage_than_the_headroom_is_capped(problem: RemovalProblem) -> None:
-    far = select_shares(problem, torch.cat([-problem.theta[:20], problem.theta[20:]]))
-    assert far.target == 1.0
-    assert far.target_raw > 1.5
-    assert math.isfinite(far.target_raw)
+def test_more_damage_than_the_headroom_shows_in_the_ratio_alone(problem: RemovalProblem) -> None:
+    far = problem.select.shares_at(torch.cat([-problem.theta[:20], problem.theta[20:]]))
+    assert far.target > 1.5
+    assert far.target_capped == 1.0
+    # Three of five answers made wrong beyond their headroom: the cap is per token, the ratio sees none of it.
+    part = problem.theta.clone()
+    part[:12] = -part[:12]
+    some = problem.select.shares_at(part)
+    assert some.target_capped == pytest.approx(0.6, abs=1e-6)
+    assert some.target > 0.9
 
 
 def test_a_rival_that_diverges_keeps_finite_weights(problem: RemovalProblem) -> None:

@@ -79,7 +79,9 @@ def test_rotation_moves_vectors_and_keeps_the_span(added) -> None:
 
 def test_varimax_was_fitted_on_the_stored_allocation(added) -> None:
     """Kaiser's criterion of the given allocation table is higher at the rotation than at 200 random ones."""
-    from polca_edit.basis.rotate import allocation_matrices, orthomax_criterion
+    from oracles import orthomax_criterion
+
+    from polca_edit.basis.rotate import allocation_matrices
 
     run, _ = added
     before, after = (load_record(Basis, run.directory.basis(n)) for n in ("trajectory", "turned"))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from oracles import orthomax_criterion, rotated_allocation
 
 from polca_edit.allocation.allocate import Projections, allocate
 from polca_edit.basis.rotate import (
@@ -10,8 +11,6 @@ from polca_edit.basis.rotate import (
     independent_components,
     joint_diagonalisation,
     orthomax,
-    orthomax_criterion,
-    rotated_allocation,
 )
 
 torch.set_num_threads(1)

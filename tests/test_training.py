@@ -18,7 +18,7 @@ from polca_edit import training as module_under_test
 from polca_edit.checkpoints.files import SeriesFolder, read_weights
 from polca_edit.checkpoints.opening import open_checkpoints
 from polca_edit.parameters import ParameterSpace
-from polca_edit.training import SeriesWriter, TrainingSettings, train
+from polca_edit.training import SeriesWriter, TrainingSettings, TrainingSpan, train
 
 SETTINGS = TrainingSettings(steps=40, learning_rate=1e-2, warmup=10, seed=7)
 WEIGHT_STEPS = tuple(range(0, 41, 5))
@@ -47,14 +47,14 @@ def batch_loss(module: nn.Module, step: int) -> torch.Tensor:
 
 def recorder(directory: Path, module: nn.Module) -> SeriesWriter:
     return SeriesWriter(
-        SeriesFolder(directory), ParameterSpace.from_module(module), WEIGHT_STEPS, state_every=10
+        SeriesFolder(directory), ParameterSpace.from_module(module), WEIGHT_STEPS, 10, {"seed": 1}
     )
 
 
 def run(directory: Path, loss=batch_loss, **options) -> nn.Module:
     module = Noisy()
     kept = recorder(directory, module)
-    return train(module, loss, SETTINGS, recorder=kept, data_order={"seed": 1}, **options)
+    return train(module, loss, SETTINGS, recorder=kept, **options)
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -232,7 +232,7 @@ def test_finished_run_is_not_trained_again(whole, tmp_path):
 
 
 def test_stopping_early_leaves_no_index_and_can_go_on(whole, tmp_path):
-    run(tmp_path, stop=20)
+    run(tmp_path, span=TrainingSpan(stop=20))
     assert not (tmp_path / "series.json").exists()
     run(tmp_path)
     assert contents(tmp_path) == contents(whole)
@@ -244,7 +244,8 @@ def test_branch_from_a_recorded_state_repeats_the_run(whole):
     space = ParameterSpace.from_module(module)
     folder = SeriesFolder(whole)
     space.write(module, space.flatten(read_weights(folder.weights(20))))
-    train(module, batch_loss, SETTINGS, start=20, optimiser_state=read_weights(folder.state(20)))
+    span = TrainingSpan(start=20, optimiser_state=read_weights(folder.state(20)))
+    train(module, batch_loss, SETTINGS, span=span)
     assert torch.equal(space.read(module), space.flatten(read_weights(folder.weights(40))))
 
 

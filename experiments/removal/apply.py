@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 from safetensors import safe_open
 from torch import Tensor
 
-from interventions.edit_files import EditFile, load_edit
+from interventions.edit_files import EditFile, load_edit, save_adapter
 from interventions.edits import weights_fingerprint
-from polca_edit.artifacts import checksum
+from interventions.lora import Adapter, low_rank
+from polca_edit.artifacts import checksum, load_record, to_plain
 from polca_edit.checkpoints.files import (
     read_weights,
     weight_files,
@@ -29,6 +29,39 @@ UNDO = "undo"
 #: Folder of an adapter that ``--lora`` adds.
 ADAPTER = "adapter"
 SURVIVAL = 0.99
+
+
+@dataclass(frozen=True)
+class ChangedFile:
+    """A weight file that an edit changed, with the checksums of both versions."""
+
+    file: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class UndoRecord:
+    """``undo/undo.json``.
+
+    Attributes:
+        edit: name of the edit file.
+        operator: of the edit.
+        dose: applied, its own dose included.
+        base: fingerprint of the original weights.
+        survival: share of the edit left after rounding.
+        files: changed; the original of each lies beside this record.
+        added: folders that were not in the original.
+    """
+
+    edit: str
+    operator: str
+    dose: float
+    base: str
+    survival: float
+    files: tuple[ChangedFile, ...]
+    added: tuple[str, ...] = ()
+    schema: str = "polca-edit/undo/1"
 
 
 @dataclass(frozen=True)
@@ -114,13 +147,35 @@ def _write_like(source: Path, target: Path, changed: Mapping[str, Tensor]) -> No
     write_atomically(target, lambda part: torch.save(state, part))
 
 
+def _make_empty(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out must be a new or empty folder, '{out}' holds something; choose another")
+    out.mkdir(parents=True, exist_ok=True)
+
+
 def apply_edit(
-    file: EditFile, model: Path, out: Path, *, dose: float = 1.0, cast: bool = False, source: str = "edit"
+    file: EditFile,
+    model: Path,
+    out: Path,
+    *,
+    dose: float = 1.0,
+    cast: bool = False,
+    source: str = "edit",
+    adapter: Adapter | None = None,
 ) -> Survival:
     """Copy the model to ``out`` with the edit in it, and keep the original weight files for ``undo``.
 
     A subtraction does not restore floating-point weights, so the undo record keeps every changed
     file as it was, with checksums of both versions.
+
+    Args:
+        file: edit and its space.
+        model: folder or weight file.
+        out: new or empty folder.
+        dose: multiple of the edit.
+        cast: allow a stored dtype other than the edit's.
+        source: name of the edit, for the undo record.
+        adapter: written beside the weights.
 
     Raises:
         ValueError: for a wrong model, a missing ``cast`` or an ``out`` that exists.
@@ -128,15 +183,13 @@ def apply_edit(
     files = weight_files(model)
     tensors = read_weights(model)
     changed, survival = edited_tensors(file, tensors, dose, cast)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out must be a new or empty folder, '{out}' holds something; choose another")
-    out.mkdir(parents=True, exist_ok=True)
+    _make_empty(out)
     if model.is_dir():
         for path in sorted(model.rglob("*")):
             if path.is_file() and path not in files:
                 (out / path.relative_to(model)).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, out / path.relative_to(model))
-    records: list[dict[str, Any]] = []
+    records: list[ChangedFile] = []
     for path in files:
         name = path.name
         held = set(read_weights(path))
@@ -146,19 +199,19 @@ def apply_edit(
         (out / UNDO).mkdir(exist_ok=True)
         shutil.copyfile(path, out / UNDO / name)
         _write_like(path, out / name, changed)
-        records.append({"file": name, "before": checksum(path), "after": checksum(out / name)})
-    write_json(
-        out / UNDO / "undo.json",
-        {
-            "schema": "polca-edit/undo/1",
-            "edit": source,
-            "operator": file.edit.operator,
-            "dose": dose * file.edit.dose,
-            "base": file.edit.base,
-            "survival": survival.share,
-            "files": records,
-        },
+        records.append(ChangedFile(name, checksum(path), checksum(out / name)))
+    if adapter is not None:
+        save_adapter(out / ADAPTER, adapter)
+    record = UndoRecord(
+        source,
+        file.edit.operator,
+        dose * file.edit.dose,
+        file.edit.base,
+        survival.share,
+        tuple(records),
+        () if adapter is None else (ADAPTER,),
     )
+    write_json(out / UNDO / "undo.json", to_plain(record))
     return survival
 
 
@@ -175,25 +228,21 @@ def undo_edit(file: EditFile, model: Path, out: Path) -> list[str]:
     path = folder / UNDO / "undo.json"
     if not path.exists():
         raise ValueError(f"--undo needs the folder that 'apply' wrote, '{path}' is missing; give that folder")
-    record = json.loads(path.read_text())
-    if record["base"] != file.edit.base:
+    record = load_record(UndoRecord, path)
+    if record.base != file.edit.base:
         raise ValueError("this model was edited with another edit (fingerprints differ); give that edit")
-    for entry in record["files"]:
-        if checksum(folder / entry["file"]) != entry["after"]:
+    for entry in record.files:
+        if checksum(folder / entry.file) != entry.after:
+            raise ValueError(f"'{entry.file}' was changed after the edit; its undo record no longer applies")
+        if checksum(folder / UNDO / entry.file) != entry.before:
             raise ValueError(
-                f"'{entry['file']}' was changed after the edit; its undo record no longer applies"
+                f"the undo record of '{entry.file}' is damaged; restore the model from your own copy"
             )
-        if checksum(folder / UNDO / entry["file"]) != entry["before"]:
-            raise ValueError(
-                f"the undo record of '{entry['file']}' is damaged; restore the model from your own copy"
-            )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out must be a new or empty folder, '{out}' holds something; choose another")
-    out.mkdir(parents=True, exist_ok=True)
-    restored = {entry["file"] for entry in record["files"]}
+    _make_empty(out)
+    restored = {entry.file for entry in record.files}
     for source in sorted(folder.rglob("*")):
         relative = source.relative_to(folder)
-        if not source.is_file() or relative.parts[0] in {UNDO, *record.get("added", ())}:
+        if not source.is_file() or relative.parts[0] in {UNDO, *record.added}:
             continue
         (out / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / UNDO / relative if str(relative) in restored else source, out / relative)
@@ -219,7 +268,8 @@ def apply(
         restored = undo_edit(file, model, out)
         typer.echo(f"restored {', '.join(restored) or 'nothing'} in {out}")
         return
-    survival = apply_edit(file, model, out, dose=dose, cast=cast, source=edit.stem)
+    adapter = None if lora is None else low_rank(file.edit.scaled(dose), file.space, lora)
+    survival = apply_edit(file, model, out, dose=dose, cast=cast, source=edit.stem, adapter=adapter)
     typer.echo(
         f"{out}: {file.edit.operator}, dose {dose:g}, "
         f"norm {file.edit.norm * abs(dose):.4g}, rank {file.edit.rank}"
@@ -229,11 +279,6 @@ def apply(
             f"warning: only {survival.share:.1%} of the edit survives the cast to "
             f"{', '.join(survival.dtypes)} (error {survival.error:.1%}); apply it in float32"
         )
-    if lora is not None:
-        from interventions.lora import export_lora
-
-        rows = export_lora(file, out / ADAPTER, lora, dose=dose)
-        record = json.loads((out / UNDO / "undo.json").read_text())
-        write_json(out / UNDO / "undo.json", {**record, "added": [ADAPTER]})
-        for row in rows:
+    if adapter is not None:
+        for row in adapter.rows:
             typer.echo(f"  {row.name:<40} rank {row.rank:>3}  error {row.error:.2%}")

@@ -1,4 +1,4 @@
-"""Results of several removal studies as one file and one table over seeds.
+"""Results of several removal studies as one small file and one table over seeds.
 
 ``python -m experiments.removal.table FILE [FILE ...] --json MERGED --markdown TABLE``
 """
@@ -8,109 +8,258 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from experiments.application import run_application
-from experiments.removal.bed import REQUIRED
-from experiments.removal.study import finite, matched_damage
+from experiments.removal.comparison import matched_damage, over_seeds
+from experiments.removal.found import Effort
+from experiments.removal.results import StudyResult
+from experiments.removal.rows import DoseCurve, RelearningCurve, Row
+from experiments.report.formats import share
+from experiments.report.tables import Column
+from experiments.report.tables import table as drawn
+from interventions.removal.problem import Limits
+from polca_edit.artifacts import from_plain, to_plain
 from polca_edit.checkpoints.files import write_atomically, write_json
 
 
-def merged(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def merged(results: Sequence[StudyResult]) -> StudyResult:
     """One result of several with the same preset and effort; compared again at matched damage.
 
     Raises:
         ValueError: for results of different studies, or a row that is in two of them.
     """
-    efforts = [(r["preset"], json.dumps(r["study"]["effort"], sort_keys=True)) for r in results]
-    if len(set(efforts)) != 1:
-        raise ValueError(
-            f"merged results must share preset and steps, got {sorted(set(efforts))}; merge those apart"
-        )
-    keys = [(row["seed"], row["skill"], row["method"]) for r in results for row in r["rows"]]
+    efforts = sorted({f"{result.preset}, {result.effort}" for result in results})
+    if len(efforts) != 1:
+        raise ValueError(f"merged results must share preset and steps, got {efforts}; merge those apart")
+    rows = [row for result in results for row in result.rows]
+    keys = [(row.seed, row.skill, row.method) for row in rows]
     twice = sorted({key for key in keys if keys.count(key) > 1})
     if twice:
         raise ValueError(f"every row must be in one result only, {twice[0]} is in two; leave one file out")
-    rows = [row for r in results for row in r["rows"]]
-    return {
-        **{key: results[0][key] for key in ("schema", "preset", "required", "versions", "hardware")},
-        "study": results[0]["study"],
-        "seeds": sorted({row["seed"] for row in rows}),
-        "wall_seconds": sum(r["wall_seconds"] for r in results),
-        "cpu_seconds": sum(r["cpu_seconds"] for r in results),
-        "matched_damage": matched_damage(rows),
-        **{
-            key: [item for r in results for item in r[key]] for key in ("rows", "pareto", "relearning", "log")
-        },
-    }
+    return replace(
+        results[0],
+        seeds=tuple(sorted({row.seed for row in rows})),
+        wall_seconds=sum(result.wall_seconds for result in results),
+        cpu_seconds=sum(result.cpu_seconds for result in results),
+        matched_damage=tuple(matched_damage(rows)),
+        rows=tuple(rows),
+        pareto=tuple(item for result in results for item in result.pareto),
+        relearning=tuple(item for result in results for item in result.relearning),
+        log=tuple(item for result in results for item in result.log),
+    )
 
 
-def over_seeds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Per skill and method: how many seeds reach the goal, and what that costs the worst other group.
-
-    Costs and what stays after relabelling are over the seeds that reach the goal, since a small edit
-    harms nobody.
-    """
-    table = []
-    for skill in REQUIRED:
-        for method in dict.fromkeys(row["method"] for row in rows):
-            here = [row for row in rows if (row["skill"], row["method"]) == (skill, method)]
-            if not here:
-                continue
-            reached = [row for row in here if row["checks"]["target_share"]]
-            costs = [row["worst_off_share"] for row in reached]
-            kept = [row["refit_kept"] for row in reached]
-            table.append(
-                {
-                    "skill": skill,
-                    "method": method,
-                    "seeds": len(here),
-                    "reached": len(reached),
-                    "selective": sum(row["checks"]["worst_off_share"] for row in reached),
-                    "met": sum(row["met"] for row in here),
-                    "worst_off_median": statistics.median(costs) if costs else None,
-                    "worst_off_max": max(costs) if costs else None,
-                    "refit_kept_median": statistics.median(kept) if kept else None,
-                }
-            )
-    return table
+# -- the small file --------------------------------------------------------------------------------
 
 
-def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table of :func:`over_seeds`."""
+@dataclass(frozen=True)
+class ShortRow:
+    """What the small file keeps of a row; ``missed`` names the bounds that it does not meet."""
 
-    def percent(value: float | None) -> str:
-        return "-" if value is None else f"{100 * value:.1f} %"
+    skill: str
+    method: str
+    seed: int
+    target_share: float
+    worst_off_share: float
+    worst_positive_share: float
+    accuracy: float
+    refit_kept: float
+    refit_kept_of_untrained: float
+    passes: float
+    met: bool
+    missed: tuple[str, ...]
 
-    lines = [
-        "| skill | method | goal reached | and within the bound | worst other group: median | largest | "
-        "kept after relabelling |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for line in over_seeds(rows):
-        lines.append(
-            f"| {line['skill']} | {line['method']} | {line['reached']} of {line['seeds']} "
-            f"| {line['selective']} of {line['seeds']} | {percent(line['worst_off_median'])} "
-            f"| {percent(line['worst_off_max'])} | {percent(line['refit_kept_median'])} |"
+    @classmethod
+    def of(cls, row: Row) -> ShortRow:
+        """Of a row."""
+        return cls(
+            row.skill,
+            row.method,
+            row.seed,
+            target_share=rounded(row.target_share, 4),
+            worst_off_share=rounded(row.worst_off_share, 4),
+            worst_positive_share=rounded(row.worst_positive_share, 4),
+            accuracy=rounded(row.accuracy, 4),
+            refit_kept=rounded(row.refit.kept, 4),
+            refit_kept_of_untrained=rounded(row.refit.kept_of_untrained, 4),
+            passes=rounded(row.passes, 4),
+            met=row.met,
+            missed=tuple(sorted(name for name, met in row.checks.items() if not met)),
         )
-    return "\n".join(lines) + "\n"
+
+
+@dataclass(frozen=True)
+class ShortPoint:
+    """One dose of a Pareto front."""
+
+    target_share: float
+    worst_positive_share: float
+
+
+@dataclass(frozen=True)
+class ShortCurve:
+    """One method's Pareto front on one skill and seed."""
+
+    skill: str
+    method: str
+    seed: int
+    points: tuple[ShortPoint, ...]
+
+    @classmethod
+    def of(cls, curve: DoseCurve) -> ShortCurve:
+        """Of a dose curve."""
+        points = (
+            ShortPoint(rounded(p.target_share, 3), rounded(p.worst_positive_share, 3)) for p in curve.points
+        )
+        return cls(curve.skill, curve.method, curve.seed, tuple(points))
+
+
+@dataclass(frozen=True)
+class MedianPoint:
+    """Median accuracy over seeds after some fine-tuning steps."""
+
+    step: int
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class MedianCurve:
+    """Relearning of one method's edits of one skill, over seeds."""
+
+    skill: str
+    method: str
+    data: str
+    seeds: int
+    points: tuple[MedianPoint, ...]
+
+
+def medians(curves: Sequence[RelearningCurve]) -> tuple[MedianCurve, ...]:
+    """Relearning curves over seeds, in the order of their first seed."""
+    found = []
+    for skill, method, data in dict.fromkeys((c.skill, c.method, c.data) for c in curves):
+        seeds = [c.points for c in curves if (c.skill, c.method, c.data) == (skill, method, data)]
+        points = tuple(
+            MedianPoint(points[0].step, rounded(statistics.median(p.accuracy for p in points), 3))
+            for points in zip(*seeds, strict=True)
+        )
+        found.append(MedianCurve(skill, method, data, len(seeds), points))
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class ShortMatch:
+    """Our best edit of a skill against the best tuned rival: ratios of what the worst other group loses."""
+
+    seed: int
+    skill: str
+    goal: float
+    rival: str | None
+    ratio: float | None
+    ratio_signed: float | None
+    one_fifth: bool | None
+
+
+@dataclass(frozen=True)
+class ShortResult:
+    """The small file: what table and figures need."""
+
+    preset: str
+    effort: Effort
+    config: Mapping[str, object]
+    seeds: tuple[int, ...]
+    required: Mapping[str, Limits]
+    versions: Mapping[str, str]
+    hardware: Mapping[str, object]
+    wall_seconds: float
+    cpu_seconds: float
+    matched_damage: tuple[ShortMatch, ...]
+    rows: tuple[ShortRow, ...]
+    pareto: tuple[ShortCurve, ...]
+    relearning: tuple[MedianCurve, ...]
+    schema: str = "polca-edit/remove-skill/table-2"
+
+    @classmethod
+    def of(cls, result: StudyResult) -> ShortResult:
+        """Of a whole result; numbers are rounded to four digits, those of curves to three."""
+        matches = (
+            ShortMatch(
+                match.seed,
+                match.skill,
+                match.goal,
+                None if match.rival is None else match.rival.method,
+                None if match.ratio is None else rounded(match.ratio, 4),
+                None if match.ratio_signed is None else rounded(match.ratio_signed, 4),
+                match.one_fifth,
+            )
+            for match in result.matched_damage
+        )
+        return cls(
+            result.preset,
+            result.effort,
+            result.config,
+            result.seeds,
+            result.required,
+            result.versions,
+            result.hardware,
+            rounded(result.wall_seconds, 4),
+            rounded(result.cpu_seconds, 4),
+            tuple(matches),
+            tuple(ShortRow.of(row) for row in result.rows),
+            tuple(ShortCurve.of(curve) for curve in result.pareto),
+            medians(result.relearning),
+        )
+
+
+def rounded(value: float, digits: int) -> float:
+    """A number with so many significant digits.
+
+    >>> rounded(0.123456, 3), rounded(123456.0, 2)
+    (0.123, 120000.0)
+    """
+    return float(f"{value:.{digits}g}")
+
+
+# -- the table ---------------------------------------------------------------------------------------
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The table of :func:`~experiments.removal.comparison.over_seeds`."""
+    columns = (
+        Column("skill", left=True), Column("method", left=True), "goal reached", "and within the bound",
+        "worst other group: median", "largest", "kept after relabelling",
+    )  # fmt: skip
+    cells = (
+        (
+            line.skill,
+            line.method,
+            f"{line.reached} of {line.seeds}",
+            f"{line.selective} of {line.seeds}",
+            share(line.worst_off_median),
+            share(line.worst_off_max),
+            share(line.refit_kept_median),
+        )
+        for line in over_seeds(rows)
+    )
+    return drawn(columns, cells).markdown()
 
 
 def removal_table(
-    files: Annotated[list[Path], typer.Argument(help="results of remove-skill")],
-    json_: Annotated[Path | None, typer.Option("--json", help="Write the merged result here.")] = None,
+    files: Annotated[list[Path], typer.Argument(help="Results of remove-skill.")],
+    json_: Annotated[Path | None, typer.Option("--json", help="Write the small file here.")] = None,
     table: Annotated[Path | None, typer.Option("--markdown", help="Write the table here.")] = None,
 ) -> None:
     """Merge results of several seeds and print each method over seeds."""
-    result = merged([json.loads(file.read_text()) for file in files])
-    text = markdown(result["rows"])
+    result = merged([from_plain(StudyResult, json.loads(file.read_text())) for file in files])
+    text = markdown(result.rows)
     if json_ is not None:
-        write_json(json_, finite(result))
+        write_json(json_, to_plain(ShortResult.of(result)))
     if table is not None:
-        write_atomically(table, lambda part: part.write_text(text) and None)
+        write_atomically(table, lambda part: part.write_text(text))
     typer.echo(text)
 
 

@@ -29,6 +29,7 @@ from experiments.report.figures_discovery import (
 from experiments.report.formats import MISSING, decimal
 from experiments.report.style import Drawing, colours
 from experiments.report.tables import Cell, Column, Table, table
+from experiments.report.view import NAMED_F1
 from experiments.run.store import RunDirectory
 from interventions.discovery.timeline import Timeline
 from polca_edit.artifacts import load_record
@@ -125,7 +126,7 @@ def nearest(row: ClusterRow) -> str | None:
 
 
 def cluster_table(rows: Sequence[ClusterRow], title: str = "") -> Table:
-    """Interventional clusters beside the nearest known skill."""
+    """Interventional clusters; one carries a skill's name where it fits well enough."""
     columns: list[Column | str] = [
         Column("undone", left=True), "cluster", "tokens", Column("nearest skill", left=True), "homogeneity",
         "recall", "F1", Column("what its tokens share", left=True),
@@ -139,7 +140,7 @@ def cluster_table(rows: Sequence[ClusterRow], title: str = "") -> Table:
                 row.basis,
                 Cell(str(row.cluster), sort=row.cluster),
                 Cell(str(row.tokens), sort=row.tokens),
-                skill or MISSING,
+                skill if skill is not None and row.f1[skill] >= NAMED_F1 else MISSING,
                 *(Cell(decimal(value), sort=value) for value in scores),
                 row.name or MISSING,
             ]

@@ -50,7 +50,7 @@ COMPOSITION_CAPTION = (
     "select split."
 )
 #: A pair of curves above one another.
-CURVE_PANEL = Panel(width=WIDTH / 4, height=3.5, left=0.62, right=0.1, below=0.5, above=0.35)
+CURVE_PANEL = Panel(width=WIDTH / 4, height=3.5, left=0.8, right=0.06, below=0.5, above=0.35)
 
 
 @styled()

@@ -30,6 +30,8 @@ from experiments.run.summary.records import ControlRow
 
 #: Half the height of a dose panel at least, so that noise does not fill it.
 SMALLEST_SCALE = 0.1
+#: What random directions cost.
+BAND = "#a9a9a9"
 
 OVERVIEW_CAPTION = (
     "What undoing each vector costs each skill on the evaluate tokens: mean loss change in nats per token. "
@@ -131,17 +133,8 @@ def _dose_panel(axes: Axes, panel: DosePanel) -> None:
     means = [c.on_target_mean for c in panel.controls if c.on_target_mean is not None]
     largest = [c.on_target_max for c in panel.controls if c.on_target_max is not None]
     if means and largest:
-        label = "random directions, same norm"
-        axes.fill_between(
-            (0.82, 1.18),
-            min(means),
-            max(largest),
-            color=GREY,
-            alpha=0.6,
-            linewidth=4,
-            label=label,
-            zorder=1.5,
-        )
+        band = axes.fill_between((0.82, 1.18), min(means), max(largest), color=BAND, zorder=1.5)
+        band.set(linewidth=3, label="random directions, same norm")
     for name, values in panel.lines.items():
         known = [np.nan if value is None else value for value in values]
         line, hue = "--" if name.startswith("all other") else "-", panel.hues.get(name, INK)

@@ -100,7 +100,8 @@ def pareto_figure(pareto: Sequence[ParetoCurve], required: dict[str, Bound]) -> 
         axes.axvspan(required[skill].target, 1.02, color=PALE, alpha=0.4, zorder=0)
         axes.axhline(2 * required[skill].off, color=GREY, linewidth=0.8, linestyle=":")
         for curve in (c for c in pareto if c.skill == skill and c.points):
-            x = np.array([_known(point.target_share) for point in curve.points])
+            # More damage than the headroom is drawn at the headroom.
+            x = np.minimum([_known(point.target_share) for point in curve.points], 1.0)
             y = np.array([_known(point.worst_positive_share) for point in curve.points])
             axes.plot(
                 x,

@@ -1,18 +1,23 @@
-"""A finished run as the report sees it: its records joined with the tokens they are about."""
+"""A finished run as the report sees it: its records joined with the tokens they are about.
+
+Everything the report writes comes from records of the run and from tokens.parquet, so it can be drawn
+again on a machine that has neither the weights nor the training data. Keys that are not shown are
+ignored, so records with further keys can still be read.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 import torch
+import yaml
 from safetensors import safe_open
 from torch import Tensor
 
-from experiments.report.records import ConfigFile, read_config
 from experiments.run.run_record import RunRecord, read_run_record
 from experiments.run.store import RunDirectory
 from experiments.run.summary.records import (
@@ -25,7 +30,7 @@ from experiments.run.summary.records import (
     read_summary,
 )
 from polca_edit.allocation.allocate import Allocation, Projections, Rule, allocate
-from polca_edit.artifacts import load_record
+from polca_edit.artifacts import from_plain, load_record
 from polca_edit.clusters.breakthroughs import breakthrough_start, fitting_delta
 
 #: Below this many nats a headroom is too small to divide by.
@@ -34,6 +39,47 @@ SMALL_HEADROOM = 0.05
 NAMED_F1 = 0.5
 #: Letters of a cluster's title in figures.
 LONGEST_HEADING = 40
+
+
+@dataclass(frozen=True)
+class TrainingFile:
+    """``training`` of config.yaml."""
+
+    steps: int | None = None
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    weight_decay: float = 0.0
+    record_every: int | None = None
+
+
+@dataclass(frozen=True)
+class DamageFile:
+    """``damage`` of config.yaml: the checkpoint that headroom is counted from, by index."""
+
+    reference: int = 0
+
+
+@dataclass(frozen=True)
+class ConfigFile:
+    """What the report says of config.yaml."""
+
+    breakthrough_delta: int = 100
+    damage: DamageFile = DamageFile()
+    training: TrainingFile | None = None
+    checkpoints: Any = None
+
+    @property
+    def trained_here(self) -> bool:
+        """Whether the run made its checkpoints itself."""
+        return self.checkpoints is None
+
+
+def read_config(directory: RunDirectory) -> ConfigFile:
+    """config.yaml, its defaults where there is none."""
+    path = directory / "config.yaml"
+    values = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.exists() else {}
+    config: ConfigFile = from_plain(ConfigFile, values)
+    return config
 
 
 @dataclass(frozen=True)
@@ -312,7 +358,7 @@ def exact_combinations(skills: Mapping[str, np.ndarray], most: int = 9) -> dict[
 
     >>> sets = exact_combinations({"carry": np.array([1, 0]) > 0, "10s": np.array([1, 1]) > 0})
     >>> {name: mask.tolist() for name, mask in sets.items()}
-    {'10s': [False, True], '10s + carry': [True, False]}
+    {'10s': [False, True], 'carry + 10s': [True, False]}
     """
     if not skills:
         return {}

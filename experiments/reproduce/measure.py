@@ -9,8 +9,9 @@ from typing import Literal
 from experiments.reproduce.rows import Scoring
 from experiments.run.run import Run
 from experiments.study.measured import Say, fingerprints, kept_projections, on_select, projected
+from polca_edit.allocation.adaptive import adaptive_plan
 from polca_edit.allocation.allocate import Projections
-from polca_edit.allocation.quadrature import FixedRule, NodeSlopes, adaptive_plan, fixed_plan, measure_nodes
+from polca_edit.allocation.quadrature import FixedRule, NodeSlopes, fixed_plan, measure_nodes
 from polca_edit.basis.build import KINDS
 from polca_edit.basis.record import Basis, capture
 from polca_edit.checkpoints.series import Checkpoints

@@ -11,8 +11,9 @@ from torch import nn
 from experiments.reproduce.measure import Measured, ReproductionSettings, scoring_of
 from experiments.reproduce.rows import FeatureRow, Paths, TokenSplits, carry_columns
 from experiments.run.run import Run
+from polca_edit.allocation.adaptive import adaptive_plan
 from polca_edit.allocation.allocate import Projections, Rule, allocate, project
-from polca_edit.allocation.quadrature import FixedRule, adaptive_plan, fixed_plan, measure_nodes
+from polca_edit.allocation.quadrature import FixedRule, fixed_plan, measure_nodes
 from polca_edit.basis.record import Basis, unlabelled
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.clusters import features

@@ -10,22 +10,21 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
+from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
 from experiments.study.carry import CARRY, eligible_clusters
 from polca_edit.allocation.allocate import Allocation, Projections, explained_share
+from polca_edit.clusters.agreement import SkillScores, score_cluster
 from polca_edit.clusters.breakthroughs import fitting_delta, flat_after, is_hidden
 from polca_edit.clusters.comparators import (
     Method,
-    SkillScore,
     SplitClusters,
-    agreement,
     bootstrap_stability,
     cluster_both,
     density_validity,
     fit_clustering,
     outlier_share,
-    score_cluster,
     success_rate,
 )
 from polca_edit.clusters.density import ClusterSettings, shaped
@@ -260,8 +259,8 @@ class Clustered:
 
     variant: Variant
     vectors: tuple[SplitClusters, ...]
-    eligible: tuple[SkillScore, ...]
-    on_evaluate: tuple[SkillScore, ...]
+    eligible: tuple[SkillScores, ...]
+    on_evaluate: tuple[SkillScores, ...]
 
 
 def cluster_variants(paths: Paths, splits: TokenSplits, scoring: Scoring) -> list[Clustered]:
@@ -332,7 +331,7 @@ def carry_columns(
         recall_all=on_evaluate.recall_all,
         recall_paper=on_evaluate.recall_paper,
         f1=on_evaluate.f1,
-        adjusted_rand=agreement(vector.evaluate.labels, carry.long()).adjusted_rand,
+        adjusted_rand=float(adjusted_rand_score(vector.evaluate.labels.numpy(), carry.numpy())),
         stability=stability,
         validity=validity,
         rule_auc=rule.auc,

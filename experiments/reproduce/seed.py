@@ -27,6 +27,7 @@ from experiments.reproduce.rows import (
     loss_shares,
 )
 from experiments.run.run import Run
+from experiments.run.run_record import open_evaluate
 from experiments.run.stages.rotated import fit_rotation
 from experiments.run.stages.training import trained_series
 from experiments.study.carry import CARRY
@@ -110,10 +111,24 @@ def basis_rows(
         say(f"  rows of {kind:<20} {time.perf_counter() - started:6.1f} s")
 
 
+@dataclass(frozen=True)
+class ReproductionPlan:
+    """What a reproduction looks at on the evaluate split: every basis and rotation of its settings.
+
+    Attributes:
+        evaluate_tokens: fingerprint of the split.
+        settings: bases, rotations, rivals and quadrature.
+    """
+
+    evaluate_tokens: str
+    settings: ReproductionSettings
+
+
 def measure_seed(run: Run, settings: ReproductionSettings, say: Say) -> SeedTables:
     """All tables of one seed."""
     started = time.perf_counter()
     checkpoints = trained_series(run)
+    open_evaluate(run, ReproductionPlan(run.task.splits.evaluate.fingerprint(), settings), by="reproduce")
     measured = measure_bases(run, checkpoints, settings, say)
     rows = tuple(basis_rows(run, measured, settings, say))
     features: tuple[FeatureRow, ...] = ()

@@ -2,7 +2,7 @@
 
 Both engines cut the work of a checkpoint into the same tasks, (checkpoint, vector block, token
 shard), run the same function on each and put the pieces together in the same order, so that they
-write the same bytes. Finished checkpoints are kept by the caller (``artifacts.kept_parts``);
+write the same bytes. Finished checkpoints are kept by the caller (``parts.kept_parts``);
 an engine is only told which ones are still wanted.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,8 +26,6 @@ from polca_edit.basis.record import Basis
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.derivatives.objective import Objective
 from polca_edit.tokens import TokenSet
-
-EngineName = Literal["local", "ray"]
 
 
 @dataclass(frozen=True)
@@ -232,7 +230,6 @@ class RayQueue:
         *,
         retries: int = 4,
         per_core: int = 2,
-        journal: str | None = None,
     ) -> None:
         ray = require_ray()
         self.ray, self.bases, self.objective = ray, bases, objective
@@ -241,7 +238,7 @@ class RayQueue:
         self.per_shard = len(_cut(rows, blocks.vectors))
         self.ahead = max(1, per_core * int(ray.cluster_resources().get("CPU", 1)))
         self.remote = ray.remote(max_retries=retries, num_cpus=1)(worker_task)
-        self.fixed = directory, torch.get_num_threads(), journal or os.environ.get("POLCA_EDIT_JOURNAL")
+        self.fixed = directory, torch.get_num_threads(), os.environ.get("POLCA_EDIT_JOURNAL")
         self.pending = deque((index, number) for index in wanted for number in range(len(self.tasks)))
         self.under_way: dict[tuple[int, int], Any] = {}
 

@@ -11,14 +11,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from experiments.run.keys import SCHEMA, stage_names
 from experiments.run.machine import Hardware, this_machine, versions
-from experiments.run.run import Run
 from experiments.run.store import RunDirectory, StageRecord
 from polca_edit.artifacts import load_record, save_record, to_plain
 from polca_edit.checkpoints.files import write_json
+
+if TYPE_CHECKING:  # readers of the record, such as the report, need no task and no model
+    from experiments.run.run import Run
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Opening:
 
     plan: str
     exploratory: bool
-    by: str
+    by: str = "run"
     times: int = 1
 
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from polca_edit.clusters.comparators import SkillScore, carry_scores
+from polca_edit.clusters.agreement import SkillScores, carry_scores
 from polca_edit.clusters.density import VectorClusters
 from polca_edit.tokens import TokenSet
 
@@ -39,7 +39,7 @@ def counted_places(tokens: TokenSet) -> Bool[Tensor, " M"]:
 
 def eligible_clusters(
     clusters: Sequence[VectorClusters], tokens: TokenSet, min_share: float = 0.03
-) -> list[SkillScore]:
+) -> list[SkillScores]:
     """Eligible carry clusters of every vector, most homogeneous first."""
     return carry_scores(clusters, tokens.skills[CARRY], counted_places(tokens), min_share=min_share)
 

@@ -32,7 +32,7 @@ from interventions.edits import project_out
 from polca_edit.allocation.allocate import Rule, allocate, explained_share
 from polca_edit.basis.record import Basis
 from polca_edit.checkpoints.series import Checkpoints
-from polca_edit.clusters.comparators import SkillScore
+from polca_edit.clusters.agreement import SkillScores
 from polca_edit.clusters.density import cluster_trajectories
 
 KINDS = ("hessian", "trajectory", "random")
@@ -112,7 +112,7 @@ def signal_rows(
             yield row if best is None else _with_cluster(row, best, measured.basis, split)
 
 
-def _with_cluster(row: SignalRow, best: SkillScore, basis: Basis, split: EvaluatedSplit) -> SignalRow:
+def _with_cluster(row: SignalRow, best: SkillScores, basis: Basis, split: EvaluatedSplit) -> SignalRow:
     edit = project_out(split, basis.rows[best.vector])
     return replace(
         row,

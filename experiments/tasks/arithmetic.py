@@ -142,14 +142,20 @@ class ArithmeticData:
 
     def batch(self, step: int, branch: int = 0) -> Int[Tensor, "B 12"]:
         """The batch of one optimiser step, a pure function of (seed, branch, step)."""
-        generator = training_generator(self.seed, step, branch)
+        return encode(*self._allowed(self.batch_size, training_generator(self.seed, step, branch)))
+
+    def allowed(self, count: int, generator: torch.Generator) -> TokenSet:
+        """Random sums that training may see: in neither order in select or evaluate."""
+        return token_set(*self._allowed(count, generator))
+
+    def _allowed(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         drawn = torch.zeros(0, 2, dtype=torch.long)
-        while len(drawn) < self.batch_size:  # one round is enough but for a few tiny batches
-            first = torch.randint(0, 1000, (2 * self.batch_size,), generator=generator)
-            second = torch.randint(0, 1000, (2 * self.batch_size,), generator=generator)
-            allowed = ~self.held_out[first, second]
-            drawn = torch.cat([drawn, torch.stack([first[allowed], second[allowed]], dim=1)])
-        return encode(drawn[: self.batch_size, 0], drawn[: self.batch_size, 1])
+        while len(drawn) < count:  # one round is enough but for a few tiny batches
+            first = torch.randint(0, 1000, (2 * count,), generator=generator)
+            second = torch.randint(0, 1000, (2 * count,), generator=generator)
+            free = ~self.held_out[first, second]
+            drawn = torch.cat([drawn, torch.stack([first[free], second[free]], dim=1)])
+        return drawn[:count, 0], drawn[:count, 1]
 
     def unseen(
         self, sums: int, steps: int, seed: int, branches: Mapping[int, range] | None = None

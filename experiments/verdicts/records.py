@@ -13,11 +13,18 @@ from interventions.causal.settings import TestSettings
 from interventions.causal.statistics import Interval
 
 SCHEMA = 2
+#: From here on a leakage stands for a target that lost nothing.
+NO_LEAK = 1e5
 
 
 def known(value: float | None) -> float | None:
     """The number, None where it is not one."""
     return None if value is None or not math.isfinite(value) else float(value)
+
+
+def leak(value: float) -> float | None:
+    """A leakage; None where the target lost nothing, so that there is nothing to compare with."""
+    return known(value) if value < NO_LEAK else None
 
 
 def bounds(interval: Interval | None) -> tuple[float | None, float | None] | None:
@@ -247,8 +254,8 @@ def verdict_row(verdict: Verdict, why: str) -> VerdictRow:
         bounds(pooled.damage),
         pooled.delta,
         known(pooled.share.estimate),
-        known(pooled.leakage.estimate),
-        bounds(pooled.leakage),
+        leak(pooled.leakage.estimate),
+        (leak(pooled.leakage.low), leak(pooled.leakage.high)),
         first.worst,
         {
             name: OtherRow(

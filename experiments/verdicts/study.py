@@ -82,14 +82,9 @@ def run_study(
     exploratory = False
     for run, plan in zip(runs, plans, strict=True):
         exploratory = open_evaluate(run, plan, by="test").exploratory or exploratory
-    controls = [found for found in (_control(run, settings) for run in runs) if found is not None]
     jobs = [(place, label, settings) for place in places for label in settings.bases]
     say(f"  {len(jobs)} bases of {len(runs)} runs, {sum(len(p.pairs) for p in plans)} pairs")
-    if workers > 1 and len(jobs) > 1:
-        with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=get_context("spawn")) as pool:
-            kept = list(pool.map(measure_basis, *zip(*jobs, strict=True)))
-    else:
-        kept = [measure_basis(*job) for job in jobs]
+    kept, controls = _measure(jobs, [(place, settings) for place in places], workers)
     measured = _measured(runs, chosen, kept, settings)
     table = judge_runs(measured, settings.test)
     why = {pair.name: pair.why for one in measured for pair in one.pairs}
@@ -101,7 +96,7 @@ def run_study(
         tuple(verdict_row(row, why.get(row.name, "")) for row in table.rows),
         tuple(basis_row(answer, seed) for answer, seed in answers),
         tuple(Untested(left.name, left.reason) for left in table.untested),
-        tuple(controls),
+        tuple(control for control in controls if control is not None),
         settings.test,
         {label: runs[0].key(f"clusters:{label}") for label in settings.bases},
         seeds,
@@ -143,7 +138,6 @@ def measure_basis(place: Path, label: str, settings: StudySettings) -> KeptEvide
     """One basis of one run, read back where it was measured before with the same key."""
     from tqdm import tqdm
 
-    torch.set_num_threads(1)
     run = load_run(place, say=lambda _: None)
     depends = (settings.unseen, settings.window, settings.test, run.key(f"clusters:{label}"), SCHEMA)
     key = run.key_for(f"verdicts/{label}", *depends)
@@ -173,8 +167,25 @@ def measure_basis(place: Path, label: str, settings: StudySettings) -> KeptEvide
     return run.directory.kept(f"verdicts/{label}", key, KeptEvidence, compute, run.objective.passes)
 
 
-def _control(run: Run, settings: StudySettings) -> ControlRow | None:
-    """A planted rule and its twin in this run's final model; None where the task cannot plant one."""
+def _measure(
+    jobs: Sequence[tuple[Path, str, StudySettings]],
+    controls: Sequence[tuple[Path, StudySettings]],
+    workers: int,
+) -> tuple[list[KeptEvidence], list[ControlRow | None]]:
+    """Every basis and every control, in this process or in several."""
+    if workers <= 1 or len(jobs) + len(controls) == 1:
+        return [measure_basis(*job) for job in jobs], [measure_control(*job) for job in controls]
+    count, spawn = min(workers, len(jobs) + len(controls)), get_context("spawn")
+    # One thread a process: together they fill the cores, and sums come out in the same order.
+    with ProcessPoolExecutor(count, spawn, torch.set_num_threads, (1,)) as pool:
+        bases = [pool.submit(measure_basis, *job) for job in jobs]
+        planted = [pool.submit(measure_control, *job) for job in controls]
+        return [future.result() for future in bases], [future.result() for future in planted]
+
+
+def measure_control(place: Path, settings: StudySettings) -> ControlRow | None:
+    """A planted rule and its twin in a run's final model; None where the task cannot plant one."""
+    run = load_run(place, say=lambda _: None)
     if run.task.plant is None or settings.unseen == 0 or not settings.control:
         return None
     key = run.key_for(
@@ -193,7 +204,9 @@ def _control(run: Run, settings: StudySettings) -> ControlRow | None:
             basis,
             (splits.curvature, splits.select, part),
             run.task.plant,
-            replace(settings.test, rotations=min(settings.test.rotations, 20), transplants=0),
+            replace(
+                settings.test, rotations=min(settings.test.rotations, 20), null_documents=40, transplants=0
+            ),
         )
         return ControlRow(
             run.config.seed, found.planted.word, found.twin.word, found.planted.sentence, found.passed

@@ -50,7 +50,7 @@ class Aligned:
         statistic: mean own entry of the double-centred matrix n(vector, cluster).
         p: by permuting clusters among vectors.
         rotated: the statistic of rotated bases, observed and clustered anew.
-        rotated_p: rank of the statistic among them.
+        rotated_p: rank among them, of the statistic on the same tokens (those of the null).
         auc: vector -> AUC of its damage for membership in its own clusters.
     """
 
@@ -173,10 +173,14 @@ def aligned_tokens(
     rotated: list[float] = []
     if observation is not None and observation.basis is not None:
         rotated = _rotated(bench, observation, settings, progress)
-    rank = rank_p(own, np.array(rotated)) if rotated else None
+    # Rotated bases are measured on the null's tokens, so the basis is compared with them there.
+    kept = bench.kept
+    there = share_matrix([c[kept] for c in changes], bench.headroom[kept], [m[kept] for m in masks])
+    compared = own_entry(there, owner)
+    rank = rank_p(compared, np.array(rotated)) if rotated else None
     if rank is None:
         answer: Answer = "unclear" if p < settings.level else "no"
-    elif own < float(np.median(rotated)):
+    elif compared < float(np.median(rotated)):
         answer = "no"
     else:
         answer = "yes" if p < settings.level and rank <= settings.level else "unclear"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -101,7 +102,8 @@ class SpanPool:
         count = len(self.rows)
         headroom = self.split.headroom.double().numpy()
         along = self.split.movement.along(self.rows)
-        start = max(float(along.abs().median()), 1e-12)
+        # A root mean square: the median is zero where most rows of a span never moved.
+        start = max(float(along.norm()) / math.sqrt(count), 1e-12)
         for _ in range(self.rotations):
             frame = orthonormalise(torch.randn(count, count, generator=generator, dtype=torch.float64))
             # A frame that lost a row to rounding would be no rotation.

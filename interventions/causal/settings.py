@@ -30,7 +30,7 @@ class TestSettings:
     __test__ = False  # pytest collects classes named Test...
 
     resamples: int = 1000
-    null_documents: int = 100
+    null_documents: int = 64
     random_draws: int = 39
     rotations: int = 39
     observed_rotations: int = 19

@@ -88,7 +88,8 @@ def causal_test(
         settings: draws and thresholds.
         parents: partition of the tokens (digits, token classes): other parents are off target, the rest of
             a group's own parent is reported apart. Without one, every other token is off target.
-        observations: basis name -> observation on select, so that rotated bases can be observed anew (A).
+        observations: basis name -> observation on select, so that rotated bases can be observed anew (A);
+            one of the unseen tokens themselves gives each pair's attribution A_C, beside its damage.
         progress: told what is measured.
 
     Returns:
@@ -144,7 +145,9 @@ def measure_run(
     evidence: dict[str, Evidence] = {}
     for number, pair in enumerate(pairs):
         say("pairs", number, len(pairs))
-        evidence[pair.name] = measure(bench, pair, members[pair.name])
+        seen = (observations or {}).get(pair.basis)
+        given = attributed_by(seen, pair.vectors, split.tokens) if seen and pair.vectors else None
+        evidence[pair.name] = measure(bench, pair, members[pair.name], given)
     answers = []
     for name, span in bench.pools.items():
         own = [p for p in pairs if p.basis == name and p.family == "polca" and len(p.vectors) == 1]

@@ -1,17 +1,17 @@
-"""Whether a skill is gone: refit of the outputs, other tasks that use it, and how fast it comes back."""
+"""Whether a skill is gone: damage on unseen tokens, refit of the outputs, and how fast it comes back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from interventions.removal.problem import RemovalProblem, token_nll
+from interventions.removal.grouped import GroupedSplit, token_nll
+from interventions.removal.problem import RemovalProblem
 from interventions.removal.relabelling import fit_relabelling
-from interventions.removal.spans import whole_space
 from polca_edit.tokens import TokenSet
 
 
@@ -35,12 +35,14 @@ class RefitResult:
         kept_of_untrained: share of the headroom left for the reference model under the same refit:
             what a model that knows nothing scores. Low where few answers occur (a digit that is
             0 or 1 is half known from an output bias alone).
+        chance: accuracy of the best constant answer.
     """
 
     kept: float
     kept_scaled: float
     accuracy: float
     kept_of_untrained: float
+    chance: float
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,71 @@ def refit_damage(
         return (loss(relabelled) - before) / max(damage, 1e-9), accuracy
 
     plain, accuracy = kept(edited, False)
-    return RefitResult(plain, kept(edited, True)[0], accuracy, kept(untrained, False)[0])
+    floor = chance(truth, original.judged.shape[-1])
+    return RefitResult(plain, kept(edited, True)[0], accuracy, kept(untrained, False)[0], floor)
+
+
+# -- judgement -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What an edit does on tokens that neither its fit nor its settings saw.
+
+    Attributes:
+        target_share: loss change of the skill's tokens over their headroom, a ratio of means.
+        target_capped: share of its headroom that the skill loses, capped per token.
+        worst_off_share: largest signed share of another group.
+        worst_positive_share: largest positive-part share of another group.
+        kl: largest mean KL to the original model of another group, nats.
+        accuracy: of the skill's tokens.
+        refit: what stays after a relabelling of the outputs, and what chance scores.
+        groups: group -> share of headroom lost, NaN without headroom.
+        group_accuracy: group -> accuracy.
+    """
+
+    target_share: float
+    target_capped: float
+    worst_off_share: float
+    worst_positive_share: float
+    kl: float
+    accuracy: float
+    refit: RefitResult
+    groups: Mapping[str, float]
+    group_accuracy: Mapping[str, float]
+
+
+def judge(
+    problem: RemovalProblem, judged: GroupedSplit, edited: Callable[[TokenSet], Float[Tensor, "M V"]]
+) -> Judgement:
+    """Judge an edit on other tokens than those it was chosen on; the relabelling is fitted on select.
+
+    Args:
+        problem: what was removed.
+        judged: the same weights and groups on unseen tokens, ``problem.select.on(tokens)``.
+        edited: logits of the edited model.
+    """
+    select, here, there = problem.select, problem.select.target, judged.target
+    after = edited(judged.tokens)
+    shares = judged.shares(after)
+    refit = refit_damage(
+        SkillOutputs(select.before[here], judged.before[there]),
+        SkillOutputs(select.untrained[here], judged.untrained[there]),
+        SkillOutputs(edited(select.tokens)[here], after[there]),
+        select.tokens.output_of[here],
+        judged.tokens.output_of[there],
+    )
+    return Judgement(
+        shares.target,
+        shares.target_capped,
+        shares.worst_off,
+        shares.worst_positive,
+        shares.worst_kl,
+        shares.target_accuracy,
+        refit,
+        shares.raw,
+        shares.accuracy,
+    )
 
 
 # -- relearning ----------------------------------------------------------------------------------------
@@ -108,72 +174,37 @@ class RelearningPoint:
 
 
 def relearn(
-    problem: RemovalProblem,
+    judged: GroupedSplit,
     start: Float[Tensor, " N"],
     batch: Callable[[int], tuple[TokenSet, Tensor]],
     steps: int,
     *,
     learning_rate: float,
     every: int,
-    judge: TokenSet,
 ) -> list[RelearningPoint]:
     """Fine-tune edited weights and watch the skill.
 
     Args:
-        problem: what was removed.
+        judged: tokens the skill is watched on, with the original weights and the reference.
         start: weights after the edit.
         batch: step -> (tokens, (m,) which of them are trained on).
         steps: fine-tuning steps.
         learning_rate: constant, AdamW without decay.
         every: spacing of the points.
-        judge: tokens the skill is watched on.
     """
-    predictor, span = problem.predictor, whole_space(start.numel())
+    predictor = judged.predictor
     theta = start.clone().requires_grad_()
     optimiser = torch.optim.AdamW([theta], lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    skill = problem.rule.is_target(problem.rule.assign(judge))
-    answers = judge.output_of[skill]
-    base = token_nll(predictor.at(problem.theta, judge)[skill], answers).mean()
-    room = token_nll(predictor.at(problem.reference, judge)[skill], answers).mean() - base
     points = []
     for step in range(steps + 1):
         if step % every == 0:
-            logits = predictor.at(theta.detach(), judge)[skill]
-            share = (token_nll(logits, answers).mean() - base) / room
-            right = (logits.argmax(-1) == answers).double().mean()
-            points.append(RelearningPoint(step, float(share), float(right)))
+            shares = judged.shares_at(theta.detach())
+            points.append(RelearningPoint(step, shares.target, shares.target_accuracy))
         if step == steps:
             break
         tokens, trained = batch(step)
-        losses = token_nll(predictor.at(span.move(theta), tokens, differentiable=True), tokens.output_of)
+        losses = token_nll(predictor.at(theta, tokens, differentiable=True), tokens.output_of)
         value = losses[trained].sum() / trained.sum().clamp_min(1)
         (theta.grad,) = torch.autograd.grad(value, [theta])
         optimiser.step()
     return points
-
-
-# -- portability -----------------------------------------------------------------------------------------
-
-
-def own_answers_loss(
-    problem: RemovalProblem,
-    edited: Float[Tensor, " N"],
-    generate: Callable[[Tensor], TokenSet],
-    tokens: TokenSet,
-) -> tuple[float, float]:
-    """Accuracy per skill when the model must go on from its own earlier outputs, (before, after).
-
-    Args:
-        problem: what was removed.
-        edited: weights after the edit.
-        generate: flat weights -> tokens whose context is the model's own output and whose
-            answers are still the true ones.
-        tokens: the original tokens, for their groups (same order).
-    """
-    target = problem.rule.is_target(problem.rule.assign(tokens))
-    result = []
-    for theta in (problem.theta, edited):
-        own = generate(theta)
-        right = problem.predictor.at(theta, own).argmax(-1) == tokens.output_of
-        result.append(float(right[target].float().mean()))
-    return result[0], result[1]

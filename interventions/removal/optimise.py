@@ -24,14 +24,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interventions.edits import Edit, from_delta, weights_fingerprint
-from interventions.removal.problem import (
-    Limits,
-    RemovalProblem,
-    mean_by_group,
-    token_kl,
-    token_nll,
-)
+from interventions.edits import Edit, from_delta
+from interventions.removal.grouped import LEAST_HEADROOM, mean_by_group, token_kl, token_nll
+from interventions.removal.problem import Limits, RemovalProblem
 from interventions.removal.relabelling import Refit, fit_relabelling
 from interventions.removal.spans import Span
 from polca_edit.tokens import TokenSet
@@ -67,7 +62,7 @@ class Batch:
 
     def shares(self) -> Float[Tensor, " G"]:
         """Loss change over headroom per group (groups without headroom are not meaningful)."""
-        return self.mean(self.nll_after - self.nll_before) / self.problem.headroom.clamp_min(0.05)
+        return self.mean(self.nll_after - self.nll_before) / self.problem.headroom.clamp_min(LEAST_HEADROOM)
 
     def target_share(self) -> Float[Tensor, ""]:
         """Loss change of the skill's tokens over their headroom."""
@@ -109,7 +104,6 @@ class FitSettings:
         retain: weight of the retain term outside the skill.
         confusion: weight of the uniform-output term on the skill.
         strength: method's own knob (gamma of GradDiff, beta of NPO, task-vector multiple ...).
-        seed: of control spans.
         stop: end a rival's fit once the batch's target damage reaches the goal; its retain term does not
             get to repair anything then, but unbounded ascent ends in time.
     """
@@ -118,7 +112,6 @@ class FitSettings:
     retain: float = 5.0
     confusion: float = 0.5
     strength: float = 1.0
-    seed: int = 0
     stop: bool = True
 
 
@@ -242,9 +235,7 @@ def fit(
     settings: FitSettings,
     steps: int,
     *,
-    start: Float[Tensor, " k"] | None = None,
     stop: Callable[[Batch], bool] | None = None,
-    first_batch: int = 0,
 ) -> Fit:
     """Minimise a batch loss over span coordinates with Adam, warm-up and cosine decay.
 
@@ -254,20 +245,17 @@ def fit(
         loss: of one batch.
         settings: learning rate.
         steps: optimiser steps at most.
-        start: coordinates to start from, zero by default.
         stop: ends the fit early, asked after every step's batch.
-        first_batch: number of the first batch.
     """
     began, passes = time.perf_counter(), problem.predictor.passes
-    z = torch.zeros(span.rank) if start is None else start.clone()
-    z.requires_grad_()
+    z = torch.zeros(span.rank, requires_grad=True)
     optimiser = torch.optim.Adam([z], lr=settings.learning_rate, betas=(0.9, 0.95))
     done = 0
     for step in range(steps):
         warm = min(1.0, (step + 1) / min(10, steps))
         factor = warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         optimiser.param_groups[0]["lr"] = settings.learning_rate * factor
-        batch = batch_at(problem, first_batch + step, problem.theta + span.move(z))
+        batch = batch_at(problem, step, problem.theta + span.move(z))
         value = loss(batch)
         (z.grad,) = torch.autograd.grad(value, [z])
         if not torch.isfinite(z.grad).all():
@@ -280,9 +268,7 @@ def fit(
     return Fit(span.move(found), found, done, problem.predictor.passes - passes, time.perf_counter() - began)
 
 
-def constrained(
-    problem: RemovalProblem, span: Span, settings: FitSettings, steps: int, *, first_batch: int = 0
-) -> Fit:
+def constrained(problem: RemovalProblem, span: Span, settings: FitSettings, steps: int) -> Fit:
     """The optimised edit of this module (see the module docstring)."""
     return fit(
         problem,
@@ -290,12 +276,10 @@ def constrained(
         ConstrainedLoss(settings, problem.limits, steps),
         settings,
         steps,
-        first_batch=first_batch,
     )
 
 
 def edit_of(problem: RemovalProblem, delta: Float[Tensor, " N"], operator: str, **provenance: object) -> Edit:
     """An edit record of a movement; the span and its rank go to the provenance."""
-    return from_delta(
-        weights_fingerprint(problem.theta), delta, operator, provenance={"skill": problem.skill, **provenance}
-    )
+    base = problem.select.split.movement.base
+    return from_delta(base, delta, operator, provenance={"skill": problem.rule.skill, **provenance})

@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from interventions.removal.optimise import Batch, Fit, FitSettings, Loss, constrained, fit
-from interventions.removal.problem import RemovalProblem, mean_by_group
-from interventions.removal.spans import Span, whole_space
+from interventions.removal.optimise import Batch, Fit, FitSettings, Loss, fit
+from interventions.removal.problem import RemovalProblem
+from interventions.removal.spans import whole_space
 
 
 def _mean(values: Tensor, mask: Tensor) -> Tensor:
@@ -96,11 +96,6 @@ def task_vector(problem: RemovalProblem, settings: FitSettings, steps: int) -> F
     return Fit(back, back, tuned.steps, tuned.passes, tuned.seconds)
 
 
-def control_span(problem: RemovalProblem, span: Span, settings: FitSettings, steps: int) -> Fit:
-    """Our own optimiser in a random or rotated span (K4)."""
-    return constrained(problem, span, settings, steps)
-
-
 # -- rewinding parts of the weights ------------------------------------------------------------------
 
 
@@ -119,12 +114,12 @@ class Importance:
     slope: Float[Tensor, " N"]
 
 
-def importance(problem: RemovalProblem, batches: int, first_batch: int = 0) -> Importance:
+def importance(problem: RemovalProblem, batches: int) -> Importance:
     """Diagonal empirical Fisher from batch gradients (squared before averaging over batches)."""
     size = problem.theta.numel()
     sums = [torch.zeros(size) for _ in range(3)]
     for index in range(batches):
-        kept_batch = problem.prepared(first_batch + index)
+        kept_batch = problem.prepared(index)
         tokens, groups, target = kept_batch.tokens, kept_batch.groups, kept_batch.target
         theta = problem.theta.clone().requires_grad_()
         logits = problem.predictor.at(theta, tokens, differentiable=True)
@@ -154,7 +149,7 @@ def rewind_weights(
     Raises:
         ValueError: for an unknown rule.
     """
-    back = problem.reference - problem.theta
+    back = problem.select.reference - problem.theta
     if rule == "fisher ratio":
         value = found.target / (found.others + found.others.mean().clamp_min(1e-30))
     elif rule == "magnitude":
@@ -172,8 +167,8 @@ def rewind_weights(
 
 def rewind_part(problem: RemovalProblem, include: Sequence[str]) -> Float[Tensor, " N"]:
     """K6: put the parameters that match a pattern back to the reference."""
-    mask = problem.predictor.space.mask(include)
-    return torch.where(mask, problem.reference - problem.theta, torch.zeros_like(problem.theta))
+    mask = problem.predictor.loss.space.mask(include)
+    return torch.where(mask, problem.select.reference - problem.theta, torch.zeros_like(problem.theta))
 
 
 # -- activations -------------------------------------------------------------------------------------
@@ -226,23 +221,3 @@ def masked_loss(losses: Float[Tensor, " m"], groups: Tensor, targets: Sequence[b
     """Mean loss over the tokens outside the skill: what a model trained without it sees."""
     skill = torch.tensor([*targets, True])[groups]
     return losses[~skill].sum() / (~skill).sum().clamp_min(1)
-
-
-__all__ = [
-    "RULES",
-    "ActivationAblation",
-    "Importance",
-    "control_span",
-    "grad_diff",
-    "gradient_ascent",
-    "importance",
-    "masked_loss",
-    "mean_activation",
-    "mean_by_group",
-    "npo",
-    "npo_loss",
-    "reached",
-    "rewind_part",
-    "rewind_weights",
-    "task_vector",
-]

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interventions.removal.problem import RemovalProblem, Shares, score, select_shares
+from interventions.removal.grouped import LEAST_HEADROOM, Shares
+from interventions.removal.problem import RemovalProblem, score
 
 # -- dose ----------------------------------------------------------------------------------------
 
@@ -23,7 +24,7 @@ def match_dose(
     largest: float = 1.5,
     evaluations: int = 5,
 ) -> tuple[float, Shares]:
-    """A dose in (0, largest] whose (uncapped) target share on select reaches the goal, least harm elsewhere.
+    """A dose in (0, largest] whose target share on select reaches the goal, least harm elsewhere.
 
     Bisection looks for the smallest such dose. Damage need not grow with the dose (half of an edit may
     break what the whole edit keeps), so of all doses tried that reach the goal the one with the
@@ -31,24 +32,24 @@ def match_dose(
     """
 
     def at(dose: float) -> Shares:
-        return select_shares(problem, problem.theta + dose * delta)
+        return problem.select.shares_at(problem.theta + dose * delta)
 
     tried = {1.0: at(1.0)}
-    low, high = (0.0, 1.0) if tried[1.0].target_raw >= goal else (1.0, largest)
+    low, high = (0.0, 1.0) if tried[1.0].target >= goal else (1.0, largest)
     if high == largest:
         tried[largest] = at(largest)
-    if tried[high].target_raw < goal:
+    if tried[high].target < goal:
         tried.update({dose: at(dose) for dose in (0.25, 0.5, 0.75)})
         chosen = min(tried, key=lambda d: score(tried[d], replace(problem.limits, target=min(goal, 1.0))))
         return chosen, tried[chosen]
     for _ in range(evaluations):
         middle = (low + high) / 2
         tried[middle] = at(middle)
-        if tried[middle].target_raw >= goal:
+        if tried[middle].target >= goal:
             high = middle
         else:
             low = middle
-    reached = [dose for dose, shares in tried.items() if shares.target_raw >= goal]
+    reached = [dose for dose, shares in tried.items() if shares.target >= goal]
     chosen = min(reached, key=lambda dose: (tried[dose].worst_positive, abs(dose)))
     return chosen, tried[chosen]
 
@@ -90,7 +91,7 @@ def _best_addition(
     for index in candidates:
         for dose in sorted(doses, key=abs):  # of equal scores the smaller movement wins
             shift = dose * scales[index]
-            shares = select_shares(problem, problem.theta + sofar + shift * rows[index])
+            shares = problem.select.shares_at(problem.theta + sofar + shift * rows[index])
             if best is None or score(shares, problem.limits) < score(best[2], problem.limits):
                 best = index, shift, shares
     if best is None:
@@ -190,7 +191,7 @@ def closed_form(
     top, bottom = zero.clone(), zero.clone()
     for g, target in enumerate(targets):
         room = float(rooms[g])
-        if room <= 0.05:
+        if room <= LEAST_HEADROOM:
             continue
         if target:
             top += curvature.hessians[g] / room
@@ -207,30 +208,3 @@ def closed_form(
         if lift > 0 and len(found) < most:
             found.append(vector * math.sqrt(2 / lift))
     return torch.stack(found) if found else torch.zeros(0, count, dtype=torch.float64)
-
-
-# -- several skills --------------------------------------------------------------------------------
-
-
-def remove_in_sequence(
-    problems: Sequence[RemovalProblem], remove: Callable[[RemovalProblem], Float[Tensor, " N"]]
-) -> list[Float[Tensor, " N"]]:
-    """Remove several skills one after the other; each starts from the weights the last one left.
-
-    Groups already removed have no headroom left at those weights, so they drop out of the others'
-    bounds by themselves.
-
-    Args:
-        problems: in order, all stated for the same original weights.
-        remove: problem -> movement.
-
-    Returns:
-        The movement of each step; their sum is the whole edit.
-    """
-    moved = torch.zeros_like(problems[0].theta)
-    steps = []
-    for problem in problems:
-        step = remove(replace(problem, theta=problem.theta + moved))
-        steps.append(step)
-        moved = moved + step
-    return steps

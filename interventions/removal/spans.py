@@ -67,17 +67,6 @@ class Span:
         parts.append(z.new_zeros(self.size - end))
         return torch.cat(parts)
 
-    def pull(self, vector: Float[Tensor, " N"]) -> Float[Tensor, " k"]:
-        """Coordinates of a vector's part inside the span (transpose of :meth:`move`)."""
-        if not self.blocks:
-            return vector
-        return torch.cat(
-            [
-                rows.to(vector) @ vector[start:stop]
-                for (start, stop), rows in zip(self.blocks, self.rows, strict=True)
-            ]
-        )
-
 
 def whole_space(size: int) -> Span:
     """Every weight its own coordinate: what fine-tuning rivals use."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from polca_edit.basis.record import Basis, unlabelled
 from polca_edit.checkpoints.series import Checkpoints
-from polca_edit.derivatives.lanczos import inner_products, orthonormalise, remove_rows
+from polca_edit.derivatives.lanczos import gram, inner_products, orthonormalise, remove_rows
 from polca_edit.derivatives.objective import Objective
 from polca_edit.tokens import TokenSet
 
@@ -40,10 +40,7 @@ def trajectory_basis(
     """
     keep = slice(None) if mask is None else mask
     rows = torch.stack([moved[keep] for _, moved in displacements_from_start(checkpoints)])
-    gram = torch.zeros(len(rows), len(rows), dtype=torch.float64)
-    for columns in rows.split(1 << 20, dim=1):  # float64 in slices keeps the memory of one copy
-        gram += columns.double() @ columns.double().T
-    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = torch.linalg.eigh(gram(rows))
     order = torch.argsort(values, descending=True)[:count]
     values = values[order]
     if len(values) < count or float(values[-1]) <= 1e-12 * float(values[0]):

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from polca_edit.checkpoints.series import Checkpoints
-from polca_edit.derivatives.lanczos import orthonormalise
+from polca_edit.derivatives.lanczos import gram, orthonormalise
 
 NO_ORIGIN = -1
 
@@ -144,6 +144,6 @@ def random_walk_capture(step_norms: Sequence[float], count: int) -> tuple[float,
 
 
 def gram_error(rows: Float[Tensor, "K N"]) -> float:
-    """Largest entry of |B B' - I|."""
-    gram = rows.double() @ rows.double().T
-    return float((gram - torch.eye(len(rows), dtype=torch.float64)).abs().max())
+    """Largest entry of |B B' - I|; 0 for no rows."""
+    products = gram(rows)
+    return float((products - torch.eye(len(rows)).to(products)).abs().max()) if len(rows) else 0.0

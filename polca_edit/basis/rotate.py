@@ -41,13 +41,6 @@ def allocation_matrices(projections: Projections) -> Float[Tensor, "M K K"]:
     return (product + product.transpose(1, 2)) / 2
 
 
-def rotated_allocation(
-    matrices: Float[Tensor, "M K K"], rotation: Float[Tensor, "K K"]
-) -> Float[Tensor, "M K"]:
-    """r_j' S_x r_j: nats given to each rotated vector."""
-    return torch.einsum("ij,mik,kj->mj", rotation, matrices, rotation)
-
-
 def orthomax(
     table: Float[Tensor, "M K"],
     kind: Literal["varimax", "quartimax"] = "varimax",
@@ -75,15 +68,6 @@ def orthomax(
             break
         before = now
     return rotation
-
-
-def orthomax_criterion(table: Float[Tensor, "M K"], kind: Literal["varimax", "quartimax"]) -> float:
-    """The value :func:`orthomax` maximises."""
-    squares = table.double().square()
-    total = squares.square().sum()
-    if kind == "varimax":
-        total = total - squares.sum(0).square().sum() / len(table)
-    return float(total)
 
 
 def joint_diagonalisation(

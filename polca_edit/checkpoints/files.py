@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -259,6 +259,10 @@ class SeriesFolder:
     def index(self) -> Path:
         """The series description; written when the series is complete."""
         return self.directory / "series.json"
+
+    def has_weights(self, steps: Iterable[int]) -> bool:
+        """Whether the weights after every one of these steps are there."""
+        return all(self.weights(step).exists() for step in steps)
 
     def state_steps(self) -> list[int]:
         """Steps at which a state was saved, ascending."""

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from polca_edit.models import bridge_around
 from polca_edit.parameters import ParameterSpace, call_with
 from polca_edit.tokens import TokenLossFunction, next_token_loss
+from polca_edit.training import callers_generators
 
 
 def load_causal_lm(folder: Path | str) -> nn.Module:
@@ -30,9 +31,10 @@ def load_causal_lm(folder: Path | str) -> nn.Module:
     if not (folder / "config.json").exists():
         raise ValueError(f"a model folder must hold a config.json, '{folder}' does not; check the path")
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
-        )
+        with callers_generators():
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+            )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"'{folder}' must be a causal language model for transformers ({first})") from error
@@ -167,7 +169,10 @@ def load_adapted(base: Path | str, adapter: Path | str) -> nn.Module:
     if not (Path(adapter) / "adapter_config.json").exists():
         raise ValueError(f"an adapter folder must hold an adapter_config.json, '{adapter}' does not")
     try:
-        model: nn.Module = PeftModel.from_pretrained(load_causal_lm(base), str(adapter), is_trainable=True)
+        with callers_generators():
+            model: nn.Module = PeftModel.from_pretrained(
+                load_causal_lm(base), str(adapter), is_trainable=True
+            )
     except (RuntimeError, KeyError, OSError) as error:
         raise ValueError(f"the adapter in '{adapter}' must fit the model in '{base}' ({error})") from error
     return model.eval()

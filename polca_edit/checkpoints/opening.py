@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,6 +28,14 @@ from polca_edit.parameters import ParameterSpace, parameter_slots
 
 #: Weights already in memory: a state dict, or a flat vector (N,).
 Weights = Mapping[str, Tensor] | Tensor
+#: What holds a series:
+#:
+#: - a directory: our own recording (``series.json``), a Trainer's output, one folder per revision,
+#:   adapters (PEFT), a hub cache of one model, or weight files named by step;
+#: - :class:`~polca_edit.checkpoints.huggingface.HubRevisions`, fetched one at a time;
+#: - a list of files or folders, whose steps are in their names or given;
+#: - a mapping step -> file, folder, state dict or flat vector (N,), or a list of state dicts or flat
+#:   vectors with the steps given.
 Source = (
     Path | str | HubRevisions | Mapping[int, Path | str | Weights] | Sequence[Path | str | Weights] | Tensor
 )
@@ -67,14 +76,7 @@ def open_checkpoints(
     ((0, 10), [1.0, 1.0, 1.0])
 
     Args:
-        source: one of
-
-            - a directory: our own recording (``series.json``), a Trainer's output, one folder per
-              revision, adapters (PEFT), a hub cache of one model, or weight files named by step;
-            - :class:`~polca_edit.checkpoints.huggingface.HubRevisions`, fetched one at a time;
-            - a list of files or folders, whose steps are in their names or given;
-            - a mapping step -> file, folder, state dict or flat vector (N,), or a list of state
-              dicts or flat vectors with ``steps`` given. They are not copied.
+        source: see :data:`Source`. Weights in memory are not copied.
         model: the module, or its parameter space.
         steps: for a list, the step of each entry; otherwise the steps to take (default all).
         names: shell pattern that file and folder names must match.
@@ -97,26 +99,23 @@ def open_checkpoints(
     space = model if isinstance(model, ParameterSpace) else ParameterSpace.from_module(model)
     if isinstance(source, HubRevisions):
         return _taken(_from_hub(source, space, load), steps)
+    files = partial(_from_files, space=space, reference=reference, skip_damaged=skip_damaged, load=load)
     if isinstance(source, str | Path):
-        directory = Path(source)
-        if SeriesFolder(directory).index.exists():
-            return _taken(_recorded(directory, space, skip_damaged), steps)
-        found = find_revisions(directory, names=names, step_pattern=step_pattern)
-        return _taken(_from_files(found, space, reference, skip_damaged, load), steps)
+        if SeriesFolder(Path(source)).index.exists():
+            return _taken(_recorded(Path(source), space, skip_damaged), steps)
+        return _taken(files(find_revisions(source, names=names, step_pattern=step_pattern)), steps)
     if isinstance(source, Mapping):
         given, entries = [int(step) for step in source], list(source.values())
     else:
         entries = list(source)
-        given = _steps_of(entries, steps, step_pattern)
-        steps = None
-    paths = [entry for entry in entries if isinstance(entry, str | Path)]
+        given, steps = _steps_of(entries, steps, step_pattern), None
+    paths = [Path(entry) for entry in entries if isinstance(entry, str | Path)]
     if not paths:
-        weights = [entry for entry in entries if not isinstance(entry, str | Path)]
-        return _taken(_in_memory(given, weights, space), steps)
+        return _taken(_in_memory(given, entries, space), steps)
     if len(paths) != len(entries):
         raise ValueError("checkpoints must be all on disk or all in memory, got both; read the files first")
-    found = [Revision(Path(p).name, step, Path(p)) for step, p in zip(given, paths, strict=True)]
-    return _taken(_from_files(_by_step(found), space, reference, skip_damaged, load), steps)
+    found = [Revision(path.name, step, path) for step, path in zip(given, paths, strict=True)]
+    return _taken(files(_by_step(found)), steps)
 
 
 def find_revisions(
@@ -237,9 +236,11 @@ def _taken(series: Checkpoints, steps: Sequence[int] | None) -> Checkpoints:
 # -- sources ----------------------------------------------------------------------------------------
 
 
-def _in_memory(steps: Sequence[int], weights: Sequence[Weights], space: ParameterSpace) -> Checkpoints:
+def _in_memory(
+    steps: Sequence[int], weights: Sequence[Path | str | Weights], space: ParameterSpace
+) -> Checkpoints:
     order = sorted(range(len(steps)), key=lambda index: steps[index])
-    kept = [weights[index] for index in order]
+    kept = [entry for index in order if not isinstance(entry := weights[index], str | Path)]
     _refuse_live_weights([entry for entry in kept if isinstance(entry, Mapping)], space)
     flat = [entry for entry in kept if isinstance(entry, Tensor)]
     dtype = flat[0].dtype if flat else torch.float32
@@ -294,6 +295,7 @@ def _recorded(directory: Path, space: ParameterSpace, skip_damaged: bool) -> Che
 def _from_files(
     revisions: Sequence[Revision],
     space: ParameterSpace,
+    *,
     reference: Path | str | None,
     skip_damaged: bool,
     load: Callable[[Path], nn.Module] | None,

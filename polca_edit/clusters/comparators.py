@@ -1,4 +1,4 @@
-"""Clusterings beside HDBSCAN, how far any of them can be trusted, and how they agree with labels.
+"""Clusterings beside HDBSCAN, and how far any of them can be trusted.
 
 A clustering is fitted on the select split. It carries over to other tokens by its own rule
 (:meth:`FittedClustering.assign`), never by labels: HDBSCAN by approximate prediction, k-means and
@@ -15,7 +15,7 @@ import hdbscan
 import numpy as np
 import torch
 from hdbscan.validity import validity_index
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from sklearn import metrics
 from sklearn.cluster import AgglomerativeClustering, KMeans, SpectralClustering
 from sklearn.decomposition import PCA
@@ -215,101 +215,3 @@ def outlier_share(clusters: Sequence[VectorClusters]) -> float:
     """Mean outlier share of the kept vectors."""
     kept = [c.outlier_share for c in clusters if c.kept]
     return sum(kept) / len(kept) if kept else 1.0
-
-
-# -- agreement with labels ------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """A whole clustering against given labels: homogeneity, completeness, ARI, NMI."""
-
-    homogeneity: float
-    completeness: float
-    adjusted_rand: float
-    normalised_information: float
-
-
-def agreement(found: Int[Tensor, " m"], given: Int[Tensor, " m"]) -> Agreement:
-    """Agreement over all tokens; outliers count as one more cluster."""
-    a, b = given.numpy(), found.numpy()
-    return Agreement(
-        float(metrics.homogeneity_score(a, b)),
-        float(metrics.completeness_score(a, b)),
-        float(metrics.adjusted_rand_score(a, b)),
-        float(metrics.normalized_mutual_info_score(a, b)),
-    )
-
-
-@dataclass(frozen=True)
-class SkillScore:
-    """How one cluster agrees with one skill.
-
-    Attributes:
-        vector: basis vector or feature.
-        cluster: cluster along it.
-        tokens: its size.
-        homogeneity: share of the cluster's tokens with the skill.
-        recall_all: share of all tokens with the skill that are in the cluster.
-        recall_paper: the same without dropped tokens and outliers.
-        f1: harmonic mean of homogeneity and recall_paper, as in the paper.
-    """
-
-    vector: int
-    cluster: int
-    tokens: int
-    homogeneity: float
-    recall_all: float
-    recall_paper: float
-    f1: float
-
-
-def score_cluster(found: VectorClusters, cluster: int, skill: Bool[Tensor, " M"]) -> SkillScore:
-    """One cluster against one skill."""
-    members = found.members(cluster)
-    seen = (found.labels != OUTLIER) & ~found.dropped & skill
-    both, size = int((members & skill).sum()), int(members.sum())
-    homogeneity = both / size if size else 0.0
-    recall = both / int(seen.sum()) if bool(seen.any()) else 0.0
-    total = homogeneity + recall
-    return SkillScore(
-        found.vector,
-        cluster,
-        size,
-        homogeneity,
-        both / int(skill.sum()) if bool(skill.any()) else 0.0,
-        recall,
-        2 * homogeneity * recall / total if total else 0.0,
-    )
-
-
-def carry_scores(
-    clusters: Sequence[VectorClusters],
-    carry: Bool[Tensor, " M"],
-    counted: Bool[Tensor, " M"],
-    *,
-    min_share: float = 0.03,
-    rule: float = 0.85,
-) -> list[SkillScore]:
-    """Every eligible cluster against the carry label, most homogeneous first.
-
-    Eligible (arXiv 2506.15872, section 4): at least ``min_share`` of the tokens, and over ``rule`` of
-    its carry tokens at the places that count (10s and 100s), so that the 1000s place, where the digit
-    is the carry, cannot win.
-
-    Args:
-        clusters: one record per vector.
-        carry: the label.
-        counted: tokens at the 10s or 100s place.
-        min_share: smallest cluster as a share of all tokens.
-        rule: the 85 %.
-    """
-    scores = []
-    for found in clusters:
-        for cluster in range(found.count):
-            members = found.members(cluster)
-            carried = int((members & carry).sum())
-            inside = int((members & carry & counted).sum())
-            if int(members.sum()) >= min_share * len(carry) and carried and inside > rule * carried:
-                scores.append(score_cluster(found, cluster, carry))
-    return sorted(scores, key=lambda score: -score.homogeneity)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -144,41 +143,3 @@ def density_clusters(
         algorithm=settings.algorithm,
     )
     return torch.from_numpy(np.asarray(clusterer.fit_predict(paths.double().numpy()), dtype=np.int64))
-
-
-@dataclass(frozen=True)
-class SkillScores:
-    """How one cluster agrees with one skill.
-
-    Attributes:
-        homogeneity: share of the cluster's tokens with the skill.
-        recall_all: share of all tokens with the skill that are in the cluster.
-        recall_paper: the same without filtered tokens and outliers.
-        lift: homogeneity over the skill's base rate.
-    """
-
-    homogeneity: float
-    recall_all: float
-    recall_paper: float
-    lift: float
-
-
-def skill_scores(
-    clusters: VectorClusters, cluster: int, skills: Mapping[str, Bool[Tensor, " M"]]
-) -> dict[str, SkillScores]:
-    """Agreement of one cluster with every skill."""
-    members = clusters.members(cluster)
-    clustered = (clusters.labels != OUTLIER) & ~clusters.dropped
-    result = {}
-    for name, skill in skills.items():
-        both = int((members & skill).sum())
-        size, total, base = int(members.sum()), int(skill.sum()), float(skill.double().mean())
-        seen = int((skill & clustered).sum())
-        homogeneity = both / size if size else 0.0
-        result[name] = SkillScores(
-            homogeneity,
-            both / total if total else 0.0,
-            both / seen if seen else 0.0,
-            homogeneity / base if base else 0.0,
-        )
-    return result

@@ -15,7 +15,7 @@ def nearest_to_medoid(paths: Float[np.ndarray, "m T"], count: int) -> Int[np.nda
     The medoid is the trajectory with the smallest summed Euclidean distance to all others. In
     clusters of more than ``MEDOID_CANDIDATES`` tokens every n-th trajectory stands for the others.
 
-    >>> nearest_to_medoid(np.array([[0.0], [1.0], [1.1], [9.0]]), 2).tolist()
+    >>> nearest_to_medoid(np.array([[0.0], [1.0], [1.1], [9.0], [8.0]]), 2).tolist()
     [2, 1]
     """
     stride = -(-len(paths) // MEDOID_CANDIDATES)

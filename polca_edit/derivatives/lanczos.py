@@ -54,6 +54,15 @@ def inner_products(left: Float[Tensor, "a N"], right: Float[Tensor, "b N"]) -> F
     return total
 
 
+def gram(rows: Float[Tensor, "K N"], width: int = 1 << 20) -> Float[Tensor, "K K"]:
+    """<row_i, row_j> in float64, with a float64 copy of ``width`` columns at a time."""
+    total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
+    for columns in rows.split(width, dim=1):
+        wide = columns.double()
+        total += wide @ wide.T
+    return total
+
+
 #: Orthonormal rows in one tensor, or in blocks that may lie on disk (memory-mapped) or another device.
 Rows = Float[Tensor, "K N"] | Sequence[Tensor]
 
@@ -151,8 +160,7 @@ def projected_lanczos(
         ValueError: if fewer than k dimensions remain after projection, or a product is not finite.
     """
     settings = settings or LanczosSettings()
-    held = sum(len(block) for block in ([rows] if isinstance(rows, Tensor) else rows or []))
-    left = like.numel() - held
+    left = like.numel() - sum(len(block) for block in ([rows] if isinstance(rows, Tensor) else rows or []))
     if not 1 <= k <= left:
         raise ValueError(f"k must be between 1 and the {left} dimensions left, got {k}")
     block = _first_block(like, k, generator, rows, start, settings.noise)
@@ -168,8 +176,7 @@ def projected_lanczos(
         values, chosen = ritz[ranked[:k]], coefficients[:, ranked[:k]].to(block)
         # What the new images add to the Krylov space; the older ones lie in it, so the residual of a
         # Ritz vector is this times its share of the new rows. The rows come off in the same two turns.
-        outside = remove_rows(remove_rows(new, basis.rows, 1), rows, 1)
-        outside = remove_rows(outside, basis.rows, 1)
+        outside = remove_rows(remove_rows(remove_rows(new, basis.rows, 1), rows, 1), basis.rows, 1)
         foreseen = (chosen[-len(new) :].T @ outside).norm(dim=1).double()
         block = orthonormalise(remove_rows(outside, rows, 1))
         full = len(projected) >= left or len(block) == 0

@@ -16,7 +16,8 @@ from experiments.run.summary.records import DamageRow, RuleScore
 from interventions.damage import EvaluatedSplit
 from polca_edit.artifacts import load_record, save_record
 from polca_edit.basis.record import Basis
-from polca_edit.clusters.density import VectorClusters, skill_scores
+from polca_edit.clusters.agreement import skill_scores
+from polca_edit.clusters.density import VectorClusters
 from polca_edit.clusters.membership import MembershipRule, fit_rule
 from polca_edit.tokens import TokenSet
 

@@ -26,7 +26,8 @@ def training_settings(config: RunConfig) -> TrainingSettings:
 def recorder_of(run: Run) -> SeriesWriter:
     """Where and when the run's weights are kept."""
     t = run.config.training
-    return SeriesWriter(SeriesFolder(run.directory.checkpoints), run.task.space, t.recorded, t.state_every)
+    folder = SeriesFolder(run.directory.checkpoints)
+    return SeriesWriter(folder, run.task.space, t.recorded, t.state_every, run.task.data_order)
 
 
 def trained_series(run: Run) -> Checkpoints:
@@ -67,14 +68,7 @@ def run_training(run: Run, stage: str) -> None:
     # The module is trained on a copy: the objective's own module keeps its initial weights.
     module = copy.deepcopy(run.task.module)
     started = time.perf_counter()
-    train(
-        module,
-        run.task.batch_loss,
-        settings,
-        recorder=recorder,
-        data_order=run.task.data_order,
-        progress=progress,
-    )
+    train(module, run.task.batch_loss, settings, recorder=recorder, progress=progress)
     bar.close()
     # Training may have been resumed; its cost in passes is that of all steps either way.
     work = float(settings.steps * run.config.training.batch_size)

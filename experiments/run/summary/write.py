@@ -41,7 +41,8 @@ from polca_edit.allocation.allocate import explained_share, loss_change
 from polca_edit.artifacts import from_plain, load_record, to_plain
 from polca_edit.basis.record import Basis, capture, random_walk_capture
 from polca_edit.checkpoints.files import write_json
-from polca_edit.clusters.density import VectorClusters, skill_scores
+from polca_edit.clusters.agreement import skill_scores
+from polca_edit.clusters.density import VectorClusters
 from polca_edit.observation import Observation
 from polca_edit.tokens import TokenSet
 

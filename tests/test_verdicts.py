@@ -1,0 +1,122 @@
+"""The verb ``test`` on a recorded run: plan, openings, rows, resume; and pairs over several runs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments.run.run import load_run
+from experiments.run.run_record import read_run_record
+from experiments.run.summary.write import write_summary
+from experiments.verdicts.choose import choose, jaccard, select_shares, unseen_tokens
+from experiments.verdicts.records import CausalResult
+from experiments.verdicts.study import StudySettings, run_study, write_result
+from experiments.verdicts.verb import parse_window
+from interventions.causal.settings import TestSettings
+from interventions.damage import EvaluatedSplit
+from interventions.edits import project_out
+from polca_edit.artifacts import load_record, to_plain
+from polca_edit.basis.record import Basis
+
+FEW = TestSettings(
+    resamples=200,
+    null_documents=20,
+    random_draws=19,
+    rotations=0,
+    observed_rotations=0,
+    transplants=0,
+    least=10,
+)
+ONE = StudySettings(("trajectory",), unseen=60, test=FEW, control=False)
+
+
+@pytest.fixture
+def tested(smoke_copy: Path) -> tuple[Path, CausalResult]:
+    result = run_study([smoke_copy], ONE, say=lambda _: None)
+    write_result(result, smoke_copy)
+    return smoke_copy, result
+
+
+def test_a_run_gets_a_row_per_pair_and_keeps_what_it_measured(tested) -> None:
+    place, result = tested
+    run = load_run(place, say=lambda _: None)
+    families = {row.family for row in result.rows}
+    assert families == {"polca", "skill"}
+    [basis] = {row.basis for row in result.rows}
+    assert basis == "trajectory"
+    skills = {row.group: row for row in result.rows if row.family == "skill"}
+    assert {"1000s", "100s", "10s", "1s"} <= set(skills)
+    # The row's damage is that of the vector undone on the unseen tokens, by another path.
+    tokens = unseen_tokens(run, 60)
+    split = EvaluatedSplit(run.objective, run.checkpoints(), tokens)
+    rows = load_record(Basis, run.directory.basis("trajectory")).rows
+    row = skills["1000s"]
+    expected = split.damage(project_out(split, rows[row.vector])).by(tokens.skills)["1000s"]
+    assert row.damage == pytest.approx(expected, rel=1e-5)
+    assert row.sentence.startswith(f"Undoing trajectory {row.vector} costs '1000s'")
+    opening = read_run_record(run.directory).evaluate_openings[-1]
+    assert opening.by == "test"
+    assert opening.plan == result.plan
+    # Run again it reads back what it kept: the same rows, and no model pass for them.
+    again = run_study(
+        [place], StudySettings(("trajectory",), 60, test=FEW, control=False), say=lambda _: None
+    )
+    assert to_plain(again.rows) == to_plain(result.rows)
+    assert load_record(CausalResult, place / "verdicts.json").rows == result.rows
+
+
+def test_the_summary_joins_verdicts_to_clusters_and_drops_those_of_other_clusters(tested) -> None:
+    place, result = tested
+    run = load_run(place, say=lambda _: None)
+    entry = write_summary(run)["analyses"]["trajectory"]
+    assert len(entry["verdicts"]) == len(result.rows)
+    known = {(c["vector"], c["cluster"]) for c in entry["clusters"]}
+    own = {(v["vector"], v["cluster"]) for v in entry["verdicts"] if v["family"] == "polca"}
+    assert own <= known
+    assert set(entry["answers"]) == {"A", "P"}
+    write_result(replace(result, clusters={"trajectory": "another"}), place)
+    assert write_summary(run)["analyses"]["trajectory"]["verdicts"] == []
+
+
+def test_skills_take_the_vector_that_costs_them_most_on_select(tested) -> None:
+    place, _ = tested
+    run = load_run(place, say=lambda _: None)
+    chosen = choose(run, "trajectory", least=10)
+    basis = load_record(Basis, run.directory.basis("trajectory"))
+    skills = run.task.splits.select.skills
+    shares = select_shares(run, "trajectory", basis, dict(skills), None)
+    split = EvaluatedSplit(run.objective, run.checkpoints(), run.task.splits.select)
+    for pair in (p for p in chosen.pairs if p.family == "skill"):
+        by_hand = [
+            split.damage(project_out(split, row)).share_by(skills)[pair.group.name] for row in basis.rows
+        ]
+        assert shares[pair.group.name] == pytest.approx(by_hand, rel=1e-4, abs=1e-6)
+        assert pair.vectors == (max(range(len(by_hand)), key=lambda k: by_hand[k]),)
+
+
+def test_bad_input_is_a_sentence(tested) -> None:
+    place, _ = tested
+    with pytest.raises(ValueError, match="--basis must be one of"):
+        run_study([place], StudySettings(("nothing",), 60, test=FEW), say=lambda _: None)
+    for text in ("600", "a:b", "1:", ":"):
+        with pytest.raises(ValueError, match="START:END"):
+            parse_window(text)
+    assert parse_window("600:720") == (600, 720)
+    with pytest.raises(ValueError, match="at least 19"):
+        TestSettings(random_draws=3)
+
+
+def test_overlap_of_groups_is_the_jaccard_index() -> None:
+    a, b = torch.tensor([True, True, False]), torch.tensor([False, True, True])
+    assert jaccard(a, b) == pytest.approx(1 / 3)
+    assert jaccard(a & ~a, b & ~b) == 0.0
+
+
+def test_results_are_plain_json(tested) -> None:
+    _, result = tested
+    text = json.dumps(to_plain(result), allow_nan=False)
+    assert {"rows", "bases"} <= set(json.loads(text))
