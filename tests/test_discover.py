@@ -29,7 +29,7 @@ from experiments.discover.stages import (
     token_groups,
 )
 from experiments.discover.targets import aims_of, null_pools
-from experiments.report.discovery import discovery_section
+from experiments.report.chapters.discovery import discovery_section
 from experiments.run.driver import run_stages
 from experiments.run.keys import signature_names, stage_names
 from experiments.run.run import Run, open_run

@@ -30,7 +30,7 @@ from experiments.discover.records import (
 )
 from experiments.report.answers import Answer, Loss, answers, print_summary
 from experiments.report.blocks import Section
-from experiments.report.discovery import discovery_section
+from experiments.report.chapters.discovery import discovery_section
 from experiments.report.figures_damage import damage_map
 from experiments.report.figures_removal import RemovalCurves, draw_removal
 from experiments.report.figures_robustness import Survival, draw_survival
@@ -379,7 +379,7 @@ class TestPage:
             write_report(directory, lambda _: None, [twice])
 
     def test_without_skills_and_with_more_clusters_than_fit(self, tmp_path, monkeypatch) -> None:
-        monkeypatch.setattr("experiments.report.chapter.MOST_CLUSTERS", 2)
+        monkeypatch.setattr("experiments.report.chapters.chapter.MOST_CLUSTERS", 2)
         directory = make_run(tmp_path, {"hessian": True}, with_skills=False)
         told: list[str] = []
         page = write_report(directory, told.append).read_text(encoding="utf-8")

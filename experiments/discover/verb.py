@@ -32,7 +32,7 @@ def discover(
     """
     from experiments.discover.discover import discover as run_discovery
     from experiments.discover.records import DiscoverSettings
-    from experiments.report.discovery import print_discovery
+    from experiments.report.chapters.discovery import print_discovery
     from experiments.run.run import load_run
     from experiments.verdicts.verb import parse_window
 
@@ -66,7 +66,7 @@ def axis(
     """
     from experiments.discover.axes import axis_basis, measure_span
     from experiments.discover.records import DiscoverPlan, DiscoverSettings
-    from experiments.report.discovery import print_axes
+    from experiments.report.chapters.discovery import print_axes
     from experiments.run.keys import signature_names
     from experiments.run.run import load_run
     from experiments.run.run_record import open_evaluate
@@ -114,7 +114,7 @@ def blocking(
     Example: `polca-edit blocking runs/demo --target 10s --target 1s --branches 10`
     """
     from experiments.discover.blocking import BlockingSettings, blocking_study
-    from experiments.report.discovery import print_blocking
+    from experiments.report.chapters.discovery import print_blocking
     from experiments.run.run import load_run
 
     run = load_run(directory, say)

@@ -25,7 +25,7 @@ from experiments.report.answers import (
     cluster_answers_table,
 )
 from experiments.report.blocks import Section
-from experiments.report.chapter import MOST_COLUMNS, MOST_CURVES, MOST_SKILLS, chapter
+from experiments.report.chapters.chapter import MOST_COLUMNS, MOST_CURVES, MOST_SKILLS, chapter
 from experiments.report.formats import count, decimal, listed, nats, number, share
 from experiments.report.labels import label_section
 from experiments.report.sections import sections_of

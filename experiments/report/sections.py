@@ -11,10 +11,10 @@ from pathlib import Path
 
 from experiments.report.answers import share_cell
 from experiments.report.blocks import Section, paragraph
-from experiments.report.discovery import discovery_section
+from experiments.report.chapters.discovery import discovery_section
+from experiments.report.chapters.verdicts import basis_table, verdict_table
 from experiments.report.formats import decimal, share
 from experiments.report.tables import Cell, Column, table
-from experiments.report.verdicts import basis_table, verdict_table
 from experiments.run.store import RunDirectory
 from experiments.run.summary.records import Summary
 from polca_edit.artifacts import load_record

@@ -20,7 +20,7 @@ from experiments.discover.records import (
 )
 from experiments.report.answers import share_cell
 from experiments.report.blocks import Block, Section, heading, note, paragraph
-from experiments.report.figures_discovery import (
+from experiments.report.chapters.figures_discovery import (
     AXIS_CAPTION,
     TIMELINE_CAPTION,
     axis_figure,
