@@ -81,6 +81,9 @@ VERBS = {
     "paper-scale": Verb(
         "study.paper_scale:paper_scale", "The paper-scale experiment with its timing.", "Studies"
     ),
+    "selftest": Verb(
+        "testbeds.selftest:selftest", "Ten testbeds with known answers; `--break NAME` must fail.", "Studies"
+    ),
     "remove-skill": Verb("removal.study:main", "Skill removal: our edits and today's rivals.", "Studies"),
 }
 
