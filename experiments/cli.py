@@ -102,6 +102,9 @@ VERBS = {
     "remove-skill": Verb(
         "removal.study:remove_skill_study", "Skill removal: our edits and today's rivals.", "Studies"
     ),
+    "selftest": Verb(
+        "testbeds.selftest:selftest", "Ten testbeds with known answers; `--break NAME` must fail.", "Studies"
+    ),
 }
 
 

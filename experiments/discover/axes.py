@@ -133,7 +133,12 @@ def _followed(
         part, kept = first_sequences(search, search.tokens.sequences)
     rows = torch.cat([axis.basis.rows[:1] for axis in axes])
     along = paths(search.series, rows)
-    losses = torch.stack([part.loss.losses(theta, part.tokens) for theta in part.series])
+    losses = torch.stack(
+        [
+            part.loss.losses(theta, part.tokens)
+            for theta in map(part.series.__getitem__, range(len(part.series)))
+        ]
+    )
     parts = components(run.task.space)
     made = []
     for number, (aim, axis) in enumerate(zip(aims, axes, strict=True)):

@@ -182,7 +182,8 @@ def held_rows(run: Run, settings: BlockingSettings, plan: ArmPlan, branch: int) 
     together = torch.linalg.qr(torch.cat(list(axes.values())).T)[0].T
     own = {**{f"axis {t}": rows for t, rows in axes.items()}, "axes": together, "span": basis.rows}
     if plan.sham_of is None:
-        return own[plan.name].contiguous()
+        whole: Tensor = own[plan.name].contiguous()
+        return whole
     generator = generator_for(run.config.seed, "blocking", plan.name, plan.start, branch)
     rank = len(own[plan.sham_of])
     if plan.sham_of == "span":
@@ -323,8 +324,7 @@ def compared(
 
 def _scaled(interval: Interval, factor: float) -> Interval:
     """An interval in other units."""
-    bounds = (value * factor for value in (interval.estimate, interval.low, interval.high))
-    return Interval(*bounds, interval.units)
+    return Interval(interval.estimate * factor, interval.low * factor, interval.high * factor, interval.units)
 
 
 def _half(curve: Curve, free: Curve | None, target: str) -> int | None:

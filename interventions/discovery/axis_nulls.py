@@ -97,7 +97,8 @@ def null_sets(
         made = []
         for side, members in enumerate(halves):
             if inside:
-                whole = target[side].members | (target[side].rest if target[side].rest is not None else False)
+                rest = target[side].rest
+                whole = target[side].members if rest is None else target[side].members | rest
                 others = {name: mask for name, mask in target[side].others.items() if (mask & ~whole).any()}
                 made.append(AxisTarget(f"null {number}", members, others, whole & ~members))
             else:

@@ -177,7 +177,8 @@ class DirectionLibrary:
 
     def points(self, units: Float[Tensor, "E K"]) -> Float[Tensor, "E K"]:
         """Coordinates of the undone movement in units of |m|."""
-        return units * (units @ self.along)[:, None] / self.along.norm()
+        found: Tensor = units * (units @ self.along)[:, None] / self.along.norm()
+        return found
 
 
 @dataclass(frozen=True)
