@@ -118,7 +118,10 @@ def parity_run(seed: int) -> ParityRun:
 
 def _task_checks(task: int, runs: list[ParityRun], found: Assessed) -> list[Check]:
     """What undoing a task's block does on fresh samples, over all runs."""
-    before, after, loss, others = [], [], [], []
+    before: list[float] = []
+    after: list[float] = []
+    loss: list[float] = []
+    others: list[float] = []
     for run, world in zip(runs, found.worlds, strict=True):
         data, split = run.data(4000, "fresh"), world.split
         pair = next(p for p in world.pairs if p.name == NAMES[task])

@@ -222,7 +222,8 @@ def void_world(seed: int) -> World:
     aim = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
 
     def loss(theta: Tensor) -> Tensor:
-        return 2 * (theta[:3] / theta[:3].norm() - aim).square().sum()
+        found: Tensor = 2 * (theta[:3] / theta[:3].norm() - aim).square().sum()
+        return found
 
     thetas = _straight([2.0, 0.0, 0.0], start=[0.5, 0.8, 0.3])
     gate = Gate("direction", loss, thetas, (("length", (0,), (1, 2)),))
