@@ -79,6 +79,25 @@ def test_a_direction_stays_put_and_the_gradient_alone_does_not_do_it(name: str) 
     assert free[0][1] is False
 
 
+def test_holding_a_direction_throws_no_idle_parameter_away() -> None:
+    """A parameter without a gradient stays where it is under Adam, whatever direction is held."""
+    module = nn.Linear(4, 1)
+    module.register_parameter("idle", nn.Parameter(torch.ones(3)))
+    space = ParameterSpace.from_module(module)
+    row = orthonormalise(torch.randn(1, space.size, generator=torch.Generator().manual_seed(3)))
+    hold = Hold(space, space.read(module), rows=row)
+    optimiser = torch.optim.Adam(module.parameters(), lr=0.01)
+    x = torch.randn(16, 4, generator=torch.Generator().manual_seed(4))
+    for step in range(1, 31):
+        optimiser.zero_grad()
+        (module(x) - x.sum(1, keepdim=True) + 0 * module.idle.sum()).square().mean().backward()
+        optimiser.step()
+        hold(step, module, optimiser)
+    # Only what holding the direction moves it by, a small part of one step each time.
+    assert float((module.idle - 1).abs().max()) < 0.3
+    assert hold.held
+
+
 def test_masked_coordinates_do_not_move_at_all(recorded) -> None:
     folder, space = recorded
     start = blocking.open_branch_point(folder, space, 4)
