@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from interventions.discovery.timeline import causal_timeline
     from interventions.edit_files import load_edit, save_edit
     from interventions.edits import Edit, applied, project_out, reverse, rollback, transplant
+    from interventions.removal.remove import remove_skill
     from polca_edit.clusters.hypotheses import Hypothesis
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "load_edit",
     "project_out",
     "random_like",
+    "remove_skill",
     "reverse",
     "rollback",
     "save_edit",
@@ -57,6 +59,7 @@ _HOMES = {
     "load_edit": "interventions.edit_files",
     "project_out": "interventions.edits",
     "random_like": "interventions.controls",
+    "remove_skill": "interventions.removal.remove",
     "reverse": "interventions.edits",
     "rollback": "interventions.edits",
     "save_edit": "interventions.edit_files",
