@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from interventions.causal.statistics import Bits
 from interventions.damage import EvaluatedSplit
 from interventions.edits import Edit
-from polca_edit.models import hook_names, replaced_activations
 from polca_edit.parameters import ParameterSpace
 
 
@@ -296,6 +295,9 @@ def patch_activations(
     Raises:
         ValueError: if the module has no hooks, or no target token is among the sequences.
     """
+    # TransformerLens takes seconds to import; parameters are localised without it.
+    from polca_edit.models import hook_names, replaced_activations
+
     module, space = split.loss.module, split.loss.space
     chosen = [n for n in hook_names(module) if re.search(r"(attn_out|mlp_out|resid_post)$", n)]
     chosen = list(names) if names is not None else chosen

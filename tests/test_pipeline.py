@@ -139,7 +139,14 @@ def test_new_cluster_settings_keep_the_expensive_stages(smoke_copy: Path) -> Non
     config = load_config("smoke", {"threads": 1, "clusters.min_cluster_share": 0.1})
     run_stages(open_run(config, smoke_copy, lines.append))
     kept = [line.split()[0] for line in lines if "kept" in line]
-    assert kept == ["train", "basis:hessian", "basis:trajectory", "projections"]
+    assert kept[:4] == ["train", "basis:hessian", "basis:trajectory", "projections"]
+    # Discovery stands on bases and tokens; no clustering of trajectories goes into it.
+    assert set(kept[4:]) == {
+        "signatures:hessian",
+        "signatures:trajectory",
+        "signatures:hessian+trajectory",
+        "timeline",
+    }
     record = json.loads((smoke_copy / "run.json").read_text())
     assert [opening["exploratory"] for opening in record["evaluate_openings"]][0] is False
 

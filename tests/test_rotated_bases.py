@@ -120,7 +120,8 @@ def test_adding_rotations_to_a_finished_run_does_nothing_again(added) -> None:
     own = {
         f"{stage}:{label}" for stage in ("basis", "clusters", "damage") for label in ("hessian", "trajectory")
     }
-    assert kept(lines) == {"train", "projections", *own}
+    found = {f"signatures:{name}" for name in ("hessian", "trajectory", "hessian+trajectory")}
+    assert kept(lines) == {"train", "projections", "timeline", *own, *found}
     for label in ("turned", "trajectory_joint", "hessian_contrastive"):
         record = json.loads(run.directory.stage_file(f"basis:{label}").read_text())
         assert set(record["passes"].values()) == {0.0}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from experiments.discover.blocking import BlockedStudy
 from experiments.discover.records import (
     AxesRecord,
     AxisRow,
@@ -33,6 +33,10 @@ from experiments.report.view import NAMED_F1
 from experiments.run.store import RunDirectory
 from interventions.discovery.timeline import Timeline
 from polca_edit.artifacts import load_record
+
+if TYPE_CHECKING:
+    # The study runs models; a page only reads what it found.
+    from experiments.discover.blocking import BlockedStudy
 
 #: Axis figures are drawn for at most this many axes a span.
 MOST_FIGURES = 8
