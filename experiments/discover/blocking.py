@@ -24,7 +24,15 @@ from experiments.discover.records import AxesRecord
 from experiments.discover.stages import load_timeline
 from experiments.run.run import Run, load_run
 from experiments.run.stages.training import training_settings
-from interventions.blocking import BranchPoint, Curve, Hold, compare_arms, open_branch_point, run_arm
+from interventions.blocking import (
+    BranchPoint,
+    Curve,
+    Hold,
+    Retraining,
+    compare_arms,
+    open_branch_point,
+    run_arm,
+)
 from interventions.causal.statistics import Interval, t_interval
 from interventions.controls import random_frame
 from interventions.discovery.windows import reached
@@ -232,20 +240,12 @@ def _trained(run: Run, settings: BlockingSettings, plan: ArmPlan, branch: int) -
         losses = run.objective.losses(task.space.read(module), tokens)
         return {name: float(losses[mask].double().mean()) for name, mask in groups.items()}
 
-    curve = run_arm(
-        copy.deepcopy(task.module),
-        task.space,
-        # Branch 0 is the recorded run's own data order.
-        task.training(branch + 1),
-        training_settings(run.config),
-        start,
-        plan.stop,
-        measure,
-        arm=plan.label,
-        branch=branch,
-        hold=hold,
-        every=settings.every,
+    # Branch 0 is the recorded run's own data order.
+    retraining = Retraining(
+        task.space, task.training(branch + 1), training_settings(run.config), measure, every=settings.every
     )
+    module = copy.deepcopy(task.module)
+    curve = run_arm(module, retraining, start, plan.stop, arm=plan.label, branch=branch, hold=hold)
     losses = {name: tuple(float(v) for v in path) for name, path in curve.losses.items()}
     return ArmCurve(plan.label, branch, curve.steps, losses, curve.held)
 

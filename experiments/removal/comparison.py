@@ -55,12 +55,13 @@ def matched_damage(rows: Sequence[Row]) -> list[Match]:
         theirs = [row for row in here if row.method in TUNED and row.target_share >= goal]
         ours = _least([row for row in here if row.ours and row.target_share >= goal])
         rival, removing = _least(theirs), _least([row for row in theirs if lasts(row)])
-        names = [None if row is None else row.method for row in (ours, rival, removing)]
+        own, other, lasting = (None if row is None else row.method for row in (ours, rival, removing))
         ratio = signed = None
         if ours is not None and rival is not None:
             ratio = ours.worst_positive_share / max(rival.worst_positive_share, 1e-9)
             signed = max(ours.worst_off_share, 0) / max(rival.worst_off_share, 1e-9)
-        table.append(Match(seed, skill, goal, *names, ratio, signed, None if ratio is None else ratio <= 0.2))
+        fifth = None if ratio is None else ratio <= 0.2
+        table.append(Match(seed, skill, goal, own, other, lasting, ratio, signed, fifth))
     return table
 
 

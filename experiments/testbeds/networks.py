@@ -27,7 +27,15 @@ from experiments.testbeds.base import (
     slot_tokens,
     worst,
 )
-from interventions.blocking import BlockingResult, BranchPoint, Curve, Hold, compare_arms, run_arm
+from interventions.blocking import (
+    BlockingResult,
+    BranchPoint,
+    Curve,
+    Hold,
+    Retraining,
+    compare_arms,
+    run_arm,
+)
 from interventions.edits import project_out, transplant
 from polca_edit.derivatives.lanczos import orthonormalise
 from polca_edit.parameters import ParameterSpace
@@ -94,19 +102,11 @@ class TrainedPath:
         if held is not None or rows is not None:
             hold = Hold(space, self.thetas[0], mask=held, rows=rows)
         settings = self.problem.settings
-        return run_arm(
-            module,
-            space,
-            self.problem.batch_loss,
-            settings,
-            BranchPoint(0, self.thetas[0], {}),
-            settings.steps,
-            self.problem.measure,
-            arm=name,
-            branch=seed,
-            hold=hold,
-            every=self.every,
+        retraining = Retraining(
+            space, self.problem.batch_loss, settings, self.problem.measure, every=self.every
         )
+        start = BranchPoint(0, self.thetas[0], {})
+        return run_arm(module, retraining, start, settings.steps, arm=name, branch=seed, hold=hold)
 
 
 def train_path(problem: Problem, start: Float[Tensor, " N"], *, every: int) -> TrainedPath:
