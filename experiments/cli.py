@@ -54,6 +54,18 @@ VERBS = {
         "Tests",
         "Examples: `polca-edit test runs/demo` · `polca-edit test runs/demo runs/demo-1 --out studies/demo`",
     ),
+    "discover": Verb(
+        "discover.verb:discover",
+        "Find skills by what undoing training does: timeline, clusters, axes.",
+        "Tests",
+        "Example: `polca-edit discover runs/demo --basis hessian --json found.json`",
+    ),
+    "axis": Verb(
+        "discover.verb:axis",
+        "The direction whose own undone movement takes one skill and nothing else.",
+        "Tests",
+        "Example: `polca-edit axis runs/demo --target 10s --basis hessian`",
+    ),
     "remove": Verb(
         "removal.verb:remove",
         "Find an edit that removes one skill, and judge it on the evaluate split.",
@@ -67,6 +79,12 @@ VERBS = {
         "Edits",
         "Examples: `polca-edit apply runs/demo/edits/10s.json MODEL --out edited` · "
         "`polca-edit apply runs/demo/edits/10s.json edited --undo --out restored`",
+    ),
+    "blocking": Verb(
+        "discover.verb:blocking",
+        "Training again with skill axes held still, over data orders.",
+        "Studies",
+        "Example: `polca-edit blocking runs/demo --target 10s --branches 10`",
     ),
     "reproduce": Verb(
         "reproduce.verb:reproduce", "The paper's tables beside ours, every basis and rotation.", "Studies"
@@ -83,6 +101,9 @@ VERBS = {
     ),
     "remove-skill": Verb(
         "removal.study:remove_skill_study", "Skill removal: our edits and today's rivals.", "Studies"
+    ),
+    "selftest": Verb(
+        "testbeds.selftest:selftest", "Ten testbeds with known answers; `--break NAME` must fail.", "Studies"
     ),
 }
 

@@ -176,6 +176,13 @@ class DamageConfig(Section):
     random_draws: int = Field(8, ge=0, description="matched-norm random directions per vector")
 
 
+class DiscoverConfig(Section):
+    """Discovery by intervention: partial undo edits and windows of training."""
+
+    edits: int = Field(160, ge=0, description="partial undo edits a basis; 0 leaves discovery out")
+    windows: int = Field(10, ge=3, description="equal pieces into which training is cut")
+
+
 class RunConfig(Section):
     """Everything a run depends on."""
 
@@ -204,6 +211,7 @@ class RunConfig(Section):
     clusters: ClusterConfig = ClusterConfig()
     breakthrough_delta: int = Field(100, ge=1)
     damage: DamageConfig = DamageConfig()
+    discover: DiscoverConfig = DiscoverConfig()
 
     @model_validator(mode="after")
     def _unique(self) -> RunConfig:

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from interventions.causal.test import causal_test
     from interventions.controls import random_like
     from interventions.damage import Damage, EvaluatedSplit
+    from interventions.discovery.axes import skill_axis
+    from interventions.discovery.signatures import interventional_clusters
+    from interventions.discovery.timeline import causal_timeline
     from interventions.edit_files import load_edit, save_edit
     from interventions.edits import Edit, applied, project_out, reverse, rollback, transplant
     from polca_edit.clusters.hypotheses import Hypothesis
@@ -27,12 +30,15 @@ __all__ = [
     "Verdict",
     "applied",
     "causal_test",
+    "causal_timeline",
+    "interventional_clusters",
     "load_edit",
     "project_out",
     "random_like",
     "reverse",
     "rollback",
     "save_edit",
+    "skill_axis",
     "transplant",
 ]
 
@@ -46,12 +52,15 @@ _HOMES = {
     "Verdict": "interventions.causal.questions",
     "applied": "interventions.edits",
     "causal_test": "interventions.causal.test",
+    "causal_timeline": "interventions.discovery.timeline",
+    "interventional_clusters": "interventions.discovery.signatures",
     "load_edit": "interventions.edit_files",
     "project_out": "interventions.edits",
     "random_like": "interventions.controls",
     "reverse": "interventions.edits",
     "rollback": "interventions.edits",
     "save_edit": "interventions.edit_files",
+    "skill_axis": "interventions.discovery.axes",
     "transplant": "interventions.edits",
 }
 

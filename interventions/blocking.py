@@ -1,7 +1,9 @@
 """Training again with a direction held still (O5), its shams, and the delay and gap that follow.
 
 Projecting the gradient alone does not hold a coordinate under Adam or weight decay, so the
-parameters are put back after every optimiser step and the first moment is projected as well.
+parameters are put back after every optimiser step. The first moment of a *direction* is left alone:
+projecting it puts a little of it on parameters that never had a gradient (positions no input uses), which
+Adam divides by a second moment of zero and so throws far away. Masked coordinates are cleared one by one.
 """
 
 from __future__ import annotations
@@ -56,13 +58,14 @@ class Hold:
             )
 
     def __call__(self, step: int, module: nn.Module, optimiser: torch.optim.Optimizer) -> None:
-        """Put the held part back, and take it out of the first moment."""
+        """Put the held part back; masked coordinates are taken out of the first moment too."""
         if step < self.first or (self.last is not None and step > self.last):
             return
         theta = self.space.read(module)
         held = self.put_back(theta)
         self.space.write(module, held)
-        self.clear_momentum(module, optimiser)
+        if self.mask is not None:
+            self.clear_momentum(module, optimiser, self.mask)
         self.drift.append(self.moved(self.space.read(module)))
         self.scale = max(self.scale, float(held.norm()))
 
@@ -86,27 +89,16 @@ class Hold:
         assert self.rows is not None
         return float(coordinates(self.rows, away).abs().max())
 
-    def clear_momentum(self, module: nn.Module, optimiser: torch.optim.Optimizer) -> None:
-        """First moment m <- (I - P) m, over all parameters at once."""
+    def clear_momentum(
+        self, module: nn.Module, optimiser: torch.optim.Optimizer, mask: Bool[Tensor, " N"]
+    ) -> None:
+        """First moment zero on masked coordinates."""
         parameters = dict(parameter_slots(module))
-        moments = {
-            name: optimiser.state[parameters[name]].get(
-                "exp_avg", optimiser.state[parameters[name]].get("momentum_buffer")
-            )
-            for name in self.space.names
-        }
-        if any(moment is None for moment in moments.values()):
-            return
-        flat = self.space.flatten({k: v for k, v in moments.items() if v is not None})
-        if self.mask is not None:
-            flat = torch.where(self.mask.to(flat.device), torch.zeros_like(flat), flat)
-        else:
-            assert self.rows is not None
-            flat = flat - coordinates(self.rows, flat).to(flat) @ self.rows.to(flat)
-        for name, value in self.space.unflatten(flat).items():
-            moment = moments[name]
-            assert moment is not None
-            moment.copy_(value)
+        for name, own in self.space.unflatten(mask).items():
+            state = optimiser.state[parameters[name]]
+            moment = state.get("exp_avg", state.get("momentum_buffer"))
+            if moment is not None:
+                moment.masked_fill_(own.to(moment.device), 0.0)
 
     @property
     def held(self) -> bool:
@@ -188,49 +180,60 @@ class Curve:
     held: bool
 
 
+@dataclass(frozen=True)
+class Retraining:
+    """What every arm of a recorded run trains with, and how it is measured.
+
+    Attributes:
+        space: recorded parameters.
+        batch_loss: loss of a step's batch, which decides the data order.
+        settings: optimisation of the run.
+        measure: mean loss per group of a module, nats per token.
+        every: steps between measurements.
+    """
+
+    space: ParameterSpace
+    batch_loss: Callable[[nn.Module, int], Tensor]
+    settings: TrainingSettings
+    measure: Callable[[nn.Module], Mapping[str, float]]
+    every: int = 10
+
+
 def run_arm(
     module: nn.Module,
-    space: ParameterSpace,
-    batch_loss: Callable[[nn.Module, int], Tensor],
-    settings: TrainingSettings,
+    run: Retraining,
     start: BranchPoint,
     stop: int,
-    measure: Callable[[nn.Module], Mapping[str, float]],
     *,
     arm: str,
     branch: int = 0,
     hold: Hold | None = None,
-    every: int = 10,
 ) -> Curve:
-    """Train one arm from a branch point; the data order is that of ``batch_loss``.
+    """Train one arm from a branch point.
 
     Args:
         module: any weights; the branch point's are written into it.
-        space: recorded parameters.
-        batch_loss: loss of a step's batch.
-        settings: optimisation of the run.
+        run: data and optimisation of the recorded run.
         start: where to branch.
         stop: last step.
-        measure: mean loss per group of the current module.
         arm: name.
         branch: data-order seed, for the record.
         hold: what is held, None for the free arm.
-        every: steps between measurements.
     """
-    space.write(module, start.theta)
-    steps, found = [start.step], [dict(measure(module))]
+    run.space.write(module, start.theta)
+    steps, found = [start.step], [dict(run.measure(module))]
 
     def after(step: int, trained: nn.Module, optimiser: torch.optim.Optimizer) -> None:
         if hold is not None:
             hold(step, trained, optimiser)
-        if (step - start.step) % every == 0 or step == stop:
+        if (step - start.step) % run.every == 0 or step == stop:
             trained.eval()
             steps.append(step)
-            found.append(dict(measure(trained)))
+            found.append(dict(run.measure(trained)))
             trained.train()
 
     span = TrainingSpan(start.step, stop, start.optimiser_state)
-    train(module, batch_loss, settings, span=span, after_step=after)
+    train(module, run.batch_loss, run.settings, span=span, after_step=after)
     losses = {name: np.array([values[name] for values in found]) for name in found[0]}
     return Curve(arm, branch, tuple(steps), losses, hold is None or hold.held)
 

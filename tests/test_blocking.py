@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from interventions import blocking
-from interventions.blocking import Curve, Hold
+from interventions.blocking import Curve, Hold, Retraining
 from polca_edit.checkpoints.files import SeriesFolder, read_weights
 from polca_edit.derivatives.lanczos import orthonormalise
 from polca_edit.parameters import ParameterSpace
@@ -36,13 +36,18 @@ def recorded(tmp_path: Path) -> tuple[SeriesFolder, ParameterSpace]:
     return folder, space
 
 
+def unmeasured(_: nn.Module) -> dict[str, float]:
+    """One group whose loss nobody asks for."""
+    return {"all": 0.0}
+
+
 def test_a_free_branch_repeats_the_run_bit_for_bit(recorded) -> None:
     folder, space = recorded
     start = blocking.open_branch_point(folder, space, 5)
     assert start.step == 4
     module = make_module()
     curve = blocking.run_arm(
-        module, space, batch_loss, SETTINGS, start, 12, lambda m: {"all": 0.0}, arm="none", every=4
+        module, Retraining(space, batch_loss, SETTINGS, unmeasured, 4), start, 12, arm="none"
     )
     assert torch.equal(space.read(module), space.flatten(read_weights(folder.weights(12))))
     assert curve.steps == (4, 8, 12)
@@ -74,6 +79,25 @@ def test_a_direction_stays_put_and_the_gradient_alone_does_not_do_it(name: str) 
     assert free[0][1] is False
 
 
+def test_holding_a_direction_throws_no_idle_parameter_away() -> None:
+    """A parameter without a gradient stays where it is under Adam, whatever direction is held."""
+    module = nn.Linear(4, 1)
+    module.register_parameter("idle", nn.Parameter(torch.ones(3)))
+    space = ParameterSpace.from_module(module)
+    row = orthonormalise(torch.randn(1, space.size, generator=torch.Generator().manual_seed(3)))
+    hold = Hold(space, space.read(module), rows=row)
+    optimiser = torch.optim.Adam(module.parameters(), lr=0.01)
+    x = torch.randn(16, 4, generator=torch.Generator().manual_seed(4))
+    for step in range(1, 31):
+        optimiser.zero_grad()
+        (module(x) - x.sum(1, keepdim=True) + 0 * module.idle.sum()).square().mean().backward()
+        optimiser.step()
+        hold(step, module, optimiser)
+    # Only what holding the direction moves it by, a small part of one step each time.
+    assert float((module.idle - 1).abs().max()) < 0.3
+    assert hold.held
+
+
 def test_masked_coordinates_do_not_move_at_all(recorded) -> None:
     folder, space = recorded
     start = blocking.open_branch_point(folder, space, 4)
@@ -81,7 +105,7 @@ def test_masked_coordinates_do_not_move_at_all(recorded) -> None:
     hold = Hold(space, start.theta, mask=mask)
     module = make_module()
     blocking.run_arm(
-        module, space, batch_loss, SETTINGS, start, 12, lambda m: {"all": 0.0}, arm="block", hold=hold
+        module, Retraining(space, batch_loss, SETTINGS, unmeasured), start, 12, arm="block", hold=hold
     )
     after = space.read(module)
     assert torch.equal(after[mask], start.theta[mask])
@@ -135,9 +159,7 @@ def test_branch_skip_puts_a_window_back_and_trains_on(recorded) -> None:
 
     def ended(point) -> torch.Tensor:
         module = make_module()
-        blocking.run_arm(
-            module, space, batch_loss, SETTINGS, point, 12, lambda m: {"all": 0.0}, arm="x", every=4
-        )
+        blocking.run_arm(module, Retraining(space, batch_loss, SETTINGS, unmeasured, 4), point, 12, arm="x")
         return space.read(module)
 
     last = space.flatten(read_weights(folder.weights(12)))

@@ -204,6 +204,19 @@ def test_a_circle_through_a_function_is_found():
     assert on_a_circle(graph) == ["a", "b", "c"]
 
 
+def test_modules_functions_and_argument_lists_stay_small():
+    long_modules = [name_of(p) for p in FILES if p.read_text().count("\n") > LINES]
+    every = [(name_of(p), f) for p in FILES for f in functions(TREES[p])]
+    long_functions = [f"{n}:{f.name}" for n, f in every if f.end_lineno - f.lineno + 1 > FUNCTION]
+    assert (long_modules, long_functions) == ([], [])
+    assert [f"{n}:{f.name}" for n, f in every if wide(f)] == []
+
+
+def test_folders_stay_small():
+    parents = [name.rpartition(".")[0] for name in MODULES]
+    assert {parent for parent in parents if parent and parents.count(parent) > FOLDER} == set()
+
+
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_files_are_touched_in_few_modules_of_the_libraries(path):
     if not name_of(path).startswith("experiments/") and name_of(path) not in STARRED:

@@ -234,24 +234,15 @@ def test_matched_damage_compares_only_edits_that_reach_the_goal() -> None:
         row("weight rewind", 1.0, 0.002, 0.0),
     ]
     (entry,) = matched_damage(rows)
-    assert entry.ours is not None
-    assert entry.rival is not None
-    assert entry.rival_removing is not None
-    assert entry.ours.method == "span optimised"
-    assert entry.rival.method == "GradDiff"
+    assert (entry.ours, entry.rival, entry.rival_removing) == ("span optimised", "GradDiff", "GradDiff")
     assert entry.ratio == pytest.approx(0.125)
     assert entry.one_fifth
-    assert entry.rival_removing.method == "GradDiff"
     # A rival that is confidently wrong is the better rival, but not one whose skill is gone.
     (entry,) = matched_damage([*rows, row("random span", 1.0, 0.002, 0.0, kept=0.3)])
-    assert entry.rival is not None
-    assert entry.rival_removing is not None
-    assert entry.rival.method == "random span"
-    assert entry.rival_removing.method == "GradDiff"
+    assert (entry.rival, entry.rival_removing) == ("random span", "GradDiff")
     # Relabelling helps an untrained model as well: 0.27 is all that can be asked for where it keeps 0.3.
     (entry,) = matched_damage([*rows, row("random span", 1.0, 0.002, 0.0, kept=0.28, kept_of_untrained=0.3)])
-    assert entry.rival_removing is not None
-    assert entry.rival_removing.method == "random span"
+    assert entry.rival_removing == "random span"
     (lonely,) = matched_damage([rows[1], rows[2]])
     assert lonely.ours is None
     assert lonely.ratio is None
@@ -315,11 +306,14 @@ def test_the_small_file_names_what_is_missed_and_takes_medians() -> None:
         RelearningCurve("10s", "NPO", seed, "others only", (RelearningPoint(0, 1.0, 0.1 * seed),))
         for seed in (0, 1, 5)
     )
-    result = replace(result_of(row("NPO", 0.98765, 0.0, 0.04)), relearning=curves)
-    short = removal_table.ShortResult.of(result)
-    assert short.rows[0].missed == ("target_share", "worst_off_share")
-    assert short.rows[0].target_share == 0.9876 or short.rows[0].target_share == 0.9877
-    assert (short.relearning[0].seeds, short.relearning[0].points[0].accuracy) == (3, 0.1)
+    result = replace(result_of(row("NPO", 0.987654, 0.0, 0.04)), relearning=curves)
+    short = removal_table.small(result)
+    (kept,) = short["rows"]
+    assert kept["missed"] == ["target_share", "worst_off_share"]
+    assert kept["target_share"] == 0.9877
+    (curve,) = short["relearning"]
+    assert (curve["seeds"], curve["points"]) == (3, [{"step": 0, "accuracy": 0.1}])
+    assert "log" not in short
 
 
 def test_results_that_do_not_belong_together_are_refused() -> None:

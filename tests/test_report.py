@@ -19,20 +19,23 @@ import yaml
 from markupsafe import Markup
 from rich.console import Console
 
+from experiments.discover.records import (
+    AxisRow,
+    ClusterFile,
+    ClusterRow,
+    DiscoverResult,
+    TimelineRow,
+    cluster_file,
+    discovery_file,
+)
 from experiments.report.answers import Answer, Loss, answers, print_summary
+from experiments.report.blocks import Section
+from experiments.report.chapters.discovery import discovery_section
 from experiments.report.figures_damage import damage_map
 from experiments.report.figures_removal import RemovalCurves, draw_removal
 from experiments.report.figures_robustness import Survival, draw_survival
 from experiments.report.formats import highlighted, nats, share
 from experiments.report.page import write_report
-from experiments.report.sections import (
-    AxisRow,
-    Discovery,
-    FoundCluster,
-    Section,
-    WindowRow,
-    discovery_section,
-)
 from experiments.report.style import Drawing, new_figure, styled
 from experiments.report.tables import Cell, Column, Table, table
 from experiments.report.view import (
@@ -48,7 +51,7 @@ from experiments.run.store import RunDirectory, StageRecord
 from experiments.run.summary.records import ClusterEntry, read_summary
 from experiments.run.summary.write import summary_schema
 from polca_edit.allocation.allocate import Projections, allocate
-from polca_edit.artifacts import from_plain, save_record, to_plain
+from polca_edit.artifacts import from_plain, save_record
 from polca_edit.clusters.medoid import nearest_to_medoid
 
 STEPS = torch.arange(0, 110, 10)
@@ -376,7 +379,7 @@ class TestPage:
             write_report(directory, lambda _: None, [twice])
 
     def test_without_skills_and_with_more_clusters_than_fit(self, tmp_path, monkeypatch) -> None:
-        monkeypatch.setattr("experiments.report.chapter.MOST_CLUSTERS", 2)
+        monkeypatch.setattr("experiments.report.chapters.chapter.MOST_CLUSTERS", 2)
         directory = make_run(tmp_path, {"hessian": True}, with_skills=False)
         told: list[str] = []
         page = write_report(directory, told.append).read_text(encoding="utf-8")
@@ -495,25 +498,35 @@ class TestSections:
         }  # fmt: skip
         summary["analyses"]["hessian"]["verdicts"] = [verdict]
         (tmp_path / "summary.json").write_text(json.dumps(summary))
-        found = Discovery(
-            (WindowRow(0, 120, 1.9, {"10s": 0.58}),),
-            (FoundCluster("s0", 77, "10s", 1.0, 0.51, 4.0), FoundCluster("s1", 7, "1s", 1.0, 0.3, 4.0)),
-            (AxisRow("hessian", "10s", 2.5, 1.1, "1s", 0.01),),
+        cluster = ClusterRow("a+b", 0, 77, "place = 2", {"10s": 0.75}, {"10s": 0.51}, {"10s": 0.607})
+        found = DiscoverResult(
+            clusters=(cluster,),
+            timeline=(TimelineRow(0, 120, 1.9, {"10s": 0.58}, {"10s": 0.1}),),
+            axes=(AxisRow("hessian", "10s", 1, 0.9, 0.05, None, 0.025, 0.3, 0.95, 0.2, 12.0),),
+            learned={"10s": 60},
+            depends=(),
+            alignment=(0.1, 0.01),
+            outliers={"a+b": 0.2},
+            skipped={},
+            exploratory=False,
+            seconds=1.0,
         )
-        (tmp_path / "discovery.json").write_text(json.dumps(to_plain(found)))
+        save_record(discovery_file(tmp_path), found)
+        save_record(cluster_file(tmp_path, "a+b"), ClusterFile("a+b", (cluster,), 0.2, 20, ((20, 0.9),)))
         page = write_report(directory, lambda _: None).read_text(encoding="utf-8")
         assert rows_of(page, "hessian 2")[0] == [
             "hessian 2", "10s digit", "+1.25", "50.0\xa0%", "1s (0.08)", "yes", "yes", "–", "no", "selective",
             "POLCA&#39;s own cluster",
         ]  # fmt: skip
         assert "Undoing &lt;v2&gt; costs the 10s." in page
-        assert rows_of(page, "0 to 120") == [["0 to 120", "1.90", "58.0\xa0%"]]
-        assert rows_of(page, "s0") == [["s0", "77", "10s", "1.00", "0.51", "4.00"]]
-        assert rows_of(page, "s1") == [["s1", "7", "–", "1.00", "0.30", "4.00"]]
-        assert ["hessian", "10s", "+2.500", "110\xa0%", "1s", "1.0\xa0%"] in rows_of(page, "hessian")
+        assert rows_of(page, "a+b") == [["a+b", "0", "77", "10s", "0.75", "0.51", "0.61", "place = 2"]]
+        assert [
+            "hessian", "10s", "90.0\xa0%", "5.0\xa0%", "–", "0.025", "30.0\xa0%", "95.0\xa0%", "20.0\xa0%",
+            "–", "–",
+        ] in rows_of(page, "hessian")  # fmt: skip
 
-    def test_what_was_not_found_is_left_out(self) -> None:
-        assert not discovery_section(Discovery()).blocks
+    def test_what_was_not_found_is_left_out(self, tmp_path) -> None:
+        assert discovery_section(make_run(tmp_path, {"hessian": False})) is None
 
     def test_removals_of_a_run(self, tmp_path) -> None:
         directory = make_run(tmp_path, {"hessian": False})

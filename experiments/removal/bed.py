@@ -37,6 +37,7 @@ from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.derivatives.lanczos import orthonormalise
 from polca_edit.derivatives.objective import Objective
 from polca_edit.parameters import ParameterSpace
+from polca_edit.seeds import generator_for
 from polca_edit.tokens import TokenSet
 from polca_edit.training import train
 
@@ -157,7 +158,7 @@ class Bed:
 
     def fit_batch(self, step: int) -> TokenSet:
         """Sums of one fit step, the same for every method."""
-        generator = torch.Generator().manual_seed(self.seed * 7_000_003 + 31 * step + 5)
+        generator = generator_for(self.seed, "removal fit", step)
         return self.data.allowed(self.settings.fit_sums, generator)
 
     def span(self, *, block: int | None = None, per_block: int | None = None) -> Span:
@@ -234,10 +235,10 @@ def relearning_batches(
     """
     training = bed.run.config.training
     pool_size = round(share * training.steps * training.batch_size)
-    pool = bed.data.allowed(max(pool_size, 1), torch.Generator().manual_seed(bed.seed + 77))
+    pool = bed.data.allowed(max(pool_size, 1), generator_for(bed.seed, "relearning pool"))
 
     def batch(step: int) -> tuple[TokenSet, Tensor]:
-        generator = torch.Generator().manual_seed(bed.seed * 9_000_011 + step)
+        generator = generator_for(bed.seed, "relearning", step)
         drawn = min(size // 2, pool.sequences) if pool_size else 0
         fresh = bed.data.allowed(size - drawn, generator)
         picked = torch.randint(0, pool.sequences, (drawn,), generator=generator)

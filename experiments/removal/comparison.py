@@ -14,27 +14,6 @@ TUNED = ("gradient ascent", "GradDiff", "NPO", "task vector", "random span")
 
 
 @dataclass(frozen=True)
-class Brief:
-    """What a comparison shows of one row."""
-
-    method: str
-    target_share: float
-    worst_off_share: float
-    worst_positive_share: float
-    kl: float
-    accuracy: float
-    refit_kept: float
-
-    @classmethod
-    def of(cls, row: Row | None) -> Brief | None:
-        """Of a row, if there is one."""
-        if row is None:
-            return None
-        shares = row.target_share, row.worst_off_share, row.worst_positive_share
-        return cls(row.method, *shares, row.kl, row.accuracy, row.refit.kept)
-
-
-@dataclass(frozen=True)
 class Match:
     """Our best edit of a skill beside the best tuned rival at the same target damage.
 
@@ -42,8 +21,8 @@ class Match:
         seed: of the model.
         skill: what was removed.
         goal: target share that both had to reach.
-        ours: None if none of ours reached it.
-        rival: None if no rival did.
+        ours: method of our best edit, None if none reached the goal.
+        rival: method of the best rival, None if none did.
         rival_removing: the best rival whose damage also lasts: accuracy near chance, and 90 % of what
             relabelling leaves of an untrained model's damage. Confidently wrong answers reach any
             target share at little cost to others.
@@ -55,9 +34,9 @@ class Match:
     seed: int
     skill: str
     goal: float
-    ours: Brief | None
-    rival: Brief | None
-    rival_removing: Brief | None
+    ours: str | None
+    rival: str | None
+    rival_removing: str | None
     ratio: float | None = None
     ratio_signed: float | None = None
     one_fifth: bool | None = None
@@ -76,13 +55,12 @@ def matched_damage(rows: Sequence[Row]) -> list[Match]:
         theirs = [row for row in here if row.method in TUNED and row.target_share >= goal]
         ours = _least([row for row in here if row.ours and row.target_share >= goal])
         rival, removing = _least(theirs), _least([row for row in theirs if lasts(row)])
-        found = Match(seed, skill, goal, Brief.of(ours), Brief.of(rival), Brief.of(removing))
+        names = [None if row is None else row.method for row in (ours, rival, removing)]
+        ratio = signed = None
         if ours is not None and rival is not None:
             ratio = ours.worst_positive_share / max(rival.worst_positive_share, 1e-9)
             signed = max(ours.worst_off_share, 0) / max(rival.worst_off_share, 1e-9)
-            briefs = found.ours, found.rival, found.rival_removing
-            found = Match(seed, skill, goal, *briefs, ratio, signed, ratio <= 0.2)
-        table.append(found)
+        table.append(Match(seed, skill, goal, *names, ratio, signed, None if ratio is None else ratio <= 0.2))
     return table
 
 

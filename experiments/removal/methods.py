@@ -12,8 +12,6 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 
-import torch
-
 from experiments.removal import single
 from experiments.removal.bed import Bed
 from experiments.removal.found import Choice, Effort, Found, Tried, Work, scaled, tried
@@ -21,6 +19,7 @@ from interventions.removal import rivals
 from interventions.removal.optimise import Fit, FitSettings, constrained
 from interventions.removal.problem import RemovalProblem
 from interventions.removal.spans import BLOCK, LEADING, Span, random_like, rotated_within, span_of_rows
+from polca_edit.seeds import generator_for
 
 Iterative = Callable[[RemovalProblem, FitSettings, int], Fit]
 OUR_METHODS = (
@@ -69,7 +68,7 @@ def settings_of(method: str) -> list[FitSettings]:
 def iterative_methods(bed: Bed) -> dict[str, tuple[Iterative, int]]:
     """Iterative methods with the rank they search."""
     recorded = bed.span(block=BLOCK, per_block=LEADING)
-    generator = torch.Generator().manual_seed(bed.seed + 4242)
+    generator = generator_for(bed.seed, "removal spans")
     small = span_of_rows(bed.vectors.rows[: bed.settings.trajectory_vectors], "trajectory vectors")
     randomised = random_like(recorded, generator)
     rotated = rotated_within(recorded, bed.span(block=BLOCK), generator)

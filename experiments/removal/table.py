@@ -7,22 +7,20 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from experiments.application import run_application
 from experiments.removal.comparison import matched_damage, over_seeds
-from experiments.removal.found import Effort
 from experiments.removal.results import StudyResult
-from experiments.removal.rows import DoseCurve, RelearningCurve, Row
+from experiments.removal.rows import RelearningCurve, Row
 from experiments.report.formats import share
 from experiments.report.tables import Column
 from experiments.report.tables import table as drawn
-from interventions.removal.problem import Limits
 from polca_edit.artifacts import from_plain, to_plain
 from polca_edit.checkpoints.files import write_atomically, write_json
 
@@ -54,177 +52,74 @@ def merged(results: Sequence[StudyResult]) -> StudyResult:
     )
 
 
-# -- the small file --------------------------------------------------------------------------------
+#: What the small file keeps of a row and of a match; ``missed`` names the bounds that a row does not meet.
+ROW = (
+    "skill",
+    "method",
+    "seed",
+    "target_share",
+    "worst_off_share",
+    "worst_positive_share",
+    "accuracy",
+    "passes",
+)
+MATCH = ("seed", "skill", "goal", "rival", "ratio", "ratio_signed", "one_fifth")
 
 
-@dataclass(frozen=True)
-class ShortRow:
-    """What the small file keeps of a row; ``missed`` names the bounds that it does not meet."""
-
-    skill: str
-    method: str
-    seed: int
-    target_share: float
-    worst_off_share: float
-    worst_positive_share: float
-    accuracy: float
-    refit_kept: float
-    refit_kept_of_untrained: float
-    passes: float
-    met: bool
-    missed: tuple[str, ...]
-
-    @classmethod
-    def of(cls, row: Row) -> ShortRow:
-        """Of a row."""
-        return cls(
-            row.skill,
-            row.method,
-            row.seed,
-            target_share=rounded(row.target_share, 4),
-            worst_off_share=rounded(row.worst_off_share, 4),
-            worst_positive_share=rounded(row.worst_positive_share, 4),
-            accuracy=rounded(row.accuracy, 4),
-            refit_kept=rounded(row.refit.kept, 4),
-            refit_kept_of_untrained=rounded(row.refit.kept_of_untrained, 4),
-            passes=rounded(row.passes, 4),
-            met=row.met,
-            missed=tuple(sorted(name for name, met in row.checks.items() if not met)),
-        )
+def small(result: StudyResult) -> dict[str, object]:
+    """What table and figures need, as plain values: numbers to four digits, those of curves to three."""
+    plain = to_plain(result)
+    rows = [
+        {
+            **{key: row[key] for key in ROW},
+            "refit_kept": row["refit"]["kept"],
+            "refit_kept_of_untrained": row["refit"]["kept_of_untrained"],
+            "missed": sorted(name for name, met in row["checks"].items() if not met),
+        }
+        for row in plain["rows"]
+    ]
+    pareto = [
+        {
+            **curve,
+            "points": [{k: p[k] for k in ("target_share", "worst_positive_share")} for p in curve["points"]],
+        }
+        for curve in plain["pareto"]
+    ]
+    kept = {
+        "schema": "polca-edit/remove-skill/table-2",
+        "matched_damage": [{key: match[key] for key in MATCH} for match in plain["matched_damage"]],
+        "rows": rows,
+    }
+    curves = {"pareto": pareto, "relearning": medians(result.relearning)}
+    dropped = {"log", "workers", *curves}
+    whole = {key: value for key, value in {**plain, **kept}.items() if key not in dropped}
+    return {**rounded(whole, 4), **rounded(curves, 3)}
 
 
-@dataclass(frozen=True)
-class ShortPoint:
-    """One dose of a Pareto front."""
-
-    target_share: float
-    worst_positive_share: float
-
-
-@dataclass(frozen=True)
-class ShortCurve:
-    """One method's Pareto front on one skill and seed."""
-
-    skill: str
-    method: str
-    seed: int
-    points: tuple[ShortPoint, ...]
-
-    @classmethod
-    def of(cls, curve: DoseCurve) -> ShortCurve:
-        """Of a dose curve."""
-        points = (
-            ShortPoint(rounded(p.target_share, 3), rounded(p.worst_positive_share, 3)) for p in curve.points
-        )
-        return cls(curve.skill, curve.method, curve.seed, tuple(points))
-
-
-@dataclass(frozen=True)
-class MedianPoint:
-    """Median accuracy over seeds after some fine-tuning steps."""
-
-    step: int
-    accuracy: float
-
-
-@dataclass(frozen=True)
-class MedianCurve:
-    """Relearning of one method's edits of one skill, over seeds."""
-
-    skill: str
-    method: str
-    data: str
-    seeds: int
-    points: tuple[MedianPoint, ...]
-
-
-def medians(curves: Sequence[RelearningCurve]) -> tuple[MedianCurve, ...]:
-    """Relearning curves over seeds, in the order of their first seed."""
-    found = []
+def medians(curves: Sequence[RelearningCurve]) -> list[dict[str, object]]:
+    """Accuracy while relearning, median over seeds, in the order of the first seed."""
+    found: list[dict[str, object]] = []
     for skill, method, data in dict.fromkeys((c.skill, c.method, c.data) for c in curves):
         seeds = [c.points for c in curves if (c.skill, c.method, c.data) == (skill, method, data)]
-        points = tuple(
-            MedianPoint(points[0].step, rounded(statistics.median(p.accuracy for p in points), 3))
-            for points in zip(*seeds, strict=True)
-        )
-        found.append(MedianCurve(skill, method, data, len(seeds), points))
-    return tuple(found)
+        points = [
+            {"step": at[0].step, "accuracy": statistics.median(point.accuracy for point in at)}
+            for at in zip(*seeds, strict=True)
+        ]
+        found.append({"skill": skill, "method": method, "data": data, "seeds": len(seeds), "points": points})
+    return found
 
 
-@dataclass(frozen=True)
-class ShortMatch:
-    """Our best edit of a skill against the best tuned rival: ratios of what the worst other group loses."""
+def rounded(value: Any, digits: int) -> Any:
+    """Plain values with every float cut to so many significant digits.
 
-    seed: int
-    skill: str
-    goal: float
-    rival: str | None
-    ratio: float | None
-    ratio_signed: float | None
-    one_fifth: bool | None
-
-
-@dataclass(frozen=True)
-class ShortResult:
-    """The small file: what table and figures need."""
-
-    preset: str
-    effort: Effort
-    config: Mapping[str, object]
-    seeds: tuple[int, ...]
-    required: Mapping[str, Limits]
-    versions: Mapping[str, str]
-    hardware: Mapping[str, object]
-    wall_seconds: float
-    cpu_seconds: float
-    matched_damage: tuple[ShortMatch, ...]
-    rows: tuple[ShortRow, ...]
-    pareto: tuple[ShortCurve, ...]
-    relearning: tuple[MedianCurve, ...]
-    schema: str = "polca-edit/remove-skill/table-2"
-
-    @classmethod
-    def of(cls, result: StudyResult) -> ShortResult:
-        """Of a whole result; numbers are rounded to four digits, those of curves to three."""
-        matches = (
-            ShortMatch(
-                match.seed,
-                match.skill,
-                match.goal,
-                None if match.rival is None else match.rival.method,
-                None if match.ratio is None else rounded(match.ratio, 4),
-                None if match.ratio_signed is None else rounded(match.ratio_signed, 4),
-                match.one_fifth,
-            )
-            for match in result.matched_damage
-        )
-        return cls(
-            result.preset,
-            result.effort,
-            result.config,
-            result.seeds,
-            result.required,
-            result.versions,
-            result.hardware,
-            rounded(result.wall_seconds, 4),
-            rounded(result.cpu_seconds, 4),
-            tuple(matches),
-            tuple(ShortRow.of(row) for row in result.rows),
-            tuple(ShortCurve.of(curve) for curve in result.pareto),
-            medians(result.relearning),
-        )
-
-
-def rounded(value: float, digits: int) -> float:
-    """A number with so many significant digits.
-
-    >>> rounded(0.123456, 3), rounded(123456.0, 2)
-    (0.123, 120000.0)
+    >>> rounded({"a": [0.123456, 7]}, 3)
+    {'a': [0.123, 7]}
     """
-    return float(f"{value:.{digits}g}")
-
-
-# -- the table ---------------------------------------------------------------------------------------
+    if isinstance(value, dict):
+        return {key: rounded(item, digits) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item, digits) for item in value]
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -257,7 +152,7 @@ def removal_table(
     result = merged([from_plain(StudyResult, json.loads(file.read_text())) for file in files])
     text = markdown(result.rows)
     if json_ is not None:
-        write_json(json_, to_plain(ShortResult.of(result)))
+        write_json(json_, small(result))
     if table is not None:
         write_atomically(table, lambda part: part.write_text(text))
     typer.echo(text)

@@ -53,6 +53,7 @@ from polca_edit.artifacts import load_record, to_plain
 from polca_edit.basis.record import Basis
 from polca_edit.checkpoints.files import write_json
 from polca_edit.clusters.membership import fit_rule
+from polca_edit.seeds import generator_for
 from polca_edit.tokens import TokenSet
 
 # -- what is removed -------------------------------------------------------------------------------
@@ -109,7 +110,7 @@ def fit_stream(run: Run, size: int) -> Callable[[int], TokenSet]:
     parts = (run.task.splits.curvature, run.task.splits.select)
 
     def batch(step: int) -> TokenSet:
-        generator = torch.Generator().manual_seed(run.config.seed * 7_000_003 + step)
+        generator = generator_for(run.config.seed, "removal fit", step)
         if sums is not None:
             return sums.allowed(size, generator)
         part = parts[step % 2]

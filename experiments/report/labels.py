@@ -8,8 +8,8 @@ from markupsafe import Markup
 from rich.console import Console
 
 from experiments.report.answers import count_cell
+from experiments.report.blocks import Block, Section, paragraph
 from experiments.report.formats import count, decimal, highlighted
-from experiments.report.sections import Block, Section, paragraph
 from experiments.report.tables import Cell, Column, Table, table
 from experiments.run.label_records import (
     EXACT_LOSS,

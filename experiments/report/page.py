@@ -24,10 +24,11 @@ from experiments.report.answers import (
     bases_table,
     cluster_answers_table,
 )
-from experiments.report.chapter import MOST_COLUMNS, MOST_CURVES, MOST_SKILLS, chapter
+from experiments.report.blocks import Section
+from experiments.report.chapters.chapter import MOST_COLUMNS, MOST_CURVES, MOST_SKILLS, chapter
 from experiments.report.formats import count, decimal, listed, nats, number, share
 from experiments.report.labels import label_section
-from experiments.report.sections import Section, sections_of
+from experiments.report.sections import sections_of
 from experiments.report.style import Drawing, colours, theme_css
 from experiments.report.tables import Cell, Column, Table, table
 from experiments.report.view import NAMED_F1, RunView, read_run

@@ -5,57 +5,19 @@ A section is a title over blocks; a block is anything with ``__html__``: words, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
-
-from markupsafe import Markup
 
 from experiments.report.answers import share_cell
-from experiments.report.formats import MISSING, decimal, nats, share
-from experiments.report.style import Drawing
-from experiments.report.tables import Cell, Column, Table, table
-from experiments.report.verdicts import basis_table, verdict_table
-from experiments.report.view import NAMED_F1
+from experiments.report.blocks import Section, paragraph
+from experiments.report.chapters.discovery import discovery_section
+from experiments.report.chapters.verdicts import basis_table, verdict_table
+from experiments.report.formats import decimal, share
+from experiments.report.tables import Cell, Column, table
 from experiments.run.store import RunDirectory
 from experiments.run.summary.records import Summary
 from polca_edit.artifacts import load_record
-
-
-class Block(Protocol):
-    """A part of a section as HTML; whoever makes it escapes what came from data."""
-
-    def __html__(self) -> str: ...
-
-
-@dataclass(frozen=True)
-class Section:
-    """A chapter of the page.
-
-    Attributes:
-        title: heading.
-        blocks: what stands below it, in order.
-    """
-
-    title: str
-    blocks: Sequence[Block]
-
-    @property
-    def drawings(self) -> list[Drawing]:
-        """Its figures."""
-        return [block for block in self.blocks if isinstance(block, Drawing)]
-
-
-def paragraph(text: str) -> Markup:
-    """A paragraph of plain words."""
-    return Markup("<p>{}</p>").format(text)
-
-
-def note(text: str) -> Markup:
-    """A paragraph in small print."""
-    return Markup('<p class="note">{}</p>').format(text)
-
 
 # -- removals -------------------------------------------------------------------------------------
 
@@ -149,138 +111,6 @@ def causal_section(summary: Summary) -> Section | None:
     )
 
 
-# -- discovery ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class WindowRow:
-    """One stretch of training undone in the final model: skill -> share of headroom lost."""
-
-    start: int
-    end: int
-    norm: float
-    shares: dict[str, float]
-
-
-@dataclass(frozen=True)
-class FoundCluster:
-    """Tokens that many partial undo edits hurt alike.
-
-    Attributes:
-        name: short name.
-        tokens: how many.
-        skill: nearest known skill, None where there are none.
-        homogeneity: share of its tokens with that skill.
-        recall: share of the skill's tokens in it.
-        lift: homogeneity over what a random group would have.
-    """
-
-    name: str
-    tokens: int
-    skill: str | None = None
-    homogeneity: float | None = None
-    recall: float | None = None
-    lift: float | None = None
-
-    @property
-    def f1(self) -> float:
-        """F1 of homogeneity and recall, 0 where no skill is known."""
-        share, recall = self.homogeneity or 0.0, self.recall or 0.0
-        return 2 * share * recall / (share + recall) if share + recall else 0.0
-
-
-@dataclass(frozen=True)
-class AxisRow:
-    """A direction of a basis's span whose own movement hurts one skill most selectively when undone."""
-
-    basis: str
-    skill: str
-    damage: float
-    share: float | None
-    worst: str | None
-    worst_share: float | None
-
-
-@dataclass(frozen=True)
-class Discovery:
-    """``discovery.json`` of a run: what undoing training, without a basis chosen before, has found."""
-
-    timeline: tuple[WindowRow, ...] = ()
-    clusters: tuple[FoundCluster, ...] = ()
-    axes: tuple[AxisRow, ...] = ()
-
-
-def discovery_section(found: Discovery) -> Section:
-    """The chapter "Discovery": timeline, interventional clusters, skill axes; what is empty is left out."""
-    blocks: list[Block] = []
-    if found.timeline:
-        blocks += [
-            _heading("Timeline: which stretch of training each skill needs"),
-            timeline_table(found.timeline),
-        ]
-    if found.clusters:
-        blocks += [_heading("Tokens that are hurt together"), found_table(found.clusters)]
-    if found.axes:
-        blocks += [_heading("Skill axes (found with the skill's labels)"), axes_table(found.axes)]
-    return Section("Discovery", blocks)
-
-
-def _heading(text: str) -> Markup:
-    return Markup("<h3>{}</h3>").format(text)
-
-
-def timeline_table(rows: Sequence[WindowRow]) -> Table:
-    """Share of headroom that each skill loses when a window's movement is undone."""
-    skills = sorted({skill for row in rows for skill in row.shares})
-    cells = [
-        [
-            Cell(f"{row.start} to {row.end}", sort=row.start),
-            Cell(decimal(row.norm), sort=row.norm),
-            *(share_cell(row.shares.get(skill)) for skill in skills),
-        ]
-        for row in rows
-    ]
-    return table(["steps undone", "norm", *skills], cells)
-
-
-def found_table(rows: Sequence[FoundCluster]) -> Table:
-    """Interventional clusters; one carries a skill's name where it fits well enough."""
-    columns: list[Column | str] = [
-        "cluster",
-        "tokens",
-        Column("skill", left=True),
-        "homogeneity",
-        "recall",
-        "lift",
-    ]
-    cells: list[list[Cell | str]] = [
-        [
-            row.name,
-            Cell(str(row.tokens), sort=row.tokens),
-            row.skill if row.skill is not None and row.f1 >= NAMED_F1 else MISSING,
-            *(Cell(decimal(value), sort=value) for value in (row.homogeneity, row.recall, row.lift)),
-        ]
-        for row in rows
-    ]
-    return table(columns, cells)
-
-
-def axes_table(rows: Sequence[AxisRow]) -> Table:
-    """Skill axes with what undoing them costs the skill and the worst other one."""
-    columns: list[Column | str] = [
-        Column("span", left=True), Column("skill", left=True), "damage (nats)", "of headroom",
-        Column("worst other skill", left=True), "its share",
-    ]  # fmt: skip
-    cells: list[list[Cell | str]] = [
-        [
-            row.basis, row.skill, Cell(nats(row.damage), sort=row.damage), share_cell(row.share),
-            row.worst or MISSING, share_cell(row.worst_share),
-        ]
-        for row in rows
-    ]  # fmt: skip
-    return table(columns, cells)
-
-
 # -- which chapters a run has ---------------------------------------------------------------------
 
 
@@ -288,8 +118,7 @@ def sections_of(directory: RunDirectory, summary: Summary) -> Iterator[Section]:
     """Every added chapter that the run has records for."""
     if (causal := causal_section(summary)) is not None:
         yield causal
-    file = directory / "discovery.json"
-    if file.exists():
-        yield discovery_section(load_record(Discovery, file))
+    if (discovery := discovery_section(directory)) is not None:
+        yield discovery
     if (removals := removal_section(directory)) is not None:
         yield removals

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
+from experiments.discover.stages import run_signatures, run_timeline
 from experiments.run.keys import stage_names
 from experiments.run.run import Run
 from experiments.run.run_record import write_run_record
@@ -22,6 +23,8 @@ BODIES: dict[str, Callable[[Run, str], None]] = {
     "projections": run_projections,
     "clusters": run_clusters,
     "damage": run_damage,
+    "signatures": run_signatures,
+    "timeline": run_timeline,
     "evaluate": run_evaluate,
 }
 

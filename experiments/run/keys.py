@@ -32,8 +32,18 @@ def stage_names(config: RunConfig) -> list[str]:
         *(f"basis:{basis.label}" for basis in config.bases if basis.rotated),
         *(f"clusters:{label}" for label in labels),
         *(f"damage:{label}" for label in labels),
+        *(f"signatures:{name}" for name in signature_names(config)),
+        *(["timeline"] if config.discover.edits else []),
         "evaluate",
     ]
+
+
+def signature_names(config: RunConfig) -> list[str]:
+    """Bases whose movement is undone for interventional clusters: each alone, and all of them together."""
+    if not config.discover.edits:
+        return []
+    measured = [basis.label for basis in config.measured_bases()]
+    return [*measured, "+".join(measured)] if len(measured) > 1 else measured
 
 
 def data_key(config: RunConfig, contents: str) -> str:
@@ -86,5 +96,12 @@ def stage_key(config: RunConfig, contents: str, stage: str) -> str:
         return key_of("clusters", label, upstream(source), own)
     if kind == "damage":
         return key_of("damage", upstream(f"clusters:{label}"), settings["damage"])
+    if kind == "signatures":
+        bases = [(name, basis_key(config, contents, spec(name))) for name in label.split("+")]
+        own = [settings["discover"], settings["damage"]["reference"]]
+        return key_of("signatures", bases, data_key(config, contents), own)
+    if kind == "timeline":
+        found = [upstream(f"signatures:{name}") for name in signature_names(config)]
+        return key_of("timeline", found, settings["discover"])
     every = [upstream(f"clusters:{basis.label}") for basis in config.bases]
     return key_of("evaluate", every, settings["damage"])

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from interventions.causal.questions import Verdict
 from interventions.causal.settings import TestSettings
-from interventions.causal.statistics import Array, Bits
+from interventions.causal.statistics import Array
 from interventions.causal.test import CausalTable, judge_runs, measure_run
 from interventions.damage import EvaluatedSplit
 from polca_edit.checkpoints.opening import open_checkpoints
 from polca_edit.clusters.hypotheses import Hypothesis, TokenGroup
 from polca_edit.derivatives.objective import Objective
 from polca_edit.observation import Observation
+from polca_edit.seeds import generator_for
 from polca_edit.tokens import TokenSet
 
 
@@ -153,9 +154,9 @@ def slot_tokens(names: Sequence[str], inputs: Tensor) -> TokenSet:
     return replace(tokens, skills={name: tokens.position_of == k for k, name in enumerate(names)})
 
 
-def strengths(seed: int, documents: int = 50) -> Tensor:
+def strengths(seed: int, bed: str, documents: int = 50) -> Tensor:
     """(documents, 1) factors on a document's losses, .5 to 1.5: documents differ, answers do not."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_for(seed, bed, "strengths")
     return 0.5 + torch.rand(documents, 1, generator=generator, dtype=torch.float64)
 
 
@@ -245,8 +246,3 @@ def axes(count: int, size: int) -> Float[Tensor, "count size"]:
 def worst(values: Sequence[float] | Sequence[Array] | Array | Tensor) -> float:
     """Largest absolute value."""
     return float(np.abs(np.asarray(values)).max())
-
-
-def group_bits(world: World, name: str) -> Bits:
-    """(M,) tokens with a label, as numpy booleans."""
-    return np.asarray(world.split.tokens.skills[name].numpy())

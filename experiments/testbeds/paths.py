@@ -31,6 +31,7 @@ from experiments.testbeds.base import (
 from interventions.edits import project_out, reverse, transplant
 from polca_edit.basis.record import unlabelled
 from polca_edit.observation import observe
+from polca_edit.seeds import generator_for
 
 #: Dimensions, most of them idle, rows of the span, and further skills beside the one that is tested.
 SIZE, ROWS, OTHERS = 400, 12, 4
@@ -59,7 +60,7 @@ def gate_world(gate: Gate, seed: int, *, room: float, observed: bool = False) ->
 
     Coordinates 8 to 11 carry the other skills, all others may be the gate's; beyond ``ROWS`` all are idle.
     """
-    generator = torch.Generator().manual_seed(300 + seed)
+    generator = generator_for(seed, gate.name)
     idle = 0.2 * torch.randn(SIZE, generator=generator, dtype=torch.float64)
     idle[:ROWS] = 0.0
     idle[8 : 8 + OTHERS] = 1.0
@@ -71,7 +72,7 @@ def gate_world(gate: Gate, seed: int, *, room: float, observed: bool = False) ->
         return inputs * torch.cat([gate.loss(theta)[None], others])
 
     names = (gate.name, *(f"other{k}" for k in range(OTHERS)))
-    split = landscape_split(losses, thetas, slot_tokens(names, strengths(300 + seed)))
+    split = landscape_split(losses, thetas, slot_tokens(names, strengths(seed, gate.name)))
     span = axes(ROWS, SIZE)
     pairs = tuple(
         labelled_pair(name, span, vectors, gate.name, partners=partners)
@@ -97,7 +98,7 @@ def _straight(end: Sequence[float], start: Sequence[float] | None = None) -> lis
 
 def loop_sides(seed: int) -> tuple[float, float]:
     """Sides of the rectangle of T3."""
-    p, q = 0.6 + 0.4 * torch.rand(2, generator=torch.Generator().manual_seed(30 + seed), dtype=torch.float64)
+    p, q = 0.6 + 0.4 * torch.rand(2, generator=generator_for(seed, "T3"), dtype=torch.float64)
     return float(p), float(q)
 
 
@@ -221,7 +222,8 @@ def void_world(seed: int) -> World:
     aim = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
 
     def loss(theta: Tensor) -> Tensor:
-        return 2 * (theta[:3] / theta[:3].norm() - aim).square().sum()
+        found: Tensor = 2 * (theta[:3] / theta[:3].norm() - aim).square().sum()
+        return found
 
     thetas = _straight([2.0, 0.0, 0.0], start=[0.5, 0.8, 0.3])
     gate = Gate("direction", loss, thetas, (("length", (0,), (1, 2)),))

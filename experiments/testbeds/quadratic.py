@@ -18,6 +18,7 @@ from experiments.testbeds.base import (
     assess,
     at_least,
     at_most,
+    axes,
     bed_result,
     between,
     labelled_pair,
@@ -27,14 +28,15 @@ from experiments.testbeds.base import (
     strengths,
     worst,
 )
-from interventions.controls import displace, random_frame
+from interventions.controls import random_frame
 from interventions.damage import EvaluatedSplit
-from interventions.edits import Movement, composed, project_out, reverse, rollback, transplant
-from polca_edit.allocation.allocate import Projections, allocate, project
+from interventions.edits import Movement, composed, displace, project_out, reverse, rollback, transplant
+from polca_edit.allocation import allocate as allocation
 from polca_edit.basis.record import unlabelled
 from polca_edit.clusters.density import ClusterSettings
 from polca_edit.clusters.hypotheses import Hypothesis, TokenGroup
 from polca_edit.observation import ObserveSettings, observe
+from polca_edit.seeds import generator_for
 from polca_edit.tokens import TokenSet
 
 LAMBDAS = torch.tensor([8.0, 4.0, 2.0, 1.0, 0.5, 0.25], dtype=torch.float64)
@@ -50,8 +52,9 @@ def separable_world(seed: int, *, reached: float, observed: bool = False) -> Wor
 
     h is the strength of a document. Rows: the six skills and six of the idle directions.
     """
-    g = torch.Generator().manual_seed(100 + seed)
-    frame = orthonormal(46, 2000, g)
+    g = generator_for(seed, "T1")
+    # Along axes other skills' projected losses stay at zero exactly; elsewhere their rounding is clustered.
+    frame = axes(46, 2000) if observed else orthonormal(46, 2000, g)
     skills, span = frame[:6], frame[:12]
     target = reached * MINIMUM * skills.sum(0) + torch.randn(40, generator=g, dtype=torch.float64) @ frame[6:]
 
@@ -59,12 +62,12 @@ def separable_world(seed: int, *, reached: float, observed: bool = False) -> Wor
         return inputs * (0.5 * LAMBDAS * (skills @ theta - MINIMUM) ** 2)
 
     thetas = [target * (t / 10) for t in range(11)]
-    split = landscape_split(losses, thetas, slot_tokens(SKILLS, strengths(100 + seed)))
+    split = landscape_split(losses, thetas, slot_tokens(SKILLS, strengths(seed, "T1")))
     pairs = [labelled_pair(SKILLS[k], span, (k,), SKILLS[k]) for k in range(6)]
     pairs.append(_half_a_parent(span, split.tokens))
     if not observed:
         return World(split, tuple(pairs), split.tokens.skills)
-    return _observed_world(split, span)
+    return _observed_world(split, span, seed)
 
 
 def _half_a_parent(span: Tensor, tokens: TokenSet) -> Hypothesis:
@@ -74,9 +77,9 @@ def _half_a_parent(span: Tensor, tokens: TokenSet) -> Hypothesis:
     return Hypothesis("half of skill0", span[:1], group, "own", "planted", (0,), span=span)
 
 
-def _observed_world(split: EvaluatedSplit, span: Tensor) -> World:
+def _observed_world(split: EvaluatedSplit, span: Tensor, seed: int) -> World:
     """POLCA's own pairs of the planted rows, found on other documents (question A)."""
-    select = replace(slot_tokens(SKILLS, strengths(9)), features={})
+    select = replace(slot_tokens(SKILLS, strengths(seed, "T1 select")), features={})
     select, unseen = (
         replace(t, features={"slot": t.position_of.numpy().astype(str)}) for t in (select, split.tokens)
     )
@@ -122,7 +125,7 @@ def separable_identities(draws: int) -> list[Check]:
 
 def _shares_in_span(split: EvaluatedSplit, rows: Tensor, draws: int) -> list[Check]:
     """95th percentile of n_j / sum n over rotations of the planted span: loud and quiet skills alike."""
-    g = torch.Generator().manual_seed(5)
+    g = generator_for(0, "T1 rotations")
     table = []
     for _ in range(draws):
         row = random_frame(len(rows), 1, g) @ rows
@@ -189,7 +192,7 @@ def _answers(bed: str, variant: str, expected: str, answers: Sequence[str]) -> B
 def bed_t2(settings: BedSettings) -> list[BedResult]:
     """T2: a random symmetric Hessian per token and a straight path; nothing is drawn."""
     del settings
-    g = torch.Generator().manual_seed(7)
+    g = generator_for(0, "T2")
     size, count = 8, 40
     draw = torch.randn(count, size, size, generator=g, dtype=torch.float64)
     hessians = (draw + draw.transpose(1, 2)) / 2
@@ -201,13 +204,13 @@ def bed_t2(settings: BedSettings) -> list[BedResult]:
     def losses(theta: Tensor, inputs: Tensor) -> Tensor:
         return 0.5 * torch.einsum("i,bpij,j->bp", theta, hessians[inputs], theta) + slopes[inputs] @ theta
 
-    def projected(intervals: int, scale: float = 1.0) -> Projections:
+    def projected(intervals: int, scale: float = 1.0) -> allocation.Projections:
         split = landscape_split(losses, [end * (t / intervals) for t in range(intervals + 1)], tokens)
         basis = [unlabelled("planted", rows)]
-        return project(split.loss, split.series, basis, tokens, derivative_scale=scale)[0]
+        return allocation.project(split.loss, split.series, basis, tokens, derivative_scale=scale)[0]
 
     split = landscape_split(losses, [end * (t / 10) for t in range(11)], tokens)
-    exact = allocate(projected(10), "trapezoid")
+    exact = allocation.allocate(projected(10), "trapezoid")
     given = exact.values.sum(0).numpy()
     lost = np.stack([split.damage(project_out(split, row)).change.numpy() for row in rows])
     gained = np.stack([split.gain(transplant(split, row)).numpy() for row in rows])
@@ -215,8 +218,11 @@ def bed_t2(settings: BedSettings) -> list[BedResult]:
     bent = np.einsum("ki,mij,j->km", rows.numpy(), hessians.numpy(), end.numpy())
     own = np.einsum("ki,mij,kj->km", rows.numpy(), hessians.numpy(), rows.numpy()) * moved[:, None]
     cross = 0.5 * moved[:, None] * (bent - own)
-    errors = [worst(allocate(projected(n), "first_order").values.sum(0).numpy() - given) for n in (20, 40)]
-    wrong = allocate(projected(10, 1.1), "trapezoid")
+    errors = [
+        worst(allocation.allocate(projected(n), "first_order").values.sum(0).numpy() - given)
+        for n in (20, 40)
+    ]
+    wrong = allocation.allocate(projected(10, 1.1), "trapezoid")
     surfaced = float(wrong.quadrature_error.sum(0).abs().mean() / wrong.exact.sum(0).abs().mean())
     checks = (
         at_most("|A + (D + S) / 2| per token", worst(given + (lost + gained) / 2), 1e-9),

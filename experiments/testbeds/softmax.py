@@ -30,9 +30,10 @@ from polca_edit.clusters.density import ClusterSettings
 from polca_edit.clusters.hypotheses import Hypothesis, TokenGroup
 from polca_edit.derivatives.objective import Objective
 from polca_edit.observation import ObserveSettings, observe
+from polca_edit.seeds import generator_for
 from polca_edit.tokens import TokenSet
 
-SAMPLES, INPUTS, CLASSES, STEPS, EVERY = 1000, 60, 8, 120, 6
+SAMPLES, CLUMPED, INPUTS, CLASSES, STEPS, EVERY = 1000, 600, 60, 8, 120, 6
 PER_DOCUMENT, PROTOTYPES = 5, 10
 #: Share of tokens that make a direction's cluster, and directions of one random basis.
 SHARE, VECTORS = 0.3, 10
@@ -125,23 +126,25 @@ def train_regression(seed: int, *, clumped: bool) -> Regression:
         seed: of teacher and data.
         clumped: inputs lie around a few prototypes, so that any direction finds clusters (question A).
     """
-    g = np.random.default_rng(7000 + seed)
+    g = np.random.default_rng([seed, int(clumped)])
     teacher = 2 * g.normal(size=(CLASSES, INPUTS)) / np.sqrt(INPUTS)
     centres = g.normal(size=(PROTOTYPES, INPUTS))
 
+    count = CLUMPED if clumped else SAMPLES
+
     def draw() -> Samples:
-        prototype = g.integers(PROTOTYPES, size=SAMPLES)
-        x = g.normal(size=(SAMPLES, INPUTS))
+        prototype = g.integers(PROTOTYPES, size=count)
+        x = g.normal(size=(count, INPUTS))
         x = centres[prototype] + 0.3 * x if clumped else x
         chance = softmax(x @ teacher.T).cumsum(1)
-        return Samples(x, (chance > g.random((SAMPLES, 1))).argmax(1), prototype)
+        return Samples(x, (chance > g.random((count, 1))).argmax(1), prototype)
 
     data, select, evaluate = draw(), draw(), draw()
     weights, path = np.zeros((CLASSES, INPUTS)), []
     for step in range(STEPS + 1):
         if step % EVERY == 0:
             path.append(weights.copy())
-        weights = weights - 0.5 * (softmax(data.x @ weights.T) - data.one_hot).T @ data.x / SAMPLES
+        weights = weights - 0.5 * (softmax(data.x @ weights.T) - data.one_hot).T @ data.x / count
     module = nn.Linear(INPUTS, CLASSES, bias=False, dtype=torch.float64)
     loss = Objective(module, token_loss, batch_size=4096)
     flat = {EVERY * t: torch.from_numpy(point).flatten() for t, point in enumerate(path)}
@@ -205,7 +208,7 @@ def bed_t7(settings: BedSettings) -> list[BedResult]:
     random, trap = [], []
     rng = np.random.default_rng(2)
     for seed, run in enumerate(runs):
-        g = torch.Generator().manual_seed(70 + seed)
+        g = generator_for(seed, "T7")
         rows = [orthonormal(VECTORS, CLASSES * INPUTS, g) for _ in range(bases)]
         pairs = [pair for number, own in enumerate(rows) for pair in pairs_of(run, own, f"random{number}")]
         random += tested(run, pairs, settings, seed)
@@ -242,10 +245,17 @@ def _planted_result(planted: Sequence[Verdict]) -> BedResult:
     return BedResult("T7", f"{len(planted)} class directions", "selective", observed, (check,))
 
 
-def aligned_in(seed: int, settings: BedSettings) -> Aligned:
-    """A for one random basis of one run on clumped inputs, through the whole chooser."""
-    run = train_regression(100 + seed, clumped=True)
-    rows = orthonormal(VECTORS, CLASSES * INPUTS, torch.Generator().manual_seed(seed))
+def aligned_in(seed: int, settings: BedSettings, *, planted: bool) -> Aligned:
+    """A for one basis of one run on clumped inputs, through the whole chooser.
+
+    Args:
+        seed: of the run.
+        settings: of the self-test.
+        planted: the basis is that of the class directions instead of a random one.
+    """
+    run = train_regression(seed, clumped=True)
+    drawn = orthonormal(CLASSES, CLASSES * INPUTS, generator_for(seed, "T7 basis"))
+    rows = class_rows(run) if planted else drawn
     clusters = ClusterSettings(drop_rising_vectors=False, min_samples_share=0.02, algorithm="generic")
     basis = unlabelled("random", rows)
     seen = observe(
@@ -257,7 +267,7 @@ def aligned_in(seed: int, settings: BedSettings) -> Aligned:
 
 
 def _aligned_result(settings: BedSettings) -> BedResult:
-    found = [aligned_in(seed, settings) for seed in range(settings.seeds)]
+    found = [aligned_in(seed, settings, planted=False) for seed in range(settings.seeds)]
     yes = sum(a.answer == "yes" for a in found)
     checks: list[Check] = [
         at_most("bases that A calls special", yes, binomial_bound(len(found), 0.05)),

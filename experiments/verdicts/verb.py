@@ -48,7 +48,7 @@ def causal_test(
     Examples: `polca-edit test runs/demo` ·
     `polca-edit test runs/demo runs/demo-1 --basis hessian --out studies/demo --json -`
     """
-    from experiments.report.verdicts import print_verdicts
+    from experiments.report.chapters.verdicts import print_verdicts
     from experiments.run.run import load_run
     from experiments.run.summary.records import TestedFile
     from experiments.run.summary.write import write_summary

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -50,8 +51,9 @@ class Aligned:
         statistic: mean own entry of the double-centred matrix n(vector, cluster).
         p: by permuting clusters among vectors.
         rotated: the statistic of rotated bases, observed and clustered anew.
-        rotated_p: rank among them, of the statistic on the same tokens (those of the null).
+        rotated_p: rank of ``compared`` among them.
         auc: vector -> AUC of its damage for membership in its own clusters.
+        compared: the statistic on the null's tokens, which rotated bases are measured on.
     """
 
     answer: Answer
@@ -60,6 +62,7 @@ class Aligned:
     rotated: tuple[float, ...]
     rotated_p: float | None
     auc: Mapping[int, float]
+    compared: float = float("nan")
 
 
 @dataclass(frozen=True)
@@ -125,12 +128,33 @@ def own_entry(matrix: NDArray[np.float64], owner: Sequence[int]) -> float:
     return float(double_centred(matrix)[list(owner), np.arange(matrix.shape[1])].mean())
 
 
-def share_matrix(changes: Sequence[Array], headroom: Array, masks: Sequence[Bits]) -> NDArray[np.float64]:
-    """(vectors, clusters) share n of every cluster under every vector; zero without headroom."""
-    table = np.stack(masks).astype(np.float64)
-    room = table @ np.maximum(headroom, 0.0)
+def own_share(
+    changes: Sequence[Array], headroom: Array, masks: Sequence[Bits], owner: Sequence[int], floor: float
+) -> tuple[NDArray[np.float64], list[int]]:
+    """(vectors, clusters) share n of every cluster under every vector, and the clusters' own vectors.
+
+    Clusters whose headroom is below max(floor, 3 standard errors) are left out: a share of next to nothing
+    says nothing, and one of them would outweigh all others.
+
+    Args:
+        changes: per vector (M,) damage, nats.
+        headroom: (M,) nats.
+        masks: per cluster (M,) members.
+        owner: per cluster its vector's place among ``changes``.
+        floor: least mean headroom, nats per token.
+    """
+    usable = [i for i, mask in enumerate(masks) if _has_headroom(headroom[mask], floor)]
+    if not usable:
+        return np.zeros((len(changes), 0)), []
+    table = np.stack([masks[i] for i in usable]).astype(np.float64)
     lost = np.stack([capped(change, headroom) for change in changes]) @ table.T
-    return np.asarray(lost / np.where(room > 0, room, np.inf))
+    return np.asarray(lost / (table @ np.maximum(headroom, 0.0))), [owner[i] for i in usable]
+
+
+def _has_headroom(headroom: Array, floor: float) -> bool:
+    if len(headroom) < 2:
+        return False
+    return float(headroom.mean()) >= max(floor, 3 * float(headroom.std(ddof=1)) / math.sqrt(len(headroom)))
 
 
 def aligned_tokens(
@@ -161,10 +185,12 @@ def aligned_tokens(
     changes = [bench.change(project_out(bench.split, rows[v])) for v in vectors]
     masks = [members[pair.name] for pair in pairs]
     owner = [vectors.index(pair.vectors[0]) for pair in pairs]
-    matrix = share_matrix(changes, bench.headroom, masks)
-    own = own_entry(matrix, owner)
+    matrix, kept_owner = own_share(changes, bench.headroom, masks, owner, settings.headroom_floor)
+    if len(set(kept_owner)) < 3:
+        return Aligned("not asked", float("nan"), None, (), None, {})
+    own = own_entry(matrix, kept_owner)
     generator = np.random.default_rng(settings.seed + 3)
-    drawn = [own_entry(matrix, generator.permutation(owner).tolist()) for _ in range(PERMUTATIONS)]
+    drawn = [own_entry(matrix, generator.permutation(kept_owner).tolist()) for _ in range(PERMUTATIONS)]
     p = rank_p(own, np.array(drawn))
     auc = {
         v: _auc(changes[k], np.any([m for m, o in zip(masks, owner, strict=True) if o == k], axis=0))
@@ -175,16 +201,22 @@ def aligned_tokens(
         rotated = _rotated(bench, observation, settings, progress)
     # Rotated bases are measured on the null's tokens, so the basis is compared with them there.
     kept = bench.kept
-    there = share_matrix([c[kept] for c in changes], bench.headroom[kept], [m[kept] for m in masks])
-    compared = own_entry(there, owner)
-    rank = rank_p(compared, np.array(rotated)) if rotated else None
+    there, there_owner = own_share(
+        [c[kept] for c in changes],
+        bench.headroom[kept],
+        [m[kept] for m in masks],
+        owner,
+        settings.headroom_floor,
+    )
+    compared = own_entry(there, there_owner) if there_owner else float("nan")
+    rank = rank_p(compared, rotated) if rotated and there_owner else None
     if rank is None:
         answer: Answer = "unclear" if p < settings.level else "no"
     elif compared < float(np.median(rotated)):
         answer = "no"
     else:
         answer = "yes" if p < settings.level and rank <= settings.level else "unclear"
-    return Aligned(answer, own, p, tuple(rotated), rank, auc)
+    return Aligned(answer, own, p, tuple(rotated), rank, auc, compared)
 
 
 def _auc(change: Array, members: Bits) -> float:
@@ -239,5 +271,5 @@ def rotated_statistic(
     rows = (turn.to(seen.basis.rows) @ seen.basis.rows)[vectors]
     split = bench.nulls
     changes = list(split.changes(project_out(split, row) for row in rows).numpy())
-    room = split.headroom.double().numpy()
-    return own_entry(share_matrix(changes, room, masks), owner)
+    matrix, kept = own_share(changes, split.headroom.double().numpy(), masks, owner, settings.headroom_floor)
+    return own_entry(matrix, kept) if len(set(kept)) >= 3 else None

@@ -27,6 +27,7 @@ from interventions.removal.optimise import FitSettings, constrained, edit_of
 from interventions.removal.problem import Limits, RemovalProblem, score
 from interventions.removal.searches import DOSE_MARGIN, match_dose
 from interventions.removal.spans import Span
+from polca_edit.seeds import generator_for
 from polca_edit.tokens import TokenSet
 
 #: A skill by the name of its label, a mask of the split's tokens, or groups by a rule of one's own.
@@ -203,7 +204,7 @@ def draws(tokens: TokenSet, size: int, seed: int = 0) -> Callable[[int], TokenSe
     """Fit batches from sequences at hand: a fresh draw without replacement at every step."""
 
     def batch(step: int) -> TokenSet:
-        generator = torch.Generator().manual_seed(seed * 7_000_003 + step)
+        generator = generator_for(seed, "removal fit", step)
         return tokens.select(torch.randperm(tokens.sequences, generator=generator)[:size])
 
     return batch

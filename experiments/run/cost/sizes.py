@@ -174,6 +174,7 @@ def stage_costs(sizes: Sizes, speeds: Speeds, config: RunConfig) -> list[StageCo
         seconds = runs * select * speeds.forward + 2 * speeds.read
         stored = vectors * s.select_tokens * FLOAT
         stages.append(StageCost(f"damage:{spec.label}", runs * select, 0, 2 * weights, stored, seconds))
+    stages += _discovery_cost(speeds, config, select)
     runs = 2 + s.vectors
     seconds = runs * evaluate * speeds.forward + 2 * speeds.read
     stages.append(StageCost("evaluate", runs * evaluate, 0, 2 * weights, 0, seconds))
@@ -181,6 +182,23 @@ def stage_costs(sizes: Sizes, speeds: Speeds, config: RunConfig) -> list[StageCo
     reads = len(s.bases) * (s.checkpoints + 1)
     stages.append(StageCost("summary", 0, 0, reads * weights, 0, 0.0))
     return stages
+
+
+def _discovery_cost(speeds: Speeds, config: RunConfig, select: int) -> list[StageCost]:
+    """Signatures of every measured basis and the windows of the timeline: forward passes alone."""
+    edits, pieces = config.discover.edits, config.discover.windows
+    if not edits:
+        return []
+    found = []
+    for number, spec in enumerate(config.measured_bases()):
+        # The first one also undoes every contiguous window of training.
+        runs = 2 + edits + (pieces * (pieces + 1) // 2 if number == 0 else 0)
+        seconds = runs * select * speeds.forward
+        found.append(StageCost(f"signatures:{spec.label}", runs * select, 0, 0, 0, seconds))
+    # Equal, doubling and proposed windows, each beside one random movement.
+    runs = 2 + 2 * (2 * pieces + 10)
+    found.append(StageCost("timeline", runs * select, 0, 0, 0, runs * select * speeds.forward))
+    return found
 
 
 def _basis_cost(

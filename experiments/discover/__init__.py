@@ -1,0 +1,1 @@
+"""Discovery by intervention in a run: timeline, interventional clusters, skill axes, blocking."""

@@ -1,0 +1,1 @@
+"""Chapters of the page: one per basis, causal verdicts, discovery."""

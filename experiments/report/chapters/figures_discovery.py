@@ -1,0 +1,99 @@
+"""Figures of discovery: the causal timeline, and one axis over training and over the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+from experiments.report.style import FIXED_INK, GREY, PALE, SLATE, WIDTH, new_figure, styled
+from interventions.discovery.timeline import Timeline, WindowEffect
+from interventions.discovery.when_where import WhenWhere
+
+TIMELINE_CAPTION = (
+    "Which stretch of training each skill needs. Above: mean loss of each group, in nats. Below: the "
+    "movement of each stretch undone in the final model, and the share of its headroom that each group "
+    "loses; it takes what was learned in the stretch and what builds on it. Small numbers: random movements "
+    "of the same norm."
+)
+AXIS_CAPTION = (
+    "The axis of {target} in the {basis} span. Left: its coordinate over training beside the loss of the "
+    "group. Middle: share of the group lost when only one stretch's movement along the axis is undone. "
+    "Right: share of the effect in each part of the model."
+)
+
+
+@styled()
+def timeline_figure(timeline: Timeline, hues: Mapping[str, str], kind: str = "equal") -> Figure:
+    """Loss curves over a map of windows and groups, one above the other on the same steps.
+
+    Args:
+        timeline: of a run.
+        hues: group -> colour; others are grey.
+        kind: of the windows that are shown.
+    """
+    effects = timeline.of_kind(kind)
+    names = [name for name in timeline.order() if all(name in e.shares for e in effects)]
+    figure = new_figure(2.6 + 0.26 * len(names), WIDTH)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2.0, max(1.0, 0.24 * len(names))])
+    for name in names:
+        colour = hues.get(name, GREY)
+        style = "-" if name in hues else ":"
+        above.plot(timeline.steps, timeline.curves[name], style, color=colour, linewidth=1.2, label=name)
+    above.set_ylabel("loss (nats)")
+    above.legend(ncols=min(8, len(names)), loc="upper right")
+    _window_map(below, effects, names)
+    below.set_xlabel("optimiser step of the stretch that is undone")
+    return figure
+
+
+def _window_map(axes: Axes, effects: Sequence[WindowEffect], names: Sequence[str]) -> None:
+    edges = [effects[0].window.start, *(e.window.end for e in effects)]
+    values = np.array([[e.shares[name] for e in effects] for name in names])
+    scale = Normalize(0, 1)
+    axes.pcolormesh(
+        edges, np.arange(len(names) + 1), np.clip(values, 0, 1), cmap="Reds", norm=scale, edgecolors=PALE
+    )
+    for row, name in enumerate(names):
+        for effect in effects:
+            middle = (effect.window.start + effect.window.end) / 2
+            value = effect.shares[name]
+            dark = "white" if value > 0.6 else FIXED_INK
+            axes.text(middle, row + 0.42, f"{value:.2f}", ha="center", va="center", fontsize=8, color=dark)
+            random = effect.random_shares.get(name)
+            if random is not None:
+                axes.text(
+                    middle, row + 0.8, f"{random:.2f}", ha="center", va="center", fontsize=5.5, color=dark
+                )
+    axes.set_yticks(np.arange(len(names)) + 0.5, names)
+    axes.invert_yaxis()
+    axes.tick_params(length=0)
+
+
+@styled()
+def axis_figure(when: WhenWhere) -> Figure:
+    """One axis: coordinate and loss over training, windows along it, parts of the model."""
+    figure = new_figure(2.3, WIDTH)
+    left, middle, right = figure.subplots(1, 3, width_ratios=[1.4, 1.0, 1.0])
+    net = when.coordinate[-1] or 1.0
+    left.plot(when.steps, np.array(when.coordinate) / net, color=SLATE, linewidth=1.4)
+    left.set_ylabel("coordinate (share of net)", color=SLATE)
+    left.set_xlabel("optimiser step")
+    loss = left.twinx()
+    loss.plot(when.steps, when.losses, color=GREY, linewidth=1.0, linestyle="--")
+    loss.set_ylabel("loss (nats)")
+    loss.spines["right"].set_visible(True)
+    _bars(middle, list(when.windows), list(when.windows.values()), "share lost, stretch undone")
+    top = sorted(when.parts.items(), key=lambda item: -item[1])[:8]
+    _bars(right, [name for name, _ in top], [value for _, value in top], "share of the effect")
+    return figure
+
+
+def _bars(axes: Axes, names: Sequence[str], values: Sequence[float], label: str) -> None:
+    axes.barh(np.arange(len(names)), values, color=SLATE)
+    axes.set_yticks(np.arange(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel(label)
