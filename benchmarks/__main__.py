@@ -152,9 +152,9 @@ def main() -> None:
         torch.set_num_threads(given.threads)
     sizes = dict(QUICK if given.quick else FULL)
     if given.checkpoints is not None:
-        if given.checkpoints < 2:
+        if given.checkpoints < 3:
             parser.error(
-                f"--checkpoints must be at least 2, got {given.checkpoints}; leave it out for the preset"
+                f"--checkpoints must be at least 3, got {given.checkpoints}; leave it out for the preset"
             )
         sizes["checkpoints"] = given.checkpoints
     result = run(sizes, given.clock, lambda text: print(text, flush=True))

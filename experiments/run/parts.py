@@ -57,14 +57,6 @@ def carried_cost(parts: Path) -> Spent | None:
     return load_record(Spent, path) if path.exists() else None
 
 
-def spent_on(parts: Path) -> dict[str, float]:
-    """Passes of all tries of a stage together; empty if nothing was noted."""
-    for name in ("spent.json", "cost.json"):
-        if (parts / name).exists():
-            return load_record(Spent, parts / name).passes
-    return {}
-
-
 def part_path(parts: Path, index: int) -> Path:
     """File of a finished part."""
     return parts / f"part-{index:05d}.safetensors"

@@ -80,13 +80,6 @@ class SignalRow:
     displacement: float | None = None
 
 
-@dataclass(frozen=True)
-class Signal:
-    """All combinations of all seeds."""
-
-    rows: tuple[SignalRow, ...]
-
-
 def signal_rows(
     run: Run, kind: str, measured: OnSelect, split: EvaluatedSplit, min_share: float
 ) -> Iterator[SignalRow]:
@@ -172,7 +165,7 @@ def carry_signal(
         run = open_run(config, out / preset / f"seed{seed}", say)
         rows.extend(seed_rows(run, trained_series(run), vectors, min_share, say))
         tables = [signal_table(rows)]
-        publish(json_, "carry-signal/2", config, range(seed + 1), Signal(tuple(rows)), tables)
+        publish(json_, "carry-signal/2", config, range(seed + 1), {"rows": rows}, tables)
     show(tables)
 
 

@@ -9,7 +9,6 @@ report. It resumes like any run. ``--preset`` and ``--set`` make it smaller for 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -22,23 +21,6 @@ from experiments.report.tables import Table, table
 from experiments.run.store import RunDirectory, StageRecord
 from experiments.study.results import publish, show
 from experiments.verbs.pipeline import execute
-
-
-@dataclass(frozen=True)
-class Timing:
-    """What a run took.
-
-    Attributes:
-        parameters: of the model.
-        seconds: of all stages.
-        seconds_of_this_call: less where stages had been finished before.
-        stages: their records, in the order of their names.
-    """
-
-    parameters: int
-    seconds: float
-    seconds_of_this_call: float
-    stages: tuple[StageRecord, ...]
 
 
 def stages_table(stages: tuple[StageRecord, ...]) -> Table:
@@ -72,16 +54,16 @@ def paper_scale(
     summary = execute(preset, out, overrides, None, False)
     assert summary is not None
     stages = tuple(RunDirectory(out).stage_records())
-    found = Timing(
-        summary["model"]["parameters"],
-        sum(stage.seconds for stage in stages),
-        time.perf_counter() - started,
-        stages,
-    )
+    contents = {
+        "parameters": summary["model"]["parameters"],
+        "seconds": sum(stage.seconds for stage in stages),
+        "seconds_of_this_call": time.perf_counter() - started,
+        "stages": stages,
+    }
     tables = [stages_table(stages)]
     show(tables)
     config = load_config(preset, overrides)
-    publish(json_ or out / "timing.json", "paper-scale/2", config, [seed], found, tables)
+    publish(json_ or out / "timing.json", "paper-scale/2", config, [seed], contents, tables)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def publish(
         study: name and version of what is in it, ``NAME/NUMBER``.
         config: of its first run.
         seeds: of its runs.
-        contents: record of its rows; its fields become keys.
+        contents: what else the file holds: a record, whose fields become keys, or a mapping.
         tables: made from them.
     """
     if file is None:

@@ -9,7 +9,6 @@ of projections. Seeds, depth, width and order of checkpoints: further runs and t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,17 +35,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     "one layer less": {"model.layers": 1},
     "half as wide": {"model.d_model": 64, "model.d_mlp": 256},
 }
-
-
-@dataclass(frozen=True)
-class Multiverse:
-    """What all branches say together.
-
-    Attributes:
-        survival: conclusion -> how often it holds.
-    """
-
-    survival: dict[str, Survival]
 
 
 def run_branches(
@@ -108,7 +96,7 @@ def robustness(
         results.extend(run_branches(run, projections, strides_of(checkpoints), shape))
         found = survival(results)
         tables = [survival_table(found)]
-        publish(json_, "robustness/2", plans[0][1], range(seeds), Multiverse(found), tables)
+        publish(json_, "robustness/2", plans[0][1], range(seeds), {"survival": found}, tables)
     show(tables)
     if figure is not None:
         draw_survival(found, figure)
