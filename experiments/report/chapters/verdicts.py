@@ -110,6 +110,6 @@ def print_verdicts(
     for _, verdict in rows:
         if verdict.word in ("selective", "carrier"):
             console.print(f"  {verdict.word}: {verdict.sentence}", highlight=False, markup=False)
-    for name, found in answers.items():
-        text = f"  basis {name}: clustered tokens are the ones hurt: {found['A']}; axes special: {found['P']}"
+    for name, given in answers.items():
+        text = f"  basis {name}: clustered tokens are the ones hurt: {given['A']}; axes special: {given['P']}"
         console.print(text, highlight=False, markup=False)
