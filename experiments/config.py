@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from experiments.tasks import resolved
 
 
 class Section(BaseModel):
@@ -186,7 +188,8 @@ class DiscoverConfig(Section):
 class RunConfig(Section):
     """Everything a run depends on."""
 
-    task: Literal["arithmetic", "text"] = "arithmetic"
+    task: str = Field("arithmetic", description="a shipped task by name, or FILE.py:FUNCTION")
+    options: dict[str, Any] = Field({}, description="given to the task's build, by name")
     seed: int = Field(0, ge=0)
     device: str = "cpu"
     threads: int | None = Field(None, ge=1, description="torch threads; default all cores")
@@ -212,6 +215,11 @@ class RunConfig(Section):
     breakthrough_delta: int = Field(100, ge=1)
     damage: DamageConfig = DamageConfig()
     discover: DiscoverConfig = DiscoverConfig()
+
+    @field_validator("task")
+    @classmethod
+    def _known_task(cls, task: str) -> str:
+        return resolved(task)
 
     @model_validator(mode="after")
     def _unique(self) -> RunConfig:

@@ -11,23 +11,19 @@ import torch
 import typer
 from torch import Tensor
 
-from experiments.removal.skills import GROUPS, SKILL_GROUPS, arithmetic_logits, assign_groups, skill_rule
 from experiments.report.page import write_report
 from experiments.run.machine import hardware, versions
 from experiments.run.run import Run, load_run
 from experiments.run.run_record import open_evaluate
 from experiments.run.stages.clusters import ClusterRecord
-from experiments.tasks.arithmetic import data_of
 from interventions.damage import EvaluatedSplit
 from interventions.edit_files import save_edit
 from interventions.edits import Edit
 from interventions.removal.grouped import (
     GroupedSplit,
     GroupRule,
-    LogitFunction,
     Predictor,
     labelled,
-    next_token_logits,
 )
 from interventions.removal.measures import Judgement
 from interventions.removal.optimise import FitSettings
@@ -60,13 +56,14 @@ from polca_edit.tokens import TokenSet
 
 
 def skill_groups(run: Run, skill: str) -> GroupRule:
-    """Groups of a named skill: digit and carry for sums, skill against the rest elsewhere.
+    """Groups of a named skill: those of the task's partition, or the skill against all others.
 
     Raises:
         ValueError: for a skill the run does not know.
     """
-    if run.task.name == "arithmetic" and skill in SKILL_GROUPS:
-        return skill_rule(skill)
+    partition = run.task.partition
+    if partition is not None and skill in partition.skills:
+        return partition.rule(skill)
     known = run.task.splits.select.skills
     if skill not in known:
         raise ValueError(f"a skill must be one this run labels, got '{skill}'; known are {sorted(known)}")
@@ -74,7 +71,7 @@ def skill_groups(run: Run, skill: str) -> GroupRule:
 
 
 def cluster_groups(run: Run, cluster: str) -> GroupRule:
-    """Members of one cluster by its rule on input features; everyone else by digit and carry, or one group.
+    """Members of one cluster by its rule on input features; everyone else by partition, or one group.
 
     No skill label decides membership, and the rule never sees a loss, so it holds on any tokens.
 
@@ -93,11 +90,12 @@ def cluster_groups(run: Run, cluster: str) -> GroupRule:
     if not vector < len(labels) or not bool((labels[vector] == index).any()):
         raise ValueError(f"cluster {cluster} does not exist in this run; see 'polca-edit inspect'")
     rule = fit_rule(run.task.splits.select, labels[vector] == index, seed=run.config.seed)
-    sums = run.task.name == "arithmetic"
-    rest = GROUPS if sums else ("(rest)",)
+    partition = run.task.partition
+    rest = ("(rest)",) if partition is None else partition.names
 
     def assign(tokens: TokenSet) -> Tensor:
-        groups = assign_groups(tokens) + 1 if sums else torch.ones(tokens.count, dtype=torch.long)
+        ones = torch.ones(tokens.count, dtype=torch.long)
+        groups = ones if partition is None else partition.assign(tokens) + 1
         groups[rule.assign(tokens)] = 0
         return groups
 
@@ -105,14 +103,14 @@ def cluster_groups(run: Run, cluster: str) -> GroupRule:
 
 
 def fit_stream(run: Run, size: int) -> Callable[[int], TokenSet]:
-    """Batches for the fit: fresh sums off select and evaluate, or draws from curvature and select."""
-    sums = data_of(run.config) if run.task.name == "arithmetic" else None
+    """Batches for the fit: new sequences that training may see, or draws from curvature and select."""
+    fresh = run.task.fresh
     parts = (run.task.splits.curvature, run.task.splits.select)
 
     def batch(step: int) -> TokenSet:
         generator = generator_for(run.config.seed, "removal fit", step)
-        if sums is not None:
-            return sums.allowed(size, generator)
+        if fresh is not None:
+            return fresh(size, generator)
         part = parts[step % 2]
         return part.select(torch.randperm(part.sequences, generator=generator)[:size])
 
@@ -222,7 +220,12 @@ def removed(
     run: Run, rules: Sequence[GroupRule], plan: RemovalPlan, span: Span
 ) -> tuple[Edit, list[Removal]]:
     """Every target removed in order and judged on the evaluate split, which the caller has opened."""
-    logits: LogitFunction = arithmetic_logits if run.task.name == "arithmetic" else next_token_logits
+    logits = run.task.logits
+    if logits is None:
+        raise ValueError(
+            f"removal measures accuracy and KL, task '{run.task.name}' gives no logits; return 'logits' in "
+            "its TaskDefinition"
+        )
     splits, batch = run.task.splits, fit_stream(run, plan.budget.sequences)
     split = EvaluatedSplit(run.objective, run.checkpoints(), splits.select)
 

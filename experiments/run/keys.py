@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from experiments.config import BasisConfig, RunConfig
+from experiments.tasks import own_task
 from polca_edit.artifacts import key_of
 
 #: Raised when stage bodies change so that results of earlier code no longer stand.
@@ -48,13 +49,19 @@ def signature_names(config: RunConfig) -> list[str]:
 
 def data_key(config: RunConfig, contents: str) -> str:
     """Hash of what decides a run's weights and its splits."""
-    settings = config.model_dump(mode="json")
+    settings, own = config.model_dump(mode="json"), own_task(config.task)
     sections: dict[str, Any] = {}
     for name in ("task", "seed", "model", config.task, "training", "checkpoints"):
-        value = settings[name]
+        value = settings.get(name)
         if isinstance(value, dict):
-            value = {key: own for key, own in value.items() if key not in PATHS.get(name, ())}
+            value = {key: part for key, part in value.items() if key not in PATHS.get(name, ())}
         sections[name] = value
+    if own is not None:
+        sections.pop(config.task, None)
+        sections["task"] = own.function
+    # Only where they are given: keys of runs without them stay as they are.
+    if config.options:
+        sections["options"] = settings["options"]
     return key_of(SCHEMA, sections, contents)
 
 

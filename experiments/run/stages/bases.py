@@ -17,7 +17,6 @@ from experiments.run.parts import Ledger, kept_parts, kept_products, mapped_rows
 from experiments.run.run import Run
 from experiments.run.stages.rotated import turned
 from experiments.run.stages.training import trained_series
-from experiments.tasks import arithmetic
 from polca_edit.allocation.allocate import Projections
 from polca_edit.artifacts import load_record, save_record
 from polca_edit.basis import build
@@ -111,7 +110,7 @@ def basis_inputs(run: Run, checkpoints: Checkpoints, settings: EigenSettings) ->
         checkpoints,
         run.task.splits.curvature,
         settings,
-        arithmetic.output_logits if run.config.task == "arithmetic" else None,
+        run.task.logits,
         build.recorded_second_moments(folder, run.task.space, run.config.training.betas[1]),
     )
 
