@@ -95,7 +95,10 @@ def run_study(
         exploratory,
         tuple(verdict_row(row, why.get(row.name, "")) for row in table.rows),
         tuple(basis_row(answer, seed) for answer, seed in answers),
-        tuple(Untested(left.name, left.reason) for left in table.untested),
+        tuple(
+            Untested(left.name, left.reason)
+            for left in (*(left for found in chosen for one in found for left in one.left), *table.untested)
+        ),
         tuple(control for control in controls if control is not None),
         settings.test,
         {label: runs[0].key(f"clusters:{label}") for label in settings.bases},
