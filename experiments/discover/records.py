@@ -58,7 +58,8 @@ class ClusterRow:
         basis: names of the vectors that were undone, several joined by ``+``.
         cluster: number, largest first.
         tokens: members.
-        name: parent and at most two conditions with precision and recall, or "unnamed" with its commonest skill.
+        name: parent and at most two conditions with precision and recall, or "unnamed" with its commonest
+            skill.
         homogeneity: skill -> share of the cluster's tokens with it.
         recall: skill -> share of its tokens in the cluster.
         f1: skill -> harmonic mean of the two.
@@ -187,6 +188,7 @@ class DiscoverSettings:
         part: select sequences on which free edits are fitted and axes cut by time and place.
         window: steps of the movement that is undone; None: the whole run.
         targets: only these skills; None: every known skill and every found cluster.
+        groups: file of token groups that join the labels.
     """
 
     bases: tuple[str, ...]
@@ -197,6 +199,7 @@ class DiscoverSettings:
     part: int = 64
     window: tuple[int, int] | None = None
     targets: tuple[str, ...] | None = None
+    groups: str | None = None
 
 
 @dataclass(frozen=True)
@@ -250,14 +253,14 @@ def cluster_file(directory: Path, name: str) -> Path:
     return directory / "discover" / f"clusters-{name}.json"
 
 
-def timeline_file(directory: Path) -> Path:
-    """Where the timeline of a run lies."""
-    return directory / "discover" / "timeline.json"
+def timeline_file(directory: Path, suffix: str = "") -> Path:
+    """Where the timeline of a run lies, or that of a window."""
+    return directory / "discover" / f"timeline{suffix}.json"
 
 
-def discovery_file(directory: Path) -> Path:
-    """Where a run keeps its result."""
-    return directory / "discovery.json"
+def discovery_file(directory: Path, suffix: str = "") -> Path:
+    """Where a run keeps its result, or that of a window."""
+    return directory / f"discovery{suffix}.json"
 
 
 def load_discovery(directory: Path) -> DiscoverResult | None:

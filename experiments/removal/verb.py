@@ -11,7 +11,10 @@ import torch
 import typer
 from torch import Tensor
 
+from experiments.config import parse_window
 from experiments.report.page import write_report
+from experiments.run.groups import with_groups
+from experiments.run.guard import existing
 from experiments.run.machine import hardware, versions
 from experiments.run.run import Run, load_run
 from experiments.run.run_record import open_evaluate
@@ -22,6 +25,7 @@ from interventions.edits import Edit
 from interventions.removal.grouped import (
     GroupedSplit,
     GroupRule,
+    LogitFunction,
     Predictor,
     labelled,
 )
@@ -117,12 +121,26 @@ def fit_stream(run: Run, size: int) -> Callable[[int], TokenSet]:
     return batch
 
 
-def edit_span(run: Run, basis: str | None) -> Span:
-    """All recorded displacements and Hessian vectors by groups of neurons, or one stored basis."""
+def edit_span(run: Run, basis: str | None, window: tuple[int, int] | None = None) -> Span:
+    """All recorded displacements and Hessian vectors by groups of neurons, or one stored basis.
+
+    Args:
+        run: with checkpoints.
+        basis: name of a stored basis.
+        window: steps of the displacements that are taken; Hessian vectors are left out then.
+    """
     if basis is not None:
         return span_of_rows(load_record(Basis, run.directory.basis(basis)).rows, f"basis {basis}")
-    checkpoints = run.checkpoints()
+    checkpoints = run.observed(window)
     rows = stacked_displacements([checkpoints[index].clone() for index in range(len(checkpoints))])
+    if window is not None:
+        return span_by_tensor(
+            rows,
+            run.task.space,
+            f"movement of steps {window[0]} to {window[1]} by groups of neurons",
+            block=BLOCK,
+            per_block=LEADING,
+        )
     stored = [run.directory.basis(b.label) for b in run.config.bases if b.kind == "hessian"]
     rows = torch.cat([rows, *(load_record(Basis, path).rows for path in stored if path.exists())])
     return span_by_tensor(
@@ -216,16 +234,25 @@ class RemovalFile:
     seed: int
 
 
-def removed(
-    run: Run, rules: Sequence[GroupRule], plan: RemovalPlan, span: Span
-) -> tuple[Edit, list[Removal]]:
-    """Every target removed in order and judged on the evaluate split, which the caller has opened."""
-    logits = run.task.logits
-    if logits is None:
+def logits_of(run: Run) -> LogitFunction:
+    """The task's logits.
+
+    Raises:
+        ValueError: for a task without.
+    """
+    if run.task.logits is None:
         raise ValueError(
             f"removal measures accuracy and KL, task '{run.task.name}' gives no logits; return 'logits' in "
             "its TaskDefinition"
         )
+    return run.task.logits
+
+
+def removed(
+    run: Run, rules: Sequence[GroupRule], plan: RemovalPlan, span: Span
+) -> tuple[Edit, list[Removal]]:
+    """Every target removed in order and judged on the evaluate split, which the caller has opened."""
+    logits = logits_of(run)
     splits, batch = run.task.splits, fit_stream(run, plan.budget.sequences)
     split = EvaluatedSplit(run.objective, run.checkpoints(), splits.select)
 
@@ -263,6 +290,10 @@ def remove(
         str | None,
         typer.Option(help="Search this basis's span only (default: all recorded movement)."),
     ] = None,
+    window: Annotated[str | None, typer.Option(help="Search the movement of steps START:END only.")] = None,
+    groups: Annotated[
+        Path | None, typer.Option(help="Token groups: .npz or JSON, name -> booleans over the select tokens.")
+    ] = None,
     target: Annotated[float, typer.Option(min=0.0, max=1.0, help="Damage wanted, share of headroom.")] = 0.99,
     off: Annotated[float, typer.Option(min=0.0, help="Damage allowed to any other group.")] = 0.005,
     kl: Annotated[float, typer.Option(min=0.0, help="KL to the original allowed, nats.")] = 0.05,
@@ -276,20 +307,24 @@ def remove(
         raise ValueError("give either --skill NAME or --cluster BASIS:VECTOR:CLUSTER")
     if budget not in BUDGETS:
         raise ValueError(f"--budget must be one of {', '.join(BUDGETS)}, got '{budget}'")
-    opened = load_run(run)
+    if basis is not None and window is not None:
+        raise ValueError("--basis and --window both say where to search, got both; give one of them")
+    opened = with_groups(load_run(run), groups, typer.echo)
+    logits_of(opened)
     if cluster is not None:
         rules = [cluster_groups(opened, cluster)]
     else:
         rules = [skill_groups(opened, name) for name in skill or []]
     names = tuple(rule.skill for rule in rules)
-    span, tokens = edit_span(opened, basis), opened.task.splits.evaluate.fingerprint()
+    span, tokens = edit_span(opened, basis, parse_window(window)), opened.task.splits.evaluate.fingerprint()
     plan = RemovalPlan(names, Limits(target, off, kl), BUDGETS[budget], span.kind, tokens)
-    opening = open_evaluate(opened, plan, by="remove")
-    edit, removals = removed(opened, rules, plan, span)
     path = out or run / "edits" / "+".join(n.replace(":", "-").replace("@", "-at-") for n in names)
-    record = _written(opened, path, edit, removals, plan, opening.exploratory)
-    if path.parent == run / "edits" and (run / "summary.json").exists():
-        write_report(opened.directory, lambda _: None)
+    with existing(run):
+        opening = open_evaluate(opened, plan, by="remove")
+        edit, removals = removed(opened, rules, plan, span)
+        record = _written(opened, path, edit, removals, plan, opening.exploratory)
+        if path.parent == run / "edits" and (run / "summary.json").exists():
+            write_report(opened.directory, lambda _: None)
     if record.missed:
         for sentence in record.missed:
             typer.echo(f"polca-edit: {sentence}", err=True)

@@ -39,6 +39,7 @@ class Run:
         objective: derivatives of the loss.
         say: where lines for the reader go.
         contents: hash of every file the config names and of the task's source.
+        groups: hash of a file of token groups that was added for one verb; stages never see it.
     """
 
     directory: RunDirectory
@@ -47,6 +48,7 @@ class Run:
     objective: Objective
     say: Say
     contents: str
+    groups: str = ""
 
     @classmethod
     def from_task(
@@ -95,7 +97,8 @@ class Run:
             name: under which it is kept.
             *depends: records and plain values, such as settings and the fingerprints of inputs.
         """
-        return key_of(keys.SCHEMA, name, keys.data_key(self.config, self.contents), depends)
+        own = [self.groups] if self.groups else []
+        return key_of(keys.SCHEMA, name, keys.data_key(self.config, self.contents), depends, *own)
 
     def settings(self) -> ObserveSettings:
         """Allocation and clustering settings."""
@@ -111,6 +114,10 @@ class Run:
         if given is not None:
             return given.require()
         return open_checkpoints(self.directory.checkpoints, self.task.space).require()
+
+    def observed(self, window: tuple[int, int] | None = None) -> Checkpoints:
+        """The checkpoints of a window of training, by default the config's, by default all."""
+        return self.checkpoints().within(window or self.config.window)
 
 
 def _file_of(function: Callable[..., object]) -> str:
@@ -154,7 +161,9 @@ def open_run(config: RunConfig, out: Path, say: Say = print) -> Run:
     Raises:
         ValueError: if ``out`` is not a directory this tool may write into.
     """
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "config.yaml").exists())):
+    # Hidden files: the lock, and what a killed process had not finished writing.
+    held = [p for p in out.iterdir() if not p.name.startswith(".")] if out.is_dir() else []
+    if (out.exists() and not out.is_dir()) or (held and not (out / "config.yaml").exists()):
         raise ValueError(f"'{out}' must be new, empty or an earlier run; choose another --out")
     return _opened(config, RunDirectory(out), say, write=True)
 
@@ -169,12 +178,17 @@ def load_run(out: Path, say: Say = print) -> Run:
         raise ValueError(
             f"'{out}' must be a run directory with a config.yaml; give the --out of an earlier run"
         )
-    return _opened(load_config(out / "config.yaml"), RunDirectory(out), say, write=False)
+    config, directory = load_config(out / "config.yaml"), RunDirectory(out)
+    directory.require_whole()
+    return _opened(config, directory, say, write=False)
 
 
 def _opened(config: RunConfig, directory: RunDirectory, say: Say, *, write: bool) -> Run:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    given = config.checkpoints
+    if given is not None and not Path(given.directory).exists():
+        raise ValueError(f"checkpoints must exist, '{given.directory}' does not; check the path")
     contents = Contents(directory / "contents.json")
     digest = contents.of_config(config)
     key = key_of(keys.SCHEMA, "tokenizer", keys.data_key(config, digest))
@@ -189,7 +203,10 @@ def _opened(config: RunConfig, directory: RunDirectory, say: Say, *, write: bool
         digest = key_of(digest, task.fingerprint)
         _compare_own(config, directory, task, say, write=write)
     if write:
+        directory.unseal()
         write_atomically(directory / "config.yaml", lambda part: part.write_text(dump_config(config)))
+        if task.fingerprint is not None:
+            save_record(directory / "task.json", _own_record(config, task))
         contents.save()
         if task.tokenizer is not None and tokenizer is None:
             _keep_tokenizer(directory, key, task.tokenizer)
@@ -202,9 +219,7 @@ def _compare_own(config: RunConfig, directory: RunDirectory, task: Task, say: Sa
     Raises:
         ValueError: if the run is only read and the file changed since it was made.
     """
-    own, path = own_task(config.task), directory / "task.json"
-    source = "" if own is None else own_source(own.file)
-    now = OwnTaskRecord(config.task, source, config.seed, dict(config.options), task.fingerprint)
+    now, path = _own_record(config, task), directory / "task.json"
     before = load_record(OwnTaskRecord, path) if path.exists() else None
     if before is not None and (before.source, before.fingerprint) != (now.source, now.fingerprint):
         same_settings = (before.seed, before.options) == (now.seed, now.options)
@@ -221,9 +236,14 @@ def _compare_own(config: RunConfig, directory: RunDirectory, task: Task, say: Sa
         if same_settings:
             say(f"  the task file {what} since this run was made: its stages are run again")
     if write:
-        save_record(path, now)
         for note in task.notes:
             say(f"  {note}")
+
+
+def _own_record(config: RunConfig, task: Task) -> OwnTaskRecord:
+    own = own_task(config.task)
+    source = "" if own is None else own_source(own.file)
+    return OwnTaskRecord(config.task, source, config.seed, dict(config.options), task.fingerprint)
 
 
 def _kept_tokenizer(directory: RunDirectory, key: str) -> Tokenizer | None:

@@ -78,7 +78,7 @@ def build(config: RunConfig, tokenizer: object = None) -> Task:
     splits, parents = splits_of(definition, config.seed), tuple(definition.parents)
     for name, tokens in vars(splits).items():
         _check_parents(parents, tokens, name)
-    _check_loss(definition, splits.select)
+    _check_loss(own.file, definition, splits.select)
     draws = None
     if definition.training is not None:
         held_out = frozenset({*rows_of(splits.select.inputs), *rows_of(splits.evaluate.inputs)})
@@ -226,11 +226,11 @@ def _check_parents(parents: tuple[str, ...], tokens: TokenSet, split: str) -> No
             )
 
 
-def _check_loss(definition: TaskDefinition, tokens: TokenSet) -> None:
+def _check_loss(file: Path, definition: TaskDefinition, tokens: TokenSet) -> None:
     """One loss a slot, finite, at the initial weights."""
     rows = tokens.inputs[:2]
     with torch.no_grad():
-        losses = definition.token_loss(definition.module, rows)
+        losses = _guarded(file, lambda: definition.token_loss(definition.module, rows), "token_loss")
     wanted = tuple(tokens.scored[:2].shape)
     if not isinstance(losses, Tensor) or tuple(losses.shape) != wanted:
         got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__

@@ -74,6 +74,7 @@ def execute(
     from experiments.report.labels import print_labels
     from experiments.report.page import write_report
     from experiments.run.driver import run_stages
+    from experiments.run.guard import writing
     from experiments.run.keys import stage_names
     from experiments.run.labels import write_labels
     from experiments.run.run import open_run
@@ -88,15 +89,16 @@ def execute(
     if dry_run:
         say(f"{out}: would run {', '.join(names)}, summary, report")
         return None
-    opened = open_run(resolved, out, say)
-    say(
-        f"polca-edit: task {opened.task.name}, {opened.task.space.size:,} parameters, "
-        f"seed {resolved.seed}, into {out}"
-    )
-    run_stages(opened, redo or ())
-    labels = write_labels(opened) if opened.task.name == "text" else {}
-    summary = write_summary(opened)
-    page = write_report(opened.directory, say)
+    with writing(out, repairs=True):
+        opened = open_run(resolved, out, say)
+        say(
+            f"polca-edit: task {opened.task.name}, {opened.task.space.size:,} parameters, "
+            f"seed {resolved.seed}, into {out}"
+        )
+        run_stages(opened, redo or ())
+        labels = write_labels(opened) if opened.task.name == "text" else {}
+        summary = write_summary(opened)
+        page = write_report(opened.directory, say)
     say(f"  {'total':<24} {time.perf_counter() - started:7.1f} s")
     print_summary(opened.directory, console)
     print_labels(labels, console)
@@ -125,6 +127,9 @@ def run(
     checkpoints: Annotated[
         str | None, typer.Option(help="Open these checkpoints instead of training.")
     ] = None,
+    window: Annotated[
+        str | None, typer.Option(help="Observe and undo the training of steps START:END only.")
+    ] = None,
     device: Device = None,
     engine: Annotated[str | None, typer.Option(help="Where derivative work runs: local or ray.")] = None,
     address: Annotated[str | None, typer.Option(help="Ray head node for --engine ray.")] = None,
@@ -148,6 +153,7 @@ def run(
         seed=seed,
         text__file=text,
         checkpoints__directory=checkpoints,
+        window=window,
         device=device,
         engine=engine,
         engine_address=address,
