@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import itertools
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def read_token_ids(path: str | Path, *, separator: int = 0, limit: int | None = 
         raise ValueError(f"a token file must exist, '{path}' does not; check the path after --text")
     try:
         ids = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+    except Exception as error:  # numpy parses the header as Python, which may fail in any way
         raise ValueError(f"'{path}' must be an .npy array of token ids ({error}); use numpy.save") from error
     return documents_from_array(ids, separator=separator)[:limit]
 
@@ -97,7 +98,7 @@ class _lines:
     def _read(self) -> Iterator[str]:
         try:
             yield from self.handle
-        except (UnicodeDecodeError, OSError, EOFError) as error:
+        except (UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
             raise ValueError(f"'{self.path}' must be UTF-8 text or its gzip ({error}); convert it") from error
 
     def __exit__(self, *_: object) -> None:
