@@ -74,6 +74,7 @@ class Task:
             causal test; None where the task does not know how.
         tags: gold part-of-speech tags of the select tokens, where the text has them.
         tokenizer: what was trained on the text, None where there is none of its own.
+        notes: what was found when the task was built (order of checkpoints, text kept), for the reader.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Task:
     plant: Plant | None = None
     tags: GoldTags | None = None
     tokenizer: Tokenizer | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def batch_loss(self) -> BatchLoss | None:
@@ -104,7 +106,7 @@ class Task:
             return None
         return open_checkpoints(
             given.directory,
-            self.space,
+            self.module,
             names=given.pattern,
             step_pattern=given.step_pattern,
             reference=given.reference,
