@@ -31,6 +31,16 @@ def parameter_slots(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield (f"{path}.{name}" if path else name), parameter
 
 
+def saved_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Floating-point buffers of a module's state dict (running statistics): no parameters, part of its loss.
+
+    >>> sorted(saved_buffers(nn.BatchNorm1d(2)))
+    ['running_mean', 'running_var']
+    """
+    kept = module.state_dict()
+    return {name: b for name, b in module.named_buffers() if name in kept and b.is_floating_point()}
+
+
 def _refuse_shared_memory(parameters: Mapping[str, nn.Parameter]) -> None:
     """A flat vector cannot hold two values for one memory cell (joint and split attention weights)."""
     sharing: dict[int, list[str]] = {}

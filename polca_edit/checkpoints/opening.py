@@ -28,7 +28,7 @@ from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.checkpoints.step_names import step_of
 from polca_edit.checkpoints.survey import Revision, by_step, find_revisions, whole_revisions
 from polca_edit.checkpoints.tensor_names import stored_names
-from polca_edit.parameters import ParameterSpace, parameter_slots
+from polca_edit.parameters import ParameterSpace, parameter_slots, saved_buffers
 
 #: Weights already in memory: a state dict, or a flat vector (N,).
 Weights = Mapping[str, Tensor] | Tensor
@@ -96,7 +96,7 @@ def open_checkpoints(
     files = partial(_from_files, opened=opened, reference=reference, skip_damaged=skip_damaged)
     if isinstance(source, str | Path):
         if SeriesFolder(Path(source)).index.exists():
-            return _taken(_recorded(Path(source), opened.space, skip_damaged), steps)
+            return _taken(_recorded(Path(source), opened, skip_damaged), steps)
         return _taken(files(find_revisions(source, names=names, step_pattern=step_pattern)), steps)
     if isinstance(source, Mapping):
         return _taken(_listed(list(source), list(source.values()), opened, files), steps)
@@ -147,11 +147,8 @@ class _Opened:
     ) -> _Opened:
         if isinstance(model, ParameterSpace):
             return cls(model, None, {}, load, None)
-        kept = model.state_dict()
-        buffers = {name: b for name, b in model.named_buffers() if name in kept and b.is_floating_point()}
-        return cls(
-            ParameterSpace.from_module(model), model, buffers, load, getattr(model, "adapter_start", None)
-        )
+        space, start = ParameterSpace.from_module(model), getattr(model, "adapter_start", None)
+        return cls(space, model, saved_buffers(model), load, start)
 
     def refuse_other_buffers(self, tensors: Mapping[str, Tensor]) -> None:
         """An error for a stored buffer that is not the model's: losses would be of neither checkpoint."""
@@ -243,7 +240,8 @@ def _refuse_live_weights(states: Sequence[Mapping[str, Tensor]], space: Paramete
         )
 
 
-def _recorded(directory: Path, space: ParameterSpace, skip_damaged: bool) -> Checkpoints:
+def _recorded(directory: Path, opened: _Opened, skip_damaged: bool) -> Checkpoints:
+    space = opened.space
     folder = SeriesFolder(directory)
     index = folder.read_index()
     if index.fingerprint not in (None, space.fingerprint()):
@@ -258,6 +256,12 @@ def _recorded(directory: Path, space: ParameterSpace, skip_damaged: bool) -> Che
             f"'{directory}' must hold every step of its index, {missing[:5]} are missing; copy it again"
         )
     kept = whole_revisions(every, skip_damaged=skip_damaged)
+
+    def read(number: int) -> Mapping[str, Tensor]:
+        tensors = read_weights(kept[number].path)
+        opened.refuse_other_buffers(tensors)
+        return tensors
+
     rates = None
     if index.learning_rates is not None:
         rate_at = dict(zip(index.steps, index.learning_rates, strict=True))
@@ -265,7 +269,7 @@ def _recorded(directory: Path, space: ParameterSpace, skip_damaged: bool) -> Che
     return Checkpoints(
         space,
         tuple(revision.step for revision in kept),
-        lambda i: read_weights(kept[i].path),
+        read,
         rates,
         index.weight_decay,
         str(directory),
@@ -332,6 +336,15 @@ def _read_checked(name: str, path: Path, opened: _Opened) -> Mapping[str, Tensor
     tensors = _named_weights(path, opened)
     opened.compare(name, path, tensors)
     return tensors
+
+
+def read_checkpoint(path: Path | str, model: nn.Module | ParameterSpace) -> Mapping[str, Tensor]:
+    """One checkpoint's tensors under the names of a model, as every series reads them; no loss is compared.
+
+    Raises:
+        ValueError: for a parameter that is missing, unknown or quantised, or other buffers than the model's.
+    """
+    return _named_weights(Path(path), _Opened.of(model))
 
 
 def _named_weights(path: Path, opened: _Opened) -> Mapping[str, Tensor]:
