@@ -99,14 +99,7 @@ class TokenSet:
                 "give one row per sequence"
             )
         ids = ids.cpu().long()
-        filled = (ids < 0) if padding is None else (ids < 0) | (ids == padding)
-        filled = filled.flip(1).cumprod(1).flip(1).bool()
-        if bool((ids[~filled] < 0).any()):
-            raise ValueError(
-                f"ids below zero must stand at the end of rows, got {int(ids[~filled].min())} before a "
-                "token; give the inputs, not the labels"
-            )
-        ids = ids.masked_fill(ids < 0, 0)
+        ids, filled = _without_padding(ids, padding)
         if scored is None:
             scored = torch.ones(ids.shape[0], ids.shape[1] - 1, dtype=torch.bool)
         if scored.shape != ids[:, 1:].shape:
@@ -191,6 +184,18 @@ class TokenSet:
     def batches(self, batch_size: int) -> list[Tensor]:
         """Consecutive row indices, at most ``batch_size`` sequences each (the last may be shorter)."""
         return list(torch.arange(self.sequences).split(batch_size))
+
+
+def _without_padding(ids: Int[Tensor, "S L"], padding: int | None) -> tuple[Tensor, Tensor]:
+    """(ids that an embedding takes, which of them only fill a row up at its end)."""
+    filled = (ids < 0) if padding is None else (ids < 0) | (ids == padding)
+    filled = filled.flip(1).cumprod(1).flip(1).bool()
+    if bool((ids[~filled] < 0).any()):
+        raise ValueError(
+            f"ids below zero must stand at the end of rows, got {int(ids[~filled].min())} before a token; "
+            "give the inputs, not the labels"
+        )
+    return ids.masked_fill(ids < 0, 0), filled
 
 
 @dataclass(frozen=True)

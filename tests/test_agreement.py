@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import ARCHITECTURES, folders, gpt2, llama, made, neox, plain_weights
+from tiny_models import ARCHITECTURES, bloom, folders, gpt2, llama, made, mixtral, neox, plain_weights
 
 from polca_edit.checkpoints.agreement import LARGEST_DIFFERENCE, Agreement, compare, evaluating
 from polca_edit.checkpoints.huggingface_models import load_causal_lm, ready_for_derivatives
@@ -102,6 +102,28 @@ def test_a_head_stored_untied_is_loaded_untied(tmp_path):
     # A tied model cannot stand for it: refused, not one of the two values taken.
     with pytest.raises(ValueError, match="untied"):
         open_checkpoints(tmp_path, made(gpt2, 0))[0]
+
+
+@pytest.mark.parametrize("name", ["bloom", "mixtral", "checkpointing", "sdpa"])
+def test_models_without_forward_mode_fall_back_to_a_right_route(name):
+    """Central differences are the oracle of slopes, differences of gradients of curvature."""
+    makers = {"bloom": bloom, "mixtral": mixtral}
+    model = made(makers.get(name, llama), 1, attn_implementation="eager" if name == "bloom" else "sdpa")
+    if name == "checkpointing":
+        model.gradient_checkpointing_enable()
+    inputs = torch.randint(2, 61, (2, 8), generator=torch.Generator().manual_seed(1))
+    loss, said = ready_for_derivatives(model, inputs)
+    assert said != "ready"
+    space, tokens = ParameterSpace.from_module(model), TokenSet.from_ids(inputs)
+    objective, theta = Objective(model, loss, space), space.read(model)
+    row = torch.randn(1, space.size, generator=torch.Generator().manual_seed(2))
+    row /= row.norm()
+    slopes = objective.directional(theta, row, tokens)[1]
+    ahead, behind = (objective.losses(theta + s * row[0], tokens) for s in (1e-2, -1e-2))
+    torch.testing.assert_close(slopes[0], (ahead - behind) / 2e-2, rtol=1e-2, atol=3e-4)
+    product = objective.hessian(theta, tokens)(row[0])
+    up, down = (objective.mean_gradient(theta + s * row[0], tokens)[1] for s in (1e-2, -1e-2))
+    torch.testing.assert_close(product, (up - down) / 2e-2, rtol=0.05, atol=2e-3)
 
 
 @pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn])

@@ -409,3 +409,47 @@ class TestPreconditions:
         tokens = self.tokens()
         with pytest.raises(ValueError, match="44 booleans"):
             TokenSet(tokens.inputs, tokens.scored, tokens.documents, {"skill": labels})
+
+    def test_a_raw_difference_is_no_basis_row(self):
+        from interventions.edits import Movement, project_out
+        from polca_edit.basis.record import unlabelled
+        from polca_edit.observation import observe
+
+        draw = torch.Generator().manual_seed(0)
+        start, end = torch.randn(50, generator=draw), torch.randn(50, generator=draw)
+        place, raw = Movement(end, start), end - start
+        for rows in (raw, raw[None], unlabelled("raw", raw[None])):
+            with pytest.raises(ValueError, match="orthonormal"):
+                project_out(place, rows)
+        whole = project_out(place, raw / raw.norm()).apply(end)
+        torch.testing.assert_close(whole, start, atol=1e-5, rtol=0)
+        module = made(llama, 1)
+        space = ParameterSpace.from_module(module)
+        flat = {step: space.read(module) + 0.01 * step for step in range(3)}
+        series = open_checkpoints(flat, space)
+        twice = unlabelled("twice", torch.ones(2, space.size) / space.size**0.5)
+        with pytest.raises(ValueError, match="row 1 of 'twice'"):
+            observe(Objective(module, next_token_loss, space), series, twice, self.tokens())
+
+
+def test_a_library_error_ends_in_one_sentence(monkeypatch, capsys):
+    from experiments.application import run_application
+
+    monkeypatch.delenv("POLCA_EDIT_TRACEBACK", raising=False)
+    for error in (IndexError("index 3 is out of bounds"), RuntimeError("shape\nmismatch"), KeyError("x")):
+
+        def broken(error=error) -> None:
+            raise error
+
+        monkeypatch.setattr("sys.argv", ["polca-edit"])
+        import typer
+
+        application = typer.Typer(pretty_exceptions_enable=False)
+        application.command()(lambda: broken())
+        with pytest.raises(SystemExit) as ended:
+            run_application(application)
+        said = capsys.readouterr().err.strip()
+        assert ended.value.code == 2
+        assert said.count("\n") == 0
+        assert "Traceback" not in said
+        assert type(error).__name__ in said

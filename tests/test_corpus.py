@@ -84,7 +84,7 @@ class TestPlainText:
     def test_nothing_is_dropped_before_the_first_heading(self):
         text = "a preface\nof two lines\n = One = \nbody one\n = Two = \nbody two\n"
         found = documents_from_plain(text)
-        assert [d.text.split("\n")[0] for d in found] == ["a preface", "= One =", "= Two ="]
+        assert [d.text.split("\n")[0].strip() for d in found] == ["a preface", "= One =", "= Two ="]
 
     @pytest.mark.parametrize("between", [" ", "\n"])
     def test_one_long_line_and_one_sentence_a_line_have_documents(self, between):

@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from polca_edit.checkpoints.files import read_weights, stored_header, write_tensors
 from polca_edit.checkpoints.huggingface import AdapterStart, adapter_settings
 from polca_edit.checkpoints.tensor_names import is_old_buffer, stored_names, unwrapped
+from polca_edit.derivatives.routes import lacks_forward_mode
 from polca_edit.derivatives.settled import require_settled
 from polca_edit.models import bridge_around
 from polca_edit.parameters import ParameterSpace, call_with
@@ -256,10 +257,9 @@ def _forward_mode_error(
         with torch.no_grad():
             torch.func.jvp(losses, (values,), ({n: torch.ones_like(t) for n, t in values.items()},))
     except (NotImplementedError, RuntimeError) as error:
-        message = str(error).splitlines()[0]
-        if "forward" not in message and "jvp" not in message:
+        if not lacks_forward_mode(error):
             raise
-        return message
+        return str(error).splitlines()[0][:160]
     return None
 
 
