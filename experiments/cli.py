@@ -46,6 +46,11 @@ VERBS = {
     "open": Verb("verbs.pipeline:open_checkpoints", "Analyse Hugging Face checkpoints."),
     "english": Verb("verbs.pipeline:english", "The English experiment on a text."),
     "plan": Verb("verbs.cost:plan", "What a run would cost on this machine. Nothing is run."),
+    "doctor": Verb(
+        "verbs.doctor.verb:doctor",
+        "Open a checkpoint folder of any kind and say what was found.",
+        examples="Examples: `polca-edit doctor my-trainer-output` · `polca-edit doctor pythia-14m --json -`",
+    ),
     "report": Verb("verbs.records:report", "Draw report.html and the figures again from a run's records."),
     "inspect": Verb("verbs.records:inspect", "Print what a finished run found."),
     "label": Verb("verbs.records:label", "Label the clusters of a run from what their tokens share."),
