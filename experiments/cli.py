@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import typer
 
 from experiments.application import run_application, single
+from experiments.signature import signature_alone
 
 app = typer.Typer(
     add_completion=False,
@@ -117,7 +118,10 @@ def _register(name: str, verb: Verb) -> None:
     module, _, attribute = verb.function.partition(":")
 
     def call(context: typer.Context) -> None:
-        function = getattr(importlib.import_module(f"experiments.{module}"), attribute)
+        helped = "--help" in context.args
+        function = signature_alone(f"experiments.{module}", attribute) if helped else None
+        if function is None:
+            function = getattr(importlib.import_module(f"experiments.{module}"), attribute)
         command = typer.main.get_command(single(function, verb.examples))
         code = command.main(context.args, prog_name=f"polca-edit {name}", standalone_mode=False)
         if code:

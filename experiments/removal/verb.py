@@ -11,13 +11,14 @@ import torch
 import typer
 from torch import Tensor
 
-from experiments.removal.skills import GROUPS, SKILL_GROUPS, arithmetic_logits, assign_groups, skill_rule
+from experiments.config import parse_window
 from experiments.report.page import write_report
+from experiments.run.groups import with_groups
+from experiments.run.guard import existing
 from experiments.run.machine import hardware, versions
 from experiments.run.run import Run, load_run
 from experiments.run.run_record import open_evaluate
 from experiments.run.stages.clusters import ClusterRecord
-from experiments.tasks.arithmetic import data_of
 from interventions.damage import EvaluatedSplit
 from interventions.edit_files import save_edit
 from interventions.edits import Edit
@@ -27,7 +28,6 @@ from interventions.removal.grouped import (
     LogitFunction,
     Predictor,
     labelled,
-    next_token_logits,
 )
 from interventions.removal.measures import Judgement
 from interventions.removal.optimise import FitSettings
@@ -60,13 +60,14 @@ from polca_edit.tokens import TokenSet
 
 
 def skill_groups(run: Run, skill: str) -> GroupRule:
-    """Groups of a named skill: digit and carry for sums, skill against the rest elsewhere.
+    """Groups of a named skill: those of the task's partition, or the skill against all others.
 
     Raises:
         ValueError: for a skill the run does not know.
     """
-    if run.task.name == "arithmetic" and skill in SKILL_GROUPS:
-        return skill_rule(skill)
+    partition = run.task.partition
+    if partition is not None and skill in partition.skills:
+        return partition.rule(skill)
     known = run.task.splits.select.skills
     if skill not in known:
         raise ValueError(f"a skill must be one this run labels, got '{skill}'; known are {sorted(known)}")
@@ -74,7 +75,7 @@ def skill_groups(run: Run, skill: str) -> GroupRule:
 
 
 def cluster_groups(run: Run, cluster: str) -> GroupRule:
-    """Members of one cluster by its rule on input features; everyone else by digit and carry, or one group.
+    """Members of one cluster by its rule on input features; everyone else by partition, or one group.
 
     No skill label decides membership, and the rule never sees a loss, so it holds on any tokens.
 
@@ -93,11 +94,12 @@ def cluster_groups(run: Run, cluster: str) -> GroupRule:
     if not vector < len(labels) or not bool((labels[vector] == index).any()):
         raise ValueError(f"cluster {cluster} does not exist in this run; see 'polca-edit inspect'")
     rule = fit_rule(run.task.splits.select, labels[vector] == index, seed=run.config.seed)
-    sums = run.task.name == "arithmetic"
-    rest = GROUPS if sums else ("(rest)",)
+    partition = run.task.partition
+    rest = ("(rest)",) if partition is None else partition.names
 
     def assign(tokens: TokenSet) -> Tensor:
-        groups = assign_groups(tokens) + 1 if sums else torch.ones(tokens.count, dtype=torch.long)
+        ones = torch.ones(tokens.count, dtype=torch.long)
+        groups = ones if partition is None else partition.assign(tokens) + 1
         groups[rule.assign(tokens)] = 0
         return groups
 
@@ -105,26 +107,40 @@ def cluster_groups(run: Run, cluster: str) -> GroupRule:
 
 
 def fit_stream(run: Run, size: int) -> Callable[[int], TokenSet]:
-    """Batches for the fit: fresh sums off select and evaluate, or draws from curvature and select."""
-    sums = data_of(run.config) if run.task.name == "arithmetic" else None
+    """Batches for the fit: new sequences that training may see, or draws from curvature and select."""
+    fresh = run.task.fresh
     parts = (run.task.splits.curvature, run.task.splits.select)
 
     def batch(step: int) -> TokenSet:
         generator = generator_for(run.config.seed, "removal fit", step)
-        if sums is not None:
-            return sums.allowed(size, generator)
+        if fresh is not None:
+            return fresh(size, generator)
         part = parts[step % 2]
         return part.select(torch.randperm(part.sequences, generator=generator)[:size])
 
     return batch
 
 
-def edit_span(run: Run, basis: str | None) -> Span:
-    """All recorded displacements and Hessian vectors by groups of neurons, or one stored basis."""
+def edit_span(run: Run, basis: str | None, window: tuple[int, int] | None = None) -> Span:
+    """All recorded displacements and Hessian vectors by groups of neurons, or one stored basis.
+
+    Args:
+        run: with checkpoints.
+        basis: name of a stored basis.
+        window: steps of the displacements that are taken; Hessian vectors are left out then.
+    """
     if basis is not None:
         return span_of_rows(load_record(Basis, run.directory.basis(basis)).rows, f"basis {basis}")
-    checkpoints = run.checkpoints()
+    checkpoints = run.observed(window)
     rows = stacked_displacements([checkpoints[index].clone() for index in range(len(checkpoints))])
+    if window is not None:
+        return span_by_tensor(
+            rows,
+            run.task.space,
+            f"movement of steps {window[0]} to {window[1]} by groups of neurons",
+            block=BLOCK,
+            per_block=LEADING,
+        )
     stored = [run.directory.basis(b.label) for b in run.config.bases if b.kind == "hessian"]
     rows = torch.cat([rows, *(load_record(Basis, path).rows for path in stored if path.exists())])
     return span_by_tensor(
@@ -218,11 +234,25 @@ class RemovalFile:
     seed: int
 
 
+def logits_of(run: Run) -> LogitFunction:
+    """The task's logits.
+
+    Raises:
+        ValueError: for a task without.
+    """
+    if run.task.logits is None:
+        raise ValueError(
+            f"removal measures accuracy and KL, task '{run.task.name}' gives no logits; return 'logits' in "
+            "its TaskDefinition"
+        )
+    return run.task.logits
+
+
 def removed(
     run: Run, rules: Sequence[GroupRule], plan: RemovalPlan, span: Span
 ) -> tuple[Edit, list[Removal]]:
     """Every target removed in order and judged on the evaluate split, which the caller has opened."""
-    logits: LogitFunction = arithmetic_logits if run.task.name == "arithmetic" else next_token_logits
+    logits = logits_of(run)
     splits, batch = run.task.splits, fit_stream(run, plan.budget.sequences)
     split = EvaluatedSplit(run.objective, run.checkpoints(), splits.select)
 
@@ -260,6 +290,10 @@ def remove(
         str | None,
         typer.Option(help="Search this basis's span only (default: all recorded movement)."),
     ] = None,
+    window: Annotated[str | None, typer.Option(help="Search the movement of steps START:END only.")] = None,
+    groups: Annotated[
+        Path | None, typer.Option(help="Token groups: .npz or JSON, name -> booleans over the select tokens.")
+    ] = None,
     target: Annotated[float, typer.Option(min=0.0, max=1.0, help="Damage wanted, share of headroom.")] = 0.99,
     off: Annotated[float, typer.Option(min=0.0, help="Damage allowed to any other group.")] = 0.005,
     kl: Annotated[float, typer.Option(min=0.0, help="KL to the original allowed, nats.")] = 0.05,
@@ -273,20 +307,24 @@ def remove(
         raise ValueError("give either --skill NAME or --cluster BASIS:VECTOR:CLUSTER")
     if budget not in BUDGETS:
         raise ValueError(f"--budget must be one of {', '.join(BUDGETS)}, got '{budget}'")
-    opened = load_run(run)
+    if basis is not None and window is not None:
+        raise ValueError("--basis and --window both say where to search, got both; give one of them")
+    opened = with_groups(load_run(run), groups, typer.echo)
+    logits_of(opened)
     if cluster is not None:
         rules = [cluster_groups(opened, cluster)]
     else:
         rules = [skill_groups(opened, name) for name in skill or []]
     names = tuple(rule.skill for rule in rules)
-    span, tokens = edit_span(opened, basis), opened.task.splits.evaluate.fingerprint()
+    span, tokens = edit_span(opened, basis, parse_window(window)), opened.task.splits.evaluate.fingerprint()
     plan = RemovalPlan(names, Limits(target, off, kl), BUDGETS[budget], span.kind, tokens)
-    opening = open_evaluate(opened, plan, by="remove")
-    edit, removals = removed(opened, rules, plan, span)
     path = out or run / "edits" / "+".join(n.replace(":", "-").replace("@", "-at-") for n in names)
-    record = _written(opened, path, edit, removals, plan, opening.exploratory)
-    if path.parent == run / "edits" and (run / "summary.json").exists():
-        write_report(opened.directory, lambda _: None)
+    with existing(run):
+        opening = open_evaluate(opened, plan, by="remove")
+        edit, removals = removed(opened, rules, plan, span)
+        record = _written(opened, path, edit, removals, plan, opening.exploratory)
+        if path.parent == run / "edits" and (run / "summary.json").exists():
+            write_report(opened.directory, lambda _: None)
     if record.missed:
         for sentence in record.missed:
             typer.echo(f"polca-edit: {sentence}", err=True)

@@ -11,6 +11,7 @@ import csv
 import gzip
 import itertools
 import json
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,7 +177,7 @@ def read_token_ids(
         raise ValueError(f"a token file must exist, '{path}' does not; check the path after --text")
     try:
         ids = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+    except Exception as error:  # numpy parses the header as Python, which may fail in any way
         raise ValueError(f"'{path}' must be an .npy array of token ids ({error}); use numpy.save") from error
     return documents_from_array(ids, separator=separator, padding=padding)[:limit]
 
@@ -208,7 +209,7 @@ class _lines:
     def _read(self) -> Iterator[str]:
         try:
             yield from self.handle
-        except (UnicodeDecodeError, OSError, EOFError) as error:
+        except (UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
             raise ValueError(f"'{self.path}' must be UTF-8 text or its gzip ({error}); convert it") from error
 
     def __exit__(self, *_: object) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from experiments.config import RunConfig, TextConfig
 from experiments.tasks.corpus import read_corpus, read_documents, read_tagged, read_token_ids
 from experiments.tasks.task import DATA_ORDER, BatchLoss, Task, training_generator
+from interventions.removal.grouped import next_token_logits
 from polca_edit.checkpoints.huggingface import is_adapter
 from polca_edit.checkpoints.huggingface_models import (
     load_adapted,
@@ -330,6 +331,7 @@ def _task(
         },
         open_checkpoints=None if open_checkpoints is None else partial(open_checkpoints, space),
         tags=data.tags,
+        logits=next_token_logits,
         notes=data.notes,
     )
 

@@ -7,6 +7,7 @@ spacing. Nothing here unpickles: torch files are read with ``weights_only=True``
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -20,6 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from polca_edit.checkpoints.step_names import WEIGHT_SUFFIXES, step_of
+
+#: Key of the metadata of safetensors files written here.
+DIGEST = "polca_edit_sha256"
 
 SERIES_SCHEMA = "polca-edit/series/1"
 
@@ -138,6 +142,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             weights: dict[str, Tensor] = load_file(path)
+            require_digest(path, weights)
             return weights
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
@@ -251,6 +256,29 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, lambda part: part.write_text(text))
 
 
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of named tensors: names, types, shapes and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        if tensor.numel():
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def require_digest(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Compare tensors with the hash that :func:`write_tensors` left in their file, where it has one.
+
+    Raises:
+        ValueError: if they are not what was written.
+    """
+    with safe_open(path, framework="pt") as handle:
+        noted = (handle.metadata() or {}).get(DIGEST)
+    if noted is not None and noted != digest_of(tensors):
+        raise ValueError(f"'{path}' is damaged: its tensors are not what was written; make or copy it again")
+
+
 def _order_header(path: Path) -> None:
     """Sort the metadata of a safetensors file in place: the library writes its keys in random order."""
     with open(path, "r+b") as handle:
@@ -269,12 +297,13 @@ def _order_header(path: Path) -> None:
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Atomically write a safetensors file."""
+    """Atomically write a safetensors file, with a hash of its tensors among the metadata."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    noted = {**(metadata or {}), DIGEST: digest_of(plain)}
 
     def write(part: Path) -> None:
-        save_file(plain, part, metadata=dict(metadata) if metadata else None)
-        if metadata and len(metadata) > 1:
+        save_file(plain, part, metadata=noted)
+        if len(noted) > 1:
             _order_header(part)
 
     write_atomically(path, write)
