@@ -25,12 +25,27 @@ import typer
 #: What may differ between two equal runs: clocks, memory, and what is drawn from them.
 CLOCKED = ("seal.json", "run.json", "summary.json", "report.html", "stages/", "figures/")
 CLOCKS = ("seconds", "peak_rss_bytes", "digest", "sha256")
-SETTINGS = {"threads": 1, "training.steps": 24, "training.state_every": 6}
+SETTINGS = {
+    "threads": 1,
+    "training.steps": 12,
+    "training.record_every": 2,
+    "training.state_every": 4,
+    "arithmetic.select_sums": 20,
+    "arithmetic.curvature_sums": 10,
+    "arithmetic.evaluate_sums": 12,
+    "damage.doses": [],
+    "discover.edits": 6,
+    "discover.windows": 3,
+}
 
 
 def start(out: Path) -> int:
-    """The smoke run in a forked process, which has everything imported; its id."""
-    from experiments.verbs.pipeline import execute
+    """All stages and the summary of a small smoke run in a forked process; its id."""
+    from experiments.config import load_config
+    from experiments.run.driver import run_stages
+    from experiments.run.guard import writing
+    from experiments.run.run import open_run
+    from experiments.run.summary.write import write_summary
 
     child = os.fork()
     if child:
@@ -40,7 +55,10 @@ def start(out: Path) -> int:
         with open(os.devnull, "w") as quiet:
             os.dup2(quiet.fileno(), 1)
             os.dup2(quiet.fileno(), 2)
-            execute("smoke", out, SETTINGS)
+            with writing(out, repairs=True):
+                run = open_run(load_config("smoke", SETTINGS), out, lambda _: None)
+                run_stages(run)
+                write_summary(run)
             code = 0
     finally:
         os._exit(code)
