@@ -33,7 +33,9 @@ SETTINGS = {
     "arithmetic.select_sums": 20,
     "arithmetic.curvature_sums": 10,
     "arithmetic.evaluate_sums": 12,
+    "bases": [{"kind": "hessian", "vectors": 2, "max_products": 4}, {"kind": "trajectory", "vectors": 2}],
     "damage.doses": [],
+    "damage.random_draws": 1,
     "discover.edits": 6,
     "discover.windows": 3,
 }
@@ -136,10 +138,10 @@ def kill(
             if wrong or ended:
                 print(f"seed {seed}, run {number}: exit {ended}, other bytes in {wrong[:5]}")
             shutil.rmtree(out)
-    said = {**counts, "stages done at the kill": dict(sorted(stages.items()))}
-    print(json.dumps(said, indent=1))
-    if json_file is not None:
-        json_file.write_text(json.dumps(said, indent=1) + "\n")
+            said = {**counts, "stages done at the kill": dict(sorted(stages.items()))}
+            print(json.dumps(said), flush=True)
+            if json_file is not None:
+                json_file.write_text(json.dumps(said, indent=1) + "\n")
     raise typer.Exit(int(bool(counts["runs with other bytes"] or counts["exit codes other than 0"])))
 
 
