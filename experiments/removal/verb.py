@@ -164,7 +164,7 @@ class Removal(Judgement):
         rank: its coordinates.
         norm: length of the movement.
         dose: chosen on select.
-        setting: chosen on select.
+        setting: chosen on select; None where movement was undone.
         passes: sequences through the model.
         together: what the edit of all skills does to this one, where several were removed.
     """
@@ -174,7 +174,7 @@ class Removal(Judgement):
     rank: int
     norm: float
     dose: float
-    setting: FitSettings
+    setting: FitSettings | None
     passes: float
     together: Judgement | None = None
 
