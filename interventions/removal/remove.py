@@ -168,7 +168,7 @@ def _undone(
     limits: Limits,
     unseen: TokenSet | None,
 ) -> RemovalResult:
-    problem = RemovalProblem(select, batch or draws(select.tokens, 1), limits)
+    problem, before = RemovalProblem(select, batch or draws(select.tokens, 1), limits), select.predictor.spent
     _ = problem.headroom  # a skill that was never learned is refused before anything is done
     edit, record, shares = undo_skill(problem, undo, repair=batch is not None)
     kind = "all recorded movement" if undo.rows is None else "movement inside a span"
@@ -180,7 +180,7 @@ def _undone(
         None,
         1.0,
         shares,
-        problem.predictor.passes,
+        problem.predictor.spent - before,
         undone=record,
     )
     return result if unseen is None else replace(result, judged=judged_edit(problem, edit, unseen))

@@ -67,7 +67,7 @@ def logits_in(predictor: Predictor, module: nn.Module, tokens: TokenSet) -> Floa
 
 def tuned(
     predictor: Predictor,
-    start: Float[Tensor, " N"],
+    start: Float[Tensor, " N"] | BranchPoint,
     loss: StepLoss,
     settings: TrainingSettings,
     *,
@@ -75,24 +75,26 @@ def tuned(
     watch: Callable[[Float[Tensor, " N"]], Mapping[str, float]] = lambda theta: {},
     hold: Hold | None = None,
 ) -> Float[Tensor, " N"]:
-    """Weights after training from ``start`` with a fresh optimiser; the caller's module is left alone.
+    """Weights after training on; the caller's module is left alone.
 
     Args:
         predictor: gives module and parameters.
-        start: (N,) weights.
+        start: (N,) weights, with a fresh optimiser, or the state of a recorded run to go on from.
         loss: of each step's batch, steps from 1.
-        settings: optimisation; ``settings.steps`` of zero returns the start.
+        settings: optimisation to the step ``settings.steps``; nothing is trained where it is reached.
         every: steps between calls of ``watch``, which also sees the start and the end.
         watch: given the weights (N,); what it returns is not used.
         hold: directions that stay where they are.
     """
     space, device = predictor.loss.space, predictor.loss.device
+    point = start if isinstance(start, BranchPoint) else BranchPoint(0, start, {})
+    theta, last = point.theta, settings.steps
+    if last <= point.step:
+        watch(theta)
+        return theta.clone()
     module = copy.deepcopy(predictor.loss.module).to(device)
     run = Retraining(
-        space, loss, settings, lambda trained: watch(space.read(trained).to(start)), every or settings.steps
+        space, loss, settings, lambda trained: watch(space.read(trained).to(theta)), every or last
     )
-    if settings.steps < 1:
-        watch(start)
-        return start.clone()
-    run_arm(module, run, BranchPoint(0, start, {}), settings.steps, arm="tuned", hold=hold)
-    return space.read(module).to(start)
+    run_arm(module, run, point, last, arm="tuned", hold=hold)
+    return space.read(module).to(theta)

@@ -257,7 +257,7 @@ def undo_skill(
     Raises:
         ValueError: for a skill that was not learned in the recorded steps.
     """
-    began, before = time.perf_counter(), problem.predictor.passes
+    began, before = time.perf_counter(), problem.predictor.spent
     series = problem.select.split.series
     timeline = timeline or skill_timeline(problem.select, seed=undo.seed)
     said = forecast(timeline, problem.rule.skill)
@@ -267,7 +267,7 @@ def undo_skill(
         for windows in (choices if len(choices) > 1 else [])
     ]
     chosen = min(tried, key=lambda found: found.score).windows if tried else choices[0]
-    choosing = problem.predictor.passes - before
+    choosing = problem.predictor.spent - before
     back = undoing(series, chosen, undo.method, undo.rows)
     start = back.moved(problem.theta)
     steps, mended, shares = 0, torch.zeros_like(start), problem.select.shares_at(start)

@@ -83,10 +83,7 @@ def skill_timeline(select: GroupedSplit, *, points: int = 41, seed: int = 0) -> 
     settings = TimelineSettings(
         windows=1, doubling=False, random_draws=1, curve_points=points, resamples=100, shuffles=1, seed=seed
     )
-    counted, before = select.split.loss.passes, select.split.loss.passes.forward
-    found = causal_timeline(select.split, None, group_masks(select), settings)
-    select.predictor.passes += counted.forward - before
-    return found
+    return causal_timeline(select.split, None, group_masks(select), settings)
 
 
 def forecast(timeline: Timeline, skill: str) -> Forecast:
