@@ -144,8 +144,12 @@ def remove_skill(
     select = GroupedSplit(split.on(tokens), Predictor(split.loss, logits), rule)
     if isinstance(how, Undo):
         return _undone(select, how, batch, limits or UNDO_LIMITS, unseen)
-    span = how
     problem = RemovalProblem(select, batch or draws(tokens, budget.sequences), limits or Limits())
+    return _fitted(problem, how, budget, unseen)
+
+
+def _fitted(problem: RemovalProblem, span: Span, budget: Budget, unseen: TokenSet | None) -> RemovalResult:
+    """Settings tried briefly, the best one in full, at the dose that reaches the goal on select."""
 
     def trial(setting: FitSettings) -> float:
         found = constrained(problem, span, setting, budget.trial_steps)
@@ -156,7 +160,7 @@ def remove_skill(
     dose, shares = match_dose(problem, final.delta, problem.limits.target + DOSE_MARGIN)
     edit = edit_of(problem, dose * final.delta, "removal", span=span.kind, rank=span.rank)
     result = RemovalResult(
-        edit, rule.skill, span.kind, span.rank, best, dose, shares, problem.predictor.passes
+        edit, problem.rule.skill, span.kind, span.rank, best, dose, shares, problem.predictor.passes
     )
     return result if unseen is None else replace(result, judged=judged_edit(problem, edit, unseen))
 

@@ -83,7 +83,11 @@ def rows_of(job: Job) -> list[Row]:
     run = place.run
 
     def name(steps: int) -> str:
-        return f"removal-study/{job.skill}/{_slug(job.method)}-{steps}{'' if job.whole else '-short'}.json"
+        full = f"removal-study/{job.skill}/{_slug(job.method)}-{steps}"
+        whole = job.whole or run.directory.finished(
+            f"{full}.json", run.key_for(f"{full}.json", VERSION, job.effort)
+        )
+        return f"{full}.json" if whole else f"{full}-short.json"
 
     def key(steps: int) -> str:
         return run.key_for(name(steps), VERSION, place.effort)
