@@ -118,6 +118,21 @@ class Undone:
     seconds: float
 
 
+def check_windows(series: Checkpoints, windows: tuple[Window, ...]) -> None:
+    """Nothing where every window begins before it ends, both at recorded steps.
+
+    Raises:
+        ValueError: for another window.
+    """
+    for window in windows:
+        unknown = [step for step in (window.start, window.end) if step not in series.steps]
+        if unknown or window.start >= window.end:
+            raise ValueError(
+                f"a window must begin before it ends, both at recorded steps, got {window}; steps "
+                f"{series.steps[0]} to {series.steps[-1]} are recorded, {len(series)} in all"
+            )
+
+
 def undoing(
     series: Checkpoints, windows: tuple[Window, ...], method: str, rows: Tensor | None = None
 ) -> Edit:
@@ -133,13 +148,7 @@ def undoing(
         ValueError: for a window that does not begin and end at recorded steps.
     """
     theta, at = series[-1].clone(), series.steps.index
-    for window in windows:
-        unknown = [step for step in (window.start, window.end) if step not in series.steps]
-        if unknown or window.start >= window.end:
-            raise ValueError(
-                f"a window must begin before it ends, both at recorded steps, got {window}; steps "
-                f"{series.steps[0]} to {series.steps[-1]} are recorded, {len(series)} in all"
-            )
+    check_windows(series, windows)
     if method == "return":
         first = min(window.start for window in windows)
         return rollback(Movement(theta, series[at(first)]), rows, rewind=True, back_to=first)

@@ -16,7 +16,7 @@ from interventions.lora import adapter_edit, low_rank
 from interventions.removal.grouped import GroupedSplit, GroupRule, LogitFunction, Predictor
 from interventions.removal.measures import relearn
 from interventions.removal.tuning import masked_batches
-from interventions.removal.undo import Undo, Undone
+from interventions.removal.undo import Undo, Undone, check_windows
 from interventions.removal.windows import Forecast, forecast, group_masks, skill_timeline
 from polca_edit.artifacts import load_record
 from polca_edit.basis.path import trajectory_basis
@@ -86,15 +86,21 @@ class UndoOptions:
 
 
 def undo_of(run: Run, options: UndoOptions) -> Undo:
-    """Settings of a run: its own optimisation with a fresh optimiser, for so many steps of repair."""
-    t = run.config.training
+    """Settings of a run: its own optimisation with a fresh optimiser, for so many steps of repair.
+
+    Raises:
+        ValueError: for a window that was not recorded.
+    """
+    t, series = run.config.training, run.checkpoints()
+    windows = windows_of(options.windows)
+    check_windows(series, windows)
     # Opened checkpoints may say what they were trained with; a config that trains nothing does not know.
-    rates = [rate for rate in run.checkpoints().learning_rates or () if rate > 0]
+    rates = [rate for rate in series.learning_rates or () if rate > 0]
     rate = rates[-1] if rates and run.config.checkpoints is not None else t.learning_rate
     training = TrainingSettings(options.steps, rate, t.weight_decay, t.betas, 0, seed=run.config.seed)
     every = max(1, min(10, options.steps))
     kind = "rollback" if options.method == "axis" else options.method
-    return Undo(kind, windows_of(options.windows), training=training, every=every, seed=run.config.seed)
+    return Undo(kind, windows, training=training, every=every, seed=run.config.seed)
 
 
 def axis_undo(run: Run, rule: GroupRule, logits: LogitFunction, undo: Undo, basis: str | None) -> Undo:

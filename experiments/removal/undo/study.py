@@ -29,7 +29,7 @@ from experiments.removal.undo.tables import study_tables
 from experiments.run.run import Run, load_run, open_run
 from experiments.run.stages.training import trained_series
 from experiments.study.results import publish, show
-from polca_edit.artifacts import key_of
+from polca_edit.artifacts import from_plain, key_of, to_plain
 
 #: Raised when a method or a measure changes so that kept rows no longer stand.
 VERSION = 1
@@ -223,9 +223,9 @@ def removal(
             say(_line(row))
         _written(json_, opened, effort, rows)
     if figure is not None:
-        from experiments.report.figures_undo import draw
+        from experiments.report.figures_undo import UndoRow, draw
 
-        draw(with_gold(rows), figure)
+        draw(from_plain(list[UndoRow], to_plain(with_gold(rows))), figure)
     show(study_tables(with_gold(rows)))
 
 
@@ -263,8 +263,6 @@ def read_rows(file: Path) -> list[Row]:
     Raises:
         ValueError: for another file.
     """
-    from polca_edit.artifacts import from_plain
-
     values = json.loads(file.read_text())
     if values.get("schema") != "polca-edit/removal-by-undoing/1":
         raise ValueError(f"'{file}' must be a result of polca-edit study removal, got {values.get('schema')}")
