@@ -225,19 +225,30 @@ def repaired(
     return best[0]
 
 
-def tried_window(
-    problem: RemovalProblem, undo: Undo, windows: tuple[Window, ...], *, repair: bool
-) -> TriedWindow:
-    """Undo, a short repair, a short relearning; all on select and the fit's batches."""
-    theta = undoing(problem.select.split.series, windows, undo.method, undo.rows).moved(problem.theta)
-    if not repair:
-        shares = problem.select.shares_at(theta)
-        value = score(shares, problem.limits)
-        return TriedWindow(windows, shares.target, shares.worst_off, float("nan"), value)
-    short = replace(undo.training, steps=undo.probe)
-    # Early stopping would keep the start where a few steps cannot mend it yet.
+@dataclass(frozen=True)
+class Probe:
+    """How weights do after a short repair and a short relearning, on select.
+
+    Attributes:
+        target: share of its headroom that the skill has lost, after the repair.
+        worst_off: largest share another group has lost, after the repair.
+        relearned: share that the skill still has lost after the relearning.
+        score: smaller is better: what others lose, what the target keeps, and what of it comes back.
+    """
+
+    target: float
+    worst_off: float
+    relearned: float
+    score: float
+
+
+def probed(problem: RemovalProblem, theta: Float[Tensor, " N"], undo: Undo) -> Probe:
+    """Repair weights for ``undo.probe`` steps, then train for as many with some of the skill's labels.
+
+    Early stopping would keep the start where a few steps cannot mend it yet, so all steps are done.
+    """
     loss = label_loss(problem.predictor, masked_batches(problem.batch, problem.rule))
-    theta = tuned(problem.predictor, theta, loss, short)
+    theta = tuned(problem.predictor, theta, loss, replace(undo.training, steps=undo.probe))
     shares = problem.select.shares_at(theta)
     given = masked_batches(
         lambda step: problem.batch(undo.training.steps + step), problem.rule, undo.given_back, seed=undo.seed
@@ -246,7 +257,19 @@ def tried_window(
     points = relearn(problem.select, theta, given, undo.probe, learning_rate=rate, every=undo.probe)
     relearned = points[-1].target_share
     value = score(shares, problem.limits) + max(0.0, problem.limits.target - relearned)
-    return TriedWindow(windows, shares.target, shares.worst_off, relearned, value)
+    return Probe(shares.target, shares.worst_off, relearned, value)
+
+
+def tried_window(
+    problem: RemovalProblem, undo: Undo, windows: tuple[Window, ...], *, repair: bool
+) -> TriedWindow:
+    """Undo, a short repair, a short relearning; all on select and the fit's batches."""
+    theta = undoing(problem.select.split.series, windows, undo.method, undo.rows).moved(problem.theta)
+    if repair:
+        found = probed(problem, theta, undo)
+        return TriedWindow(windows, found.target, found.worst_off, found.relearned, found.score)
+    shares = problem.select.shares_at(theta)
+    return TriedWindow(windows, shares.target, shares.worst_off, float("nan"), score(shares, problem.limits))
 
 
 def undo_skill(

@@ -1,8 +1,8 @@
 """Every method of the study up to where repair sets in: weights, what was tried, and what it cost.
 
-Fitted methods try four settings with the same few steps each, choose on select, and run the best in full;
-the movement is then scaled to the smallest dose that removes the skill on select. All of them are repaired
-alike afterwards, and methods by undoing compare windows with about as many steps.
+Fitted methods try four settings, methods by undoing up to three windows. What is kept is the one that does
+best on select after a short repair and a short relearning, so that every method is chosen by what it is
+judged by. All of them are repaired alike afterwards.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from interventions.removal import rivals
 from interventions.removal.optimise import Fit, FitSettings, constrained, edit_of
 from interventions.removal.problem import RemovalProblem, score
 from interventions.removal.robust import collapsed_ascent, distillation, noised
-from interventions.removal.searches import DOSE_MARGIN, match_dose
 from interventions.removal.spans import (
     BLOCK,
     LEADING,
@@ -35,7 +34,7 @@ from interventions.removal.spans import (
     stacked_displacements,
 )
 from interventions.removal.tuning import tuned
-from interventions.removal.undo import Undo, interpolated, replayed, tried_window, undoing
+from interventions.removal.undo import Undo, interpolated, probed, replayed, tried_window, undoing
 from interventions.removal.windows import candidate_windows, group_masks, with_descendants
 from polca_edit.basis.path import trajectory_basis
 from polca_edit.seeds import generator_for
@@ -116,21 +115,29 @@ Iterative = Callable[[RemovalProblem, FitSettings, int], Fit]
 
 
 def grid(
-    rates: Sequence[float], retain: Sequence[float], confusion: float, strength: Sequence[float]
+    rates: Sequence[float],
+    retain: Sequence[float],
+    confusion: float,
+    strength: Sequence[float],
+    *,
+    stop: bool = False,
 ) -> list[FitSettings]:
     """Settings, four of them."""
-    return [FitSettings(r, k, confusion, s) for r, k, s in itertools.product(rates, retain, strength)]
+    return [FitSettings(r, k, confusion, s, stop) for r, k, s in itertools.product(rates, retain, strength)]
 
 
 SETTINGS: Mapping[str, list[FitSettings]] = {
-    "gradient ascent": grid((1e-4, 3e-4, 1e-3, 3e-3), (0.0,), 0.0, (1.0,)),
+    # Ascent without a retain term destroys the model unless it stops at the goal; the others go on.
+    "gradient ascent": grid((1e-4, 3e-4, 1e-3, 3e-3), (0.0,), 0.0, (1.0,), stop=True),
     "GradDiff": grid((3e-4, 1e-3), (1.0, 5.0), 0.0, (1.0,)),
     "NPO": grid((3e-4, 1e-3), (3.0,), 0.0, (0.1, 0.5)),
     "task vector": grid((1e-4, 5e-4), (0.0,), 0.0, (1.0, 4.0)),
-    "CIR": grid((3e-4, 1e-3), (0.0,), 0.0, (2.0, 8.0)),
+    "CIR": grid((3e-4, 1e-3), (0.0,), 0.0, (2.0, 8.0), stop=True),
     "free edit in the span": grid((0.003, 0.01), (10.0, 25.0), 6.0, (1.0,)),
     "random span": grid((0.003, 0.01), (10.0, 25.0), 6.0, (1.0,)),
 }  # fmt: skip
+#: Candidates of one method that are probed, the best by damage alone where there are more.
+PROBED = 4
 
 
 def _recorded_span(place: Place) -> Span:
@@ -162,18 +169,13 @@ def _iterative(name: str, place: Place) -> Iterative:
 
 
 def fitted(name: str) -> Method:
-    """Four settings with a few steps each, the best on select in full, at the dose that removes the skill."""
+    """Four settings with half the steps each; the best one after a probe."""
 
     def method(place: Place, starts: Mapping[str, Start]) -> Start:
         clock, problem, run = Clock.on(place), place.problem, _iterative(name, place)
-        tried = []
-        for setting in SETTINGS[name]:
-            trial = run(problem, setting, place.effort.trial_steps)
-            tried.append(tried_as(_words(setting), problem, problem.theta + trial.delta))
-        best = SETTINGS[name][min(range(len(tried)), key=lambda i: tried[i].score)]
-        found = run(problem, best, place.effort.fit_steps)
-        dose, _ = match_dose(problem, found.delta, problem.limits.target + DOSE_MARGIN)
-        return clock.start(problem.theta + dose * found.delta, f"{_words(best)}, dose {dose:.3g}", tried)
+        steps = max(1, place.effort.fit_steps // 2)
+        found = [(_words(s), problem.theta + run(problem, s, steps).delta) for s in SETTINGS[name]]
+        return _best(place, clock, found)
 
     return method
 
@@ -185,11 +187,23 @@ def _words(setting: FitSettings) -> str:
 # -- methods that rewind or undo ----------------------------------------------------------------------
 
 
+def probe_of(place: Place, method: str = "rollback") -> Undo:
+    """The probe that every method is chosen by."""
+    return Undo(method, training=place.repair_settings(1), probe=min(12, place.effort.fit_steps))
+
+
 def _best(place: Place, clock: Clock, candidates: Sequence[tuple[str, Tensor]]) -> Start:
-    """The candidate with the best score on select."""
-    tried = [tried_as(name, place.problem, theta) for name, theta in candidates]
+    """The candidate that does best on select after a short repair and a short relearning."""
+    problem, kept = place.problem, list(candidates)
+    if len(kept) > PROBED:
+        kept.sort(key=lambda c: score(problem.select.shares_at(c[1]), problem.limits))
+    tried = []
+    for name, theta in kept[:PROBED]:
+        found = probed(problem, theta, probe_of(place))
+        value = found.score if found.score == found.score else float("inf")
+        tried.append(TriedSetting(name, found.target, found.worst_off, value))
     index = min(range(len(tried)), key=lambda i: tried[i].score)
-    return clock.start(candidates[index][1], candidates[index][0], tried)
+    return clock.start(kept[index][1], kept[index][0], tried)
 
 
 def fisher_ablation(place: Place, starts: Mapping[str, Start]) -> Start:
@@ -216,7 +230,7 @@ def undone(method: str) -> Method:
 
     def made(place: Place, starts: Mapping[str, Start]) -> Start:
         clock, problem = Clock.on(place), place.problem
-        undo = Undo(method, training=place.repair_settings(1), probe=min(12, place.effort.fit_steps))
+        undo = probe_of(place, method)
         found = [
             tried_window(problem, undo, (window,), repair=True)
             for window in candidate_windows(place.timeline, place.skill)
@@ -379,3 +393,5 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
     "rollback and GradDiff, half each": ("GradDiff",),
     DISTIL: ("GradDiff",),
 }
+#: Methods without settings of their own whose candidates are probed too.
+CHOSEN_AFTER_PROBES = ("Fisher ablation", "layer rollback")

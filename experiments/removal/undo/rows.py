@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+import scipy.stats
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -72,6 +73,10 @@ class Row:
         gap: mean of 1 - loss / gold's loss over the points of ``relearn`` after the first; None without gold.
         gap_to_ignorance: the same with gold's loss capped at chance: a model that does not know the answer
             need not be confidently wrong.
+        predicted: group -> share that the timeline said it would lose with the skill's own window, on select,
+            before any repair.
+        agreement: rank correlation of that with ``group_shares`` over the groups outside the skill; None
+            with fewer than three.
         half_steps: first step at which half of the way from chance to the trained loss is lost, if any.
     """
 
@@ -98,6 +103,8 @@ class Row:
     gap: float | None = None
     gap_to_ignorance: float | None = None
     half_steps: int | None = None
+    predicted: Mapping[str, float] = field(default_factory=dict)
+    agreement: float | None = None
 
 
 def repaired_at(
@@ -207,6 +214,7 @@ def measured(
         time.perf_counter() - began,
         moved_by(place, theta),
         start.tried,
+        predicted=dict(own.shares) if (own := place.timeline.own(place.skill)) is not None else {},
     )
 
 
@@ -220,6 +228,19 @@ def gap(losses: Sequence[float], gold: Sequence[float], ceiling: float = float("
     """
     level = np.minimum(np.array(gold[1:]), ceiling)
     return float(np.maximum(0.0, 1 - np.array(losses[1:]) / level).mean())
+
+
+def agreement(predicted: Mapping[str, float], fell: Mapping[str, float]) -> float | None:
+    """Spearman's rank correlation over the groups that are in both; None with fewer than three.
+
+    >>> agreement({"a": 0.1, "b": 0.5, "c": 0.9}, {"a": 0.0, "b": 0.1, "c": 0.7})
+    1.0
+    """
+    names = [n for n in predicted if n in fell and np.isfinite(predicted[n]) and np.isfinite(fell[n])]
+    if len(names) < 3:
+        return None
+    found = scipy.stats.spearmanr([predicted[n] for n in names], [fell[n] for n in names]).statistic
+    return None if np.isnan(found) else round(float(found), 12)
 
 
 def half_lost(steps: Sequence[int], losses: Sequence[float], chance: float, trained: float) -> int | None:

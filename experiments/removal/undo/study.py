@@ -22,9 +22,19 @@ import typer
 
 from experiments.application import say
 from experiments.config import RunConfig, load_config
-from experiments.removal.undo.methods import DISTIL, GOLD, METHODS, NEEDS, SHARED, Start
+from experiments.removal.undo.methods import (
+    CHOSEN_AFTER_PROBES,
+    DISTIL,
+    GOLD,
+    METHODS,
+    NEEDS,
+    PROBED,
+    SETTINGS,
+    SHARED,
+    Start,
+)
 from experiments.removal.undo.place import Effort, Place
-from experiments.removal.undo.rows import Row, best_attack, gap, half_lost, measured, repaired_at
+from experiments.removal.undo.rows import Row, agreement, best_attack, gap, half_lost, measured, repaired_at
 from experiments.removal.undo.tables import study_tables
 from experiments.run.run import Run, load_run, open_run
 from experiments.run.stages.training import trained_series
@@ -67,12 +77,20 @@ def _slug(method: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in method)
 
 
+def depends(method: str, effort: Effort) -> tuple[object, ...]:
+    """What a method's rows depend on beside the run: effort, settings, and the methods it is made from."""
+    needed = tuple(depends(other, effort) for other in NEEDS.get(method, ()))
+    own = (SETTINGS.get(method),) if method in SETTINGS else ()
+    chosen_after = (PROBED,) if method in CHOSEN_AFTER_PROBES else ()
+    return VERSION, effort, *own, *chosen_after, *needed
+
+
 def start_of(place: Place, method: str) -> Start:
     """A method's weights where repair sets in, made once for a run's content and kept."""
     run, name = place.run, f"removal-study/{place.skill}/start-{_slug(method)}"
     made = METHODS.get(method) or SHARED[method]
     needed = {other: start_of(place, other) for other in NEEDS.get(method, ())}
-    key = run.key_for(name, VERSION, place.effort)
+    key = run.key_for(name, *depends(method, place.effort))
     return run.directory.kept(name, key, Start, lambda: made(place, needed), run.objective.passes)
 
 
@@ -82,19 +100,19 @@ def rows_of(job: Job) -> list[Row]:
     place = _place(job.run, job.skill, job.effort)
     run = place.run
 
-    def name(steps: int) -> str:
-        full = f"removal-study/{job.skill}/{_slug(job.method)}-{steps}"
-        whole = job.whole or run.directory.finished(
-            f"{full}.json", run.key_for(f"{full}.json", VERSION, job.effort)
-        )
-        return f"{full}.json" if whole else f"{full}-short.json"
+    def key(name: str) -> str:
+        return run.key_for(name, *depends(job.method, job.effort))
 
-    def key(steps: int) -> str:
-        return run.key_for(name(steps), VERSION, place.effort)
+    def name(steps: int) -> str:
+        """The full row, where it is wanted or there already; else that of the short one."""
+        full = f"removal-study/{job.skill}/{_slug(job.method)}-{steps}.json"
+        if job.whole or run.directory.finished(full, key(full)):
+            return full
+        return full.replace(".json", "-short.json")
 
     start: Start | None = None
     after: dict[int, tuple[torch.Tensor, float, float]] = {}
-    missing = [s for s in job.repairs if not run.directory.finished(name(s), key(s))]
+    missing = [s for s in job.repairs if not run.directory.finished(name(s), key(name(s)))]
     if missing:
         start = start_of(place, job.method)
         teacher = start_of(place, "GradDiff") if job.method == DISTIL else None
@@ -103,13 +121,12 @@ def rows_of(job: Job) -> list[Row]:
     for steps in job.repairs:
         if start is not None and start.finished:
             steps = 0
-            missing = [] if run.directory.finished(name(0), key(0)) else [0]
 
         def compute(steps: int = steps) -> Row:
             assert start is not None
             return measured(place, job.method, start, steps, after[steps], whole=job.whole)
 
-        found.append(run.directory.kept(name(steps), key(steps), Row, compute, run.objective.passes))
+        found.append(run.directory.kept(name(steps), key(name(steps)), Row, compute, run.objective.passes))
         if start is not None and start.finished:
             break
     return found
@@ -122,6 +139,8 @@ def with_gold(rows: Sequence[Row]) -> list[Row]:
     found = []
     for row in rows:
         where = row.skill, row.seed
+        others = {name: value for name, value in row.group_shares.items() if name != row.skill}
+        row = replace(row, agreement=agreement(row.predicted, others))
         never = gold.get(where)
         if never is not None:
             row = replace(
