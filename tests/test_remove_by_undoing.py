@@ -41,7 +41,7 @@ def test_return_says_first_what_falls_and_saves_both_parts(smoke_copy: Path, tmp
     assert removal.returned is not None
     assert removal.adapter is not None
     assert removal.returned.steps == (0, 1, 2, 3, 4)
-    assert removal.undone.passes_choosing > 0
+    assert removal.undone.forecast.fraction > 0.5
     plan = json.loads(next((smoke_copy / "plans").glob("remove-*.json")).read_text())
     assert (plan["method"], plan["repair_steps"]) == ("return", 4)
     # The saved edit leads to the weights it is said to lead to, in the file that apply writes.

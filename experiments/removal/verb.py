@@ -22,6 +22,7 @@ from experiments.removal.undo.remove import (
     said_first,
     told,
     undo_of,
+    with_timeline,
 )
 from experiments.report.page import write_report
 from experiments.run.machine import hardware, versions
@@ -203,7 +204,8 @@ def _how(
     batch = repair_batches(run, rule, fits, REPAIR_SEQUENCES) if options.steps else None
     if options.method == "axis":
         undo = axis_undo(run, rule, logits_of(run), undo, basis)
-    for sentence in said_first(run, rule, logits_of(run), undo, data=batch is not None):
+    undo = with_timeline(run, rule, logits_of(run), undo)
+    for sentence in said_first(run, rule.skill, undo, data=batch is not None):
         typer.echo(f"  {sentence}")
     return undo, batch
 

@@ -54,6 +54,7 @@ class Undo:
         probe: steps of repair, and of relearning, by which windows are compared.
         given_back: share of the skill's labels in that relearning.
         seed: of the draws.
+        timeline: of the split's tokens, where it is known already; its passes are not counted again.
 
     Raises:
         ValueError: for another method.
@@ -68,6 +69,7 @@ class Undo:
     probe: int = 12
     given_back: float = 0.1
     seed: int = 0
+    timeline: Timeline | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -272,16 +274,13 @@ def tried_window(
     return TriedWindow(windows, shares.target, shares.worst_off, float("nan"), score(shares, problem.limits))
 
 
-def undo_skill(
-    problem: RemovalProblem, undo: Undo, *, repair: bool = True, timeline: Timeline | None = None
-) -> tuple[Edit, Undone, Shares]:
+def undo_skill(problem: RemovalProblem, undo: Undo, *, repair: bool = True) -> tuple[Edit, Undone, Shares]:
     """Choose windows, undo them, repair the rest; everything is chosen on select.
 
     Args:
         problem: skill, select, bounds, and the batches that repair trains on.
         undo: how.
         repair: false where there is no data to repair with.
-        timeline: of the problem's select split, where it is known already.
 
     Returns:
         One edit of the final weights that holds both parts, what was done, and its shares on select.
@@ -291,7 +290,7 @@ def undo_skill(
     """
     began, before = time.perf_counter(), problem.predictor.spent
     series = problem.select.split.series
-    timeline = timeline or skill_timeline(problem.select, seed=undo.seed)
+    timeline = undo.timeline or skill_timeline(problem.select, seed=undo.seed)
     said = forecast(timeline, problem.rule.skill)
     choices = [undo.windows] if undo.windows else _choices(timeline, problem.rule.skill, undo.method)
     tried = [

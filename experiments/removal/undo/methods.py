@@ -378,10 +378,12 @@ METHODS: Mapping[str, Method] = {
     **{f"skill axes, rank {rank}": _axis(rank) for rank in range(1, AXES + 1)},
     "retrained from the window": retrained_from_window,
     "rollback with descendants": _window("rollback", _descendants),
+    "rollback, one width earlier": _window("rollback", _earlier(1)),
     HELD: _window("rollback", lambda place: (place.own,)),
     "replay off the axes": _of_edit(_replay),
     "rollback and GradDiff, half each": _of_edit(_between),
     "return to the window": _window("return", lambda place: (place.own,)),
+    "return, half a width earlier": _window("return", _earlier(0.5)),
     "return, one width earlier": _window("return", _earlier(1)),
     "return, three widths earlier": _window("return", _earlier(3)),
 }

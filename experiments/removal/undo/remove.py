@@ -156,19 +156,24 @@ def repair_batches(
     return batch
 
 
-def said_first(run: Run, rule: GroupRule, logits: LogitFunction, undo: Undo, *, data: bool) -> list[str]:
+def with_timeline(run: Run, rule: GroupRule, logits: LogitFunction, undo: Undo) -> Undo:
+    """The settings with what was learned when, so that it is said first and not measured twice."""
+    split = EvaluatedSplit(run.objective, run.checkpoints(), run.task.splits.select)
+    select = GroupedSplit(split, Predictor(run.objective, logits), rule)
+    return replace(undo, timeline=skill_timeline(select, seed=undo.seed))
+
+
+def said_first(run: Run, skill: str, undo: Undo, *, data: bool) -> list[str]:
     """What cannot be had, from the timeline, before anything is undone.
 
     Args:
         run: the run.
-        rule: what is to be removed.
-        logits: of the run's loss.
-        undo: settings.
+        skill: what is to be removed.
+        undo: settings with their timeline.
         data: whether there is anything to repair with.
     """
-    split = EvaluatedSplit(run.objective, run.checkpoints(), run.task.splits.select)
-    select = GroupedSplit(split, Predictor(run.objective, logits), rule)
-    said: Forecast = forecast(skill_timeline(select, seed=undo.seed), rule.skill)
+    assert undo.timeline is not None
+    said: Forecast = forecast(undo.timeline, skill)
     trained = run.config.training.steps if run.config.checkpoints is None else None
     probes = 0 if undo.windows else 3 * 2 * undo.probe
     steps = undo.training.steps + probes if data else 0
