@@ -235,15 +235,16 @@ def measure_control(place: Path, settings: StudySettings) -> ControlRow | None:
 
     def compute() -> ControlRow:
         tokens = unseen_tokens(run, settings.unseen)
-        part = tokens.select(torch.arange(min(CONTROL_SEQUENCES, tokens.sequences)))
-        splits = run.task.splits
+        # The control is judged on the first unseen sequences; a copy of the model is trained on the others.
+        cut = min(CONTROL_SEQUENCES, tokens.sequences // 2)
+        part, rest = (tokens.select(rows) for rows in torch.arange(tokens.sequences).tensor_split([cut]))
         basis = load_record(Basis, run.directory.basis(settings.bases[0]))
         assert run.task.plant is not None
         found = positive_control(
             run.objective,
             run.checkpoints(),
             basis,
-            (splits.curvature, splits.select, part),
+            (rest, run.task.splits.select, part),
             run.task.plant,
             replace(
                 settings.test, rotations=min(settings.test.rotations, 20), null_documents=40, transplants=0

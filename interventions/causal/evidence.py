@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from interventions.causal.nulls import SpanPool, random_changes, total_share
+from interventions.causal.nulls import SpanPool, matched_level, random_changes
 from interventions.causal.settings import TestSettings
 from interventions.causal.statistics import Array, Bits, Interval, Shares, Units, capped, shares_of
 from interventions.damage import EvaluatedSplit
@@ -278,9 +278,9 @@ def _selectivity(
     target = members[kept]
     there = {name: mask[kept] for name, mask in others.items()}
     own = selectivity_of(change[kept], room, target, there)
-    level = total_share(change[kept], room)
+    level = matched_level(change[kept], room)
     pool = bench.pools.get(pair.basis)
-    # Where undoing the movement costs nothing in total there is nothing to match.
+    # Where undoing the movement costs no token anything there is nothing to match.
     if pool is None or level <= 0 or not target.any():
         return own, ()
     return own, tuple(selectivity_of(c, room, target, there) for c in pool.matched(level))
