@@ -119,6 +119,7 @@ def test_rows_are_kept_and_found_again(place: Place, monkeypatch: pytest.MonkeyP
     assert rows_of(job) == first
     # What was measured in full need not be measured again in short.
     assert rows_of(replace(job, whole=False)) == first
+    assert rows_of(replace(job, repairs=(2, 4), kept=True)) == first
     with pytest.raises(AssertionError, match="measured again"):
         rows_of(replace(job, repairs=(4,)))
 

@@ -39,7 +39,7 @@ from experiments.removal.undo.tables import study_tables
 from experiments.run.run import Run, load_run, open_run
 from experiments.run.stages.training import trained_series
 from experiments.study.results import publish, show
-from polca_edit.artifacts import from_plain, key_of, to_plain
+from polca_edit.artifacts import from_plain, key_of, load_record, to_plain
 
 #: Raised when a method or a measure changes so that kept rows no longer stand.
 VERSION = 1
@@ -53,7 +53,17 @@ EFFORTS: Mapping[str, Effort] = {
 
 @dataclass(frozen=True)
 class Job:
-    """One method on one skill of one run, after some numbers of repair steps."""
+    """One method on one skill of one run, after some numbers of repair steps.
+
+    Attributes:
+        run: directory.
+        skill: name.
+        method: name.
+        repairs: numbers of steps.
+        effort: of everything.
+        whole: false for one attack only.
+        kept: nothing is computed, rows that are not there are left out.
+    """
 
     run: Path
     skill: str
@@ -61,6 +71,7 @@ class Job:
     repairs: tuple[int, ...]
     effort: Effort
     whole: bool = True
+    kept: bool = False
 
 
 @lru_cache(maxsize=1)
@@ -110,6 +121,13 @@ def rows_of(job: Job) -> list[Row]:
             return full
         return full.replace(".json", "-short.json")
 
+    if job.kept:
+        there = {
+            name(steps)
+            for steps in (0, *job.repairs)
+            if run.directory.finished(name(steps), key(name(steps)))
+        }
+        return [load_record(Row, run.directory.path / "kept" / one) for one in sorted(there)]
     start: Start | None = None
     after: dict[int, tuple[torch.Tensor, float, float]] = {}
     missing = [s for s in job.repairs if not run.directory.finished(name(s), key(name(s)))]
@@ -160,13 +178,11 @@ def jobs_of(
     runs: Sequence[Path],
     skills: Sequence[str],
     methods: Sequence[str],
-    repairs: tuple[int, ...],
-    effort: Effort,
-    whole: bool,
+    like: Job,
 ) -> list[Job]:
     """Gold first: everything else is read against it."""
     order = [name for name in METHODS if name in methods]
-    return [Job(run, skill, m, repairs, effort, whole) for m in order for run in runs for skill in skills]
+    return [replace(like, run=run, skill=skill, method=m) for m in order for run in runs for skill in skills]
 
 
 def _done(jobs: Sequence[Job], workers: int) -> Iterator[list[Row]]:
@@ -219,6 +235,7 @@ def removal(
     methods: Annotated[str | None, typer.Option(help="Separated by semicolons; default all.")] = None,
     repair: Annotated[str, typer.Option(help="Numbers of repair steps, comma-separated.")] = "60",
     short: Annotated[bool, typer.Option("--short", help="Relearn with a tenth of the labels only.")] = False,
+    kept: Annotated[bool, typer.Option("--kept", help="Only what was measured before.")] = False,
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 2,
     runs: Annotated[Path, typer.Option(help="Trained runs, PRESET-SEED.")] = Path("runs/removal"),
     json_: Annotated[Path | None, typer.Option("--json", help="Result file; it grows row by row.")] = None,
@@ -234,7 +251,8 @@ def removal(
     repairs = _whole_numbers(repair)
     effort = EFFORTS.get(preset, Effort())
     opened = [prepared(preset, seed, runs) for seed in range(first_seed, first_seed + seeds)]
-    jobs = jobs_of([place for place, _ in opened], wanted, ways, repairs, effort, not short)
+    like = Job(opened[0][0], wanted[0], ways[0], repairs, effort, not short, kept)
+    jobs = jobs_of([place for place, _ in opened], wanted, ways, like)
     rows: list[Row] = []
     for found in _done(jobs, workers):
         rows += [row for row in found if row not in rows]
