@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 
 from experiments.application import single
 from experiments.removal.apply import apply
-from experiments.removal.records import RemovalFile
+from experiments.removal.undo.records import RemovalFile
 from experiments.removal.undo.remove import UndoOptions, adapted, repair_batches, undo_of, windows_of
 from experiments.removal.verb import fit_stream, logits_of, remove, skill_groups
 from experiments.run.run import load_run
@@ -103,10 +104,11 @@ def test_what_cannot_be_undone_is_refused_before_anything_is_opened(smoke_copy: 
     for given, words in (
         (["--method", "rewind"], "--method must be one of span, axis, rollback, return"),
         (["--method", "return", "--skill", "1s"], "takes out one skill at a time, got 2"),
-        (["--method", "return", "--window", "7"], "must be START:END"),
-        (["--method", "return", "--window", "60:54"], "the start first"),
+        (["--method", "return", "--window", "7"], "must be two steps START:END"),
+        (["--method", "return", "--window", "60:54"], "must end after it starts"),
         (["--method", "return", "--window", "1:60"], "both at recorded steps"),
-        (["--window", "54:60"], "belong to undoing"),
+        (["--relearn", "4"], "belong to undoing"),
+        (["--window", "6:60", "--window", "6:54"], "both say where to search"),
     ):
         found = invoke(smoke_copy, *given)
         assert found.exit_code != 0
@@ -120,7 +122,7 @@ def test_repair_never_sees_select_or_labels_it_does_not_have(smoke_run: Path) ->
     rule = skill_groups(run, "1000s")
     fresh = fit_stream(run, 8)
     assert repair_batches(run, rule, fresh, 8) is fresh
-    text = run.__class__(**{**vars(run), "task": run.task.__class__(**{**vars(run.task), "name": "text"})})
+    text = replace(run, task=replace(run.task, fresh=None))
     batch = repair_batches(text, rule, fresh, 8)
     assert batch is not None
     rows = {tuple(row.tolist()) for row in run.task.splits.curvature.inputs}

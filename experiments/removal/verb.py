@@ -11,8 +11,8 @@ import torch
 import typer
 from torch import Tensor
 
-from experiments.removal.records import Removal, RemovalFile, RemovalPlan
-from experiments.removal.skills import GROUPS, SKILL_GROUPS, arithmetic_logits, assign_groups, skill_rule
+from experiments.config import parse_window
+from experiments.removal.undo.records import Removal, RemovalFile, RemovalPlan
 from experiments.removal.undo.remove import (
     UndoOptions,
     adapted,
@@ -25,11 +25,12 @@ from experiments.removal.undo.remove import (
     with_timeline,
 )
 from experiments.report.page import write_report
+from experiments.run.groups import with_groups
+from experiments.run.guard import existing
 from experiments.run.machine import hardware, versions
 from experiments.run.run import Run, load_run
 from experiments.run.run_record import open_evaluate
 from experiments.run.stages.clusters import ClusterRecord
-from experiments.tasks.arithmetic import data_of
 from interventions.damage import EvaluatedSplit
 from interventions.edit_files import save_edit
 from interventions.edits import Edit
@@ -39,7 +40,6 @@ from interventions.removal.grouped import (
     LogitFunction,
     Predictor,
     labelled,
-    next_token_logits,
 )
 from interventions.removal.problem import Limits, RemovalProblem
 from interventions.removal.remove import (
@@ -75,13 +75,14 @@ REPAIR_SEQUENCES = 64
 
 
 def skill_groups(run: Run, skill: str) -> GroupRule:
-    """Groups of a named skill: digit and carry for sums, skill against the rest elsewhere.
+    """Groups of a named skill: those of the task's partition, or the skill against all others.
 
     Raises:
         ValueError: for a skill the run does not know.
     """
-    if run.task.name == "arithmetic" and skill in SKILL_GROUPS:
-        return skill_rule(skill)
+    partition = run.task.partition
+    if partition is not None and skill in partition.skills:
+        return partition.rule(skill)
     known = run.task.splits.select.skills
     if skill not in known:
         raise ValueError(f"a skill must be one this run labels, got '{skill}'; known are {sorted(known)}")
@@ -89,7 +90,7 @@ def skill_groups(run: Run, skill: str) -> GroupRule:
 
 
 def cluster_groups(run: Run, cluster: str) -> GroupRule:
-    """Members of one cluster by its rule on input features; everyone else by digit and carry, or one group.
+    """Members of one cluster by its rule on input features; everyone else by partition, or one group.
 
     No skill label decides membership, and the rule never sees a loss, so it holds on any tokens.
 
@@ -108,11 +109,12 @@ def cluster_groups(run: Run, cluster: str) -> GroupRule:
     if not vector < len(labels) or not bool((labels[vector] == index).any()):
         raise ValueError(f"cluster {cluster} does not exist in this run; see 'polca-edit inspect'")
     rule = fit_rule(run.task.splits.select, labels[vector] == index, seed=run.config.seed)
-    sums = run.task.name == "arithmetic"
-    rest = GROUPS if sums else ("(rest)",)
+    partition = run.task.partition
+    rest = ("(rest)",) if partition is None else partition.names
 
     def assign(tokens: TokenSet) -> Tensor:
-        groups = assign_groups(tokens) + 1 if sums else torch.ones(tokens.count, dtype=torch.long)
+        ones = torch.ones(tokens.count, dtype=torch.long)
+        groups = ones if partition is None else partition.assign(tokens) + 1
         groups[rule.assign(tokens)] = 0
         return groups
 
@@ -120,26 +122,40 @@ def cluster_groups(run: Run, cluster: str) -> GroupRule:
 
 
 def fit_stream(run: Run, size: int) -> Callable[[int], TokenSet]:
-    """Batches for the fit: fresh sums off select and evaluate, or draws from curvature and select."""
-    sums = data_of(run.config) if run.task.name == "arithmetic" else None
+    """Batches for the fit: new sequences that training may see, or draws from curvature and select."""
+    fresh = run.task.fresh
     parts = (run.task.splits.curvature, run.task.splits.select)
 
     def batch(step: int) -> TokenSet:
         generator = generator_for(run.config.seed, "removal fit", step)
-        if sums is not None:
-            return sums.allowed(size, generator)
+        if fresh is not None:
+            return fresh(size, generator)
         part = parts[step % 2]
         return part.select(torch.randperm(part.sequences, generator=generator)[:size])
 
     return batch
 
 
-def edit_span(run: Run, basis: str | None) -> Span:
-    """All recorded displacements and Hessian vectors by groups of neurons, or one stored basis."""
+def edit_span(run: Run, basis: str | None, window: tuple[int, int] | None = None) -> Span:
+    """All recorded displacements and Hessian vectors by groups of neurons, or one stored basis.
+
+    Args:
+        run: with checkpoints.
+        basis: name of a stored basis.
+        window: steps of the displacements that are taken; Hessian vectors are left out then.
+    """
     if basis is not None:
         return span_of_rows(load_record(Basis, run.directory.basis(basis)).rows, f"basis {basis}")
-    checkpoints = run.checkpoints()
+    checkpoints = run.observed(window)
     rows = stacked_displacements([checkpoints[index].clone() for index in range(len(checkpoints))])
+    if window is not None:
+        return span_by_tensor(
+            rows,
+            run.task.space,
+            f"movement of steps {window[0]} to {window[1]} by groups of neurons",
+            block=BLOCK,
+            per_block=LEADING,
+        )
     stored = [run.directory.basis(b.label) for b in run.config.bases if b.kind == "hessian"]
     rows = torch.cat([rows, *(load_record(Basis, path).rows for path in stored if path.exists())])
     return span_by_tensor(
@@ -148,6 +164,20 @@ def edit_span(run: Run, basis: str | None) -> Span:
 
 
 # -- removing ----------------------------------------------------------------------------------------
+
+
+def logits_of(run: Run) -> LogitFunction:
+    """The task's logits.
+
+    Raises:
+        ValueError: for a task without.
+    """
+    if run.task.logits is None:
+        raise ValueError(
+            f"removal measures accuracy and KL, task '{run.task.name}' gives no logits; return 'logits' in "
+            "its TaskDefinition"
+        )
+    return run.task.logits
 
 
 def removed(
@@ -183,18 +213,15 @@ def removed(
     return edit, [Removal.of(*pair) for pair in zip(results, together, strict=True)]
 
 
-def logits_of(run: Run) -> LogitFunction:
-    """Logits of the run's token loss."""
-    return arithmetic_logits if run.task.name == "arithmetic" else next_token_logits
-
-
 def _how(
     run: Run, rules: Sequence[GroupRule], options: UndoOptions, budget: Budget, basis: str | None
 ) -> tuple[Span | Undo, Batches | None]:
     """Where an edit may lie or what is undone, and its batches; what undoing costs is said first."""
     fits = fit_stream(run, budget.sequences)
     if options.method == "span":
-        return edit_span(run, basis), fits
+        if len(options.windows) > 1 or (basis is not None and options.windows):
+            raise ValueError("--basis and --window both say where to search, got several; give one of them")
+        return edit_span(run, basis, parse_window(next(iter(options.windows), None))), fits
     if len(rules) > 1:
         raise ValueError(
             f"--method {options.method} takes out one skill at a time, got {len(rules)}; give one --skill"
@@ -244,7 +271,8 @@ def remove(
         str, typer.Option(help="span (a fit), or undo training: return, rollback, axis.")
     ] = "span",
     window: Annotated[
-        list[str] | None, typer.Option(help="START:END to undo; default: chosen from the timeline.")
+        list[str] | None,
+        typer.Option(help="Steps START:END to search or undo; undone windows are chosen by default."),
     ] = None,
     repair: Annotated[int, typer.Option(min=0, help="Training steps without the skill after undoing.")] = 60,
     relearn: Annotated[int, typer.Option(min=0, help="Steps of an attack that is measured.")] = 0,
@@ -259,32 +287,53 @@ def remove(
     kl: Annotated[
         float | None, typer.Option(min=0.0, help="KL to the original allowed, nats (.05; undoing 1).")
     ] = None,
+    groups: Annotated[
+        Path | None, typer.Option(help="Token groups: .npz or JSON, name -> booleans over the select tokens.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Edit file (default RUN/edits/NAME).")] = None,
 ) -> None:
     """Find an edit that removes one skill, and judge it on the evaluate split.
 
     The edit is written in any case; where it misses a bound, the command says which and ends with 1.
     """
-    if budget not in BUDGETS:
-        raise ValueError(f"--budget must be one of {', '.join(BUDGETS)}, got '{budget}'")
-    opened = load_run(run)
-    rules = _rules(opened, skill or [], cluster)
-    names = tuple(rule.skill for rule in rules)
     options = UndoOptions(method, tuple(window or ()), repair, relearn, lora)
-    how, batch = _how(opened, rules, options, BUDGETS[budget], basis)
-    plan = _plan(opened, names, _limits(method, target, off, kl), BUDGETS[budget], how, options)
-    opening = open_evaluate(opened, plan, by="remove")
-    edit, removals = removed(opened, rules, plan, how, batch)
-    if isinstance(how, Undo):
-        removals = [_afterwards(opened, rules[0], edit, removals[0], how, batch, options)]
-    path = out or run / "edits" / "+".join(n.replace(":", "-").replace("@", "-at-") for n in names)
-    record = _written(opened, path, edit, removals, plan, opening.exploratory)
-    if path.parent == run / "edits" and (run / "summary.json").exists():
-        write_report(opened.directory, lambda _: None)
+    chosen = _budget(budget)
+    opened = with_groups(load_run(run), groups, typer.echo)
+    logits_of(opened)
+    rules = _rules(opened, skill or [], cluster)
+    how, batch = _how(opened, rules, options, chosen, basis)
+    names = tuple(rule.skill for rule in rules)
+    plan = _plan(opened, names, _limits(method, target, off, kl), chosen, how, options)
+    path = out or run / "edits" / _file_name(names)
+    with existing(run):
+        opening = open_evaluate(opened, plan, by="remove")
+        edit, removals = removed(opened, rules, plan, how, batch)
+        if isinstance(how, Undo):
+            removals = [_afterwards(opened, rules[0], edit, removals[0], how, batch, options)]
+        record = _written(opened, path, edit, removals, plan, opening.exploratory)
+        _reported(opened, path)
+    for sentence in record.missed:
+        typer.echo(f"polca-edit: {sentence}", err=True)
     if record.missed:
-        for sentence in record.missed:
-            typer.echo(f"polca-edit: {sentence}", err=True)
         raise typer.Exit(1)
+
+
+def _reported(run: Run, path: Path) -> None:
+    """The run's report with the edit in it, where the edit lies in the run."""
+    place = run.directory.path
+    if path.parent == place / "edits" and (place / "summary.json").exists():
+        write_report(run.directory, lambda _: None)
+
+
+def _budget(name: str) -> Budget:
+    if name not in BUDGETS:
+        raise ValueError(f"--budget must be one of {', '.join(BUDGETS)}, got '{name}'")
+    return BUDGETS[name]
+
+
+def _file_name(names: Sequence[str]) -> str:
+    """A skill or cluster by a name that files may have; several joined by ``+``."""
+    return "+".join(name.replace(":", "-").replace("@", "-at-") for name in names)
 
 
 def _rules(run: Run, skills: Sequence[str], cluster: str | None) -> list[GroupRule]:

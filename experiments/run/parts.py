@@ -11,11 +11,10 @@ from typing import TypeVar
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file
 from torch import Tensor
 
 from polca_edit.artifacts import load_record, save_record
-from polca_edit.checkpoints.files import write_tensors
+from polca_edit.checkpoints.files import read_weights, write_tensors
 from polca_edit.derivatives.objective import PassCount
 
 Record = TypeVar("Record")
@@ -102,7 +101,7 @@ def kept_products(
         path = folder / f"product-{count:05d}.safetensors"
         count += 1
         if path.exists():
-            stored: Tensor = load_file(path)["image"]
+            stored = read_weights(path)["image"]
             # A copy: sums over memory that is aligned otherwise differ in the last digit.
             return stored.to(vector).clone()
         image = product(vector)

@@ -10,8 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from experiments.removal.skills import arithmetic_logits
-from experiments.removal.verb import skill_groups
+from experiments.removal.verb import logits_of, skill_groups
 from experiments.run.run import Run
 from experiments.run.stages.training import training_settings
 from experiments.tasks.arithmetic import data_of, first_and_second_of, token_set
@@ -78,7 +77,7 @@ class Place:
     def problem(self) -> RemovalProblem:
         """Bounds of undoing, select, and batches for fits and repair."""
         split = EvaluatedSplit(self.run.objective, self.run.checkpoints(), self.run.task.splits.select)
-        predictor = Predictor(self.run.objective, arithmetic_logits)
+        predictor = Predictor(self.run.objective, logits_of(self.run))
         return RemovalProblem(GroupedSplit(split, predictor, self.rule), self.draws("fit"), UNDO_LIMITS)
 
     @cached_property

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from experiments.config import parse_window
 from experiments.run.run import Run
 from interventions.damage import EvaluatedSplit
 from interventions.discovery.axes import skill_axis
@@ -38,20 +39,9 @@ def windows_of(given: Sequence[str]) -> tuple[Window, ...]:
 
     >>> [str(w) for w in windows_of(["10:20", "40:60"])]
     ['10:20', '40:60']
-
-    Raises:
-        ValueError: for text that is no window.
     """
-    found = []
-    for text in given:
-        first, colon, last = text.partition(":")
-        if not colon or not first.isdigit() or not last.isdigit() or int(first) >= int(last):
-            raise ValueError(
-                f"a window must be START:END in optimiser steps, the start first, got '{text}'; "
-                "write for example 120:240"
-            )
-        found.append(Window(int(first), int(last), "given"))
-    return tuple(found)
+    steps = [parse_window(text) for text in given]
+    return tuple(Window(*pair, "given") for pair in steps if pair is not None)
 
 
 @dataclass(frozen=True)
@@ -78,9 +68,9 @@ class UndoOptions:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"--method must be one of {', '.join(METHODS)}, got '{self.method}'")
-        if self.method == "span" and (self.windows or self.relearn or self.lora):
+        if self.method == "span" and (self.relearn or self.lora):
             raise ValueError(
-                "--window, --relearn and --lora belong to undoing, got --method span; "
+                "--relearn and --lora belong to undoing, got --method span; "
                 "give --method return, rollback or axis"
             )
 
@@ -141,7 +131,7 @@ def repair_batches(
         fresh: new sequences, where the task can draw them.
         size: sequences a batch.
     """
-    if run.task.name == "arithmetic":
+    if run.task.fresh is not None:
         return fresh
     part = run.task.splits.curvature
     try:
