@@ -102,6 +102,12 @@ VERBS = {
     "remove-skill": Verb(
         "removal.study:remove_skill_study", "Skill removal: our edits and today's rivals.", "Studies"
     ),
+    "validate": Verb(
+        "natural.verb:validate",
+        "Training runs with known answers and their twins through the whole tool.",
+        "Studies",
+        "Example: `polca-edit validate --case later_skill --seeds 1 --json validate.json`",
+    ),
     "selftest": Verb(
         "testbeds.selftest:selftest", "Ten testbeds with known answers; `--break NAME` must fail.", "Studies"
     ),
