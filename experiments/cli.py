@@ -113,18 +113,32 @@ VERBS = {
     ),
 }
 
+#: ``polca-edit study NAME``.
+STUDIES = {
+    "grokking": Verb(
+        "study.grokking_verb:grokking_study",
+        "A published claim put to the test: does grokking need the motion along 16 components?",
+        examples="Example: `polca-edit study grokking --seeds 5 --json grokking.json`",
+    ),
+}
 
-def _register(name: str, verb: Verb) -> None:
+studies = typer.Typer(
+    no_args_is_help=True, rich_markup_mode="markdown", help="Studies over several runs or methods."
+)
+app.add_typer(studies, name="study", rich_help_panel="Studies")
+
+
+def _register(name: str, verb: Verb, group: typer.Typer = app, program: str = "polca-edit") -> None:
     module, _, attribute = verb.function.partition(":")
 
     def call(context: typer.Context) -> None:
         function = getattr(importlib.import_module(f"experiments.{module}"), attribute)
         command = typer.main.get_command(single(function, verb.examples))
-        code = command.main(context.args, prog_name=f"polca-edit {name}", standalone_mode=False)
+        code = command.main(context.args, prog_name=f"{program} {name}", standalone_mode=False)
         if code:
             raise typer.Exit(code)
 
-    app.command(
+    group.command(
         name=name,
         help=verb.help,
         rich_help_panel=verb.panel,
@@ -135,6 +149,8 @@ def _register(name: str, verb: Verb) -> None:
 
 for _name, _verb in VERBS.items():
     _register(_name, _verb)
+for _name, _verb in STUDIES.items():
+    _register(_name, _verb, studies, "polca-edit study")
 
 
 def main() -> None:

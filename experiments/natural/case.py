@@ -50,6 +50,8 @@ class Natural:
         window: (first, last) step of the declared movement.
         every: steps between recorded weights.
         rows: makes the declared basis of a series where stretches are not what is declared.
+        mixed: pairs of declared rows, numbered like ``task.parents``, that a mixing ladder turns together.
+        earlier: (window, group) of an earlier declared movement, for a crossover with the target's.
         record: trains in another way than by the task's batches (adapters); None: the ordinary loop.
     """
 
@@ -59,6 +61,8 @@ class Natural:
     window: tuple[int, int]
     every: int
     rows: Callable[[Checkpoints], Float[Tensor, "K N"]] | None = None
+    mixed: tuple[tuple[int, int], ...] = ()
+    earlier: tuple[tuple[int, int], str] | None = None
     record: Callable[[Natural], Recording] | None = None
 
     def declared(self, series: Checkpoints) -> Basis:

@@ -6,6 +6,7 @@ before its sums are shown, nor a mark's meaning before it has one: that is the t
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -220,7 +221,10 @@ def adapter_recording(natural: Natural) -> Recording:
     names = [n for n, m in task.module.named_modules() if isinstance(m, nn.Linear) and n.startswith("blocks")]
     with torch.random.fork_rng():
         torch.manual_seed(natural.training.seed)
-        adapted = inject_adapter_in_model(LoraConfig(r=4, lora_alpha=8, target_modules=names), task.module)
+        # In a copy: the task's own module keeps plain layers, in which every edit is measured.
+        adapted = inject_adapter_in_model(
+            LoraConfig(r=4, lora_alpha=8, target_modules=names), copy.deepcopy(task.module)
+        )
     layers = {n: adapted.get_submodule(n) for n in names}
     zero = {name: torch.zeros(shape) for name, shape in zip(task.space.names, task.space.shapes, strict=True)}
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from experiments.natural.case import Case, Natural, Recording, agrees
-from experiments.natural.records import CaseRow, RunRows
+from experiments.natural.ladder import crossover, ladder_rungs
+from experiments.natural.records import CaseRow, Rung, RunRows
 from interventions.causal.hypotheses import skill_hypotheses
 from interventions.causal.questions import Verdict
 from interventions.causal.settings import TestSettings
@@ -18,6 +19,7 @@ from interventions.damage import EvaluatedSplit
 from interventions.discovery.axes import AxisSettings, skill_axis
 from interventions.discovery.search import SearchSettings
 from interventions.discovery.signatures import interventional_clusters, vector_shares
+from interventions.edits import project_out
 from polca_edit.basis.build import BasisInputs, build_basis
 from polca_edit.basis.record import Basis
 from polca_edit.clusters.hypotheses import Hypothesis, TokenGroup
@@ -150,7 +152,28 @@ def measure_case(
     made = [case_row(opened.case, row, seed, twin) for row in rows]
     declared = judged([row for row in made if row.truth != "unknown"], twin)
     others = tuple(row for row in made if row is not declared)
-    return RunRows(declared, others, (), {}, train_seconds, time.perf_counter() - started)
+    natural = opened.natural
+    rungs: tuple[Rung, ...] = ()
+    if natural.mixed:
+        rows_of = opened.bases["declared"].rows
+        rungs = ladder_rungs(opened.unseen, rows_of, natural.mixed, opened.parents, settings.test)
+    spent = time.perf_counter() - started
+    return RunRows(declared, others, rungs, further(opened, settings, twin), train_seconds, spent)
+
+
+def further(opened: Opened, settings: MeasureSettings, twin: bool) -> dict[str, float]:
+    """Numbers of single cases: a crossover of two stretches, and what exempt groups lose."""
+    found: dict[str, float] = {}
+    if opened.natural.earlier is not None and not twin:
+        window, group = opened.natural.earlier
+        both = crossover(opened.unseen, window, (group, opened.case.target), settings.test)
+        found.update(crossover=both.estimate, crossover_low=both.low, crossover_high=both.high)
+    if opened.case.exempt:
+        skills = opened.unseen.tokens.skills
+        edit = project_out(opened.unseen, opened.bases["declared"].rows[:1])
+        lost = opened.unseen.damage(edit).share_by({name: skills[name] for name in opened.case.exempt})
+        found.update({f"share lost by exempt '{name}'": value for name, value in lost.items()})
+    return found
 
 
 def declared_pair(opened: Opened, chosen: Sequence[Hypothesis]) -> list[Hypothesis]:

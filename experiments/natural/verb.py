@@ -100,8 +100,8 @@ def validate(
     settings = MeasureSettings(bases=kinds, discovery=discovery and bool(kinds))
     jobs = [
         Job(name, twin, seed, out, settings)
-        for name in names
         for seed in range(seeds)
+        for name in names
         for twin in (False, True)
     ]
     started = time.perf_counter()
