@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from interventions.causal import bases
+from interventions.causal.cost import causal_cost
 from interventions.causal.evidence import Evidence, Insertion, Other, leakage_draws
 from interventions.causal.nulls import SpanPool, total_share
 from interventions.causal.questions import judge, needed, only, pool, within
@@ -367,3 +368,27 @@ def test_pairs_that_cannot_be_tested_are_named_with_the_reason() -> None:
         causal_test(
             split, [replace(still, group=TokenGroup("elsewhere", masks={"": groups["skill0"]}))], QUICK
         )
+
+
+def test_the_stated_cost_is_that_of_the_passes_made() -> None:
+    split, groups = world()
+    split.before, split.headroom, split.start_loss  # noqa: B018 - measured once, whoever asks first
+    sizes: list[int] = []
+    losses = split.loss.losses
+
+    def counted(theta: Tensor, tokens: TokenSet) -> Tensor:
+        sizes.append(tokens.sequences)
+        return losses(theta, tokens)
+
+    split.loss.losses = counted  # type: ignore[method-assign]
+    try:
+        causal_test(split, pairs_of(), QUICK, parents=groups)
+    finally:
+        del split.loss.losses
+    cost = causal_cost(pairs_of(), QUICK)
+    assert cost.observed == 0
+    made = sum(sizes)
+    # Curves end early where all pairs do about the same damage, as here: an upper bound, not far off.
+    assert made <= cost.sequences(QUICK.null_documents, 80) <= 3 * made
+    # Random edits and transplants are counted exactly; each is one pass over the null's documents.
+    assert cost.random == 4 * (QUICK.random_draws + QUICK.transplants)

@@ -103,7 +103,7 @@ def test_rows_of_a_cluster_by_hand():
     tokens = token_set(torch.tensor([123, 456, 789]), torch.tensor([321, 654, 987]))
     place = torch.arange(4).repeat(3)
     members = (place == 1) | (torch.arange(12) == 2)
-    row = cluster_row(tokens, "hessian", 0, members, seed=0)
+    row = cluster_row(tokens, "hessian", 0, members)
     assert row.homogeneity["100s"] == pytest.approx(3 / 4)
     assert row.recall["100s"] == 1.0
     assert row.f1["100s"] == pytest.approx(2 * 3 / (4 + 3))

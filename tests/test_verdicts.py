@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from experiments.discover.stages import load_found
+from experiments.run.keys import signature_names
 from experiments.run.run import load_run
 from experiments.run.run_record import read_run_record
 from experiments.run.summary.write import write_summary
@@ -45,7 +48,14 @@ def test_a_run_gets_a_row_per_pair_and_keeps_what_it_measured(tested) -> None:
     place, result = tested
     run = load_run(place, say=lambda _: None)
     families = {row.family for row in result.rows}
-    assert families == {"polca", "skill"}
+    assert families == {"polca", "interventional", "skill"}
+    found = load_found(run, signature_names(run.config)[-1])
+    assert {r.cluster for r in result.rows if r.family == "interventional"} <= set(range(found.count))
+    # Every group is a row or has a reason.
+    named = [row.name for row in result.rows] + [left.name for left in result.untested]
+    count = len(load_record(Basis, run.directory.basis("trajectory")).rows)
+    for vector in range(count):
+        assert any(re.match(rf"trajectory {vector}(:| \||$)", name) for name in named)
     [basis] = {row.basis for row in result.rows}
     assert basis == "trajectory"
     skills = {row.group: row for row in result.rows if row.family == "skill"}
@@ -90,6 +100,8 @@ def test_skills_take_the_vector_that_costs_them_most_on_select(tested) -> None:
     skills = run.task.splits.select.skills
     shares = select_shares(run, "trajectory", basis, dict(skills), None)
     split = EvaluatedSplit(run.objective, run.checkpoints(), run.task.splits.select)
+    left = {one.name: one.reason for one in choose(run, "trajectory", least=10_000).left}
+    assert left["trajectory | 1000s"] == "fewer than 10000 select tokens"
     for pair in (p for p in chosen.pairs if p.family == "skill"):
         by_hand = [
             split.damage(project_out(split, row)).share_by(skills)[pair.group.name] for row in basis.rows

@@ -58,7 +58,7 @@ class ClusterRow:
         basis: names of the vectors that were undone, several joined by ``+``.
         cluster: number, largest first.
         tokens: members.
-        name: what its tokens share by input features, in words; empty where nothing describes it.
+        name: parent and at most two conditions with precision and recall, or "unnamed N".
         homogeneity: skill -> share of the cluster's tokens with it.
         recall: skill -> share of its tokens in the cluster.
         f1: skill -> harmonic mean of the two.

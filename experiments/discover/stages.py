@@ -33,11 +33,9 @@ from interventions.discovery.timeline import Timeline, TimelineSettings, causal_
 from polca_edit.allocation.allocate import Projections
 from polca_edit.artifacts import load_record, save_record
 from polca_edit.basis.record import Basis
-from polca_edit.clusters.membership import fit_rule
+from polca_edit.clusters.names import name_of
 from polca_edit.tokens import TokenSet
 
-#: A rule describes a cluster from this held-out AUC on.
-NAMED = 0.9
 #: Feature of text whose levels are the groups of a timeline where no skill is known.
 CLASS = "shape"
 
@@ -177,14 +175,11 @@ def load_timeline(run: Run) -> Timeline:
 def cluster_rows(run: Run, found: Found) -> list[ClusterRow]:
     """Every cluster of a stage beside the known skills."""
     tokens = run.task.splits.select
-    return [
-        cluster_row(tokens, found.basis, int(name), members, seed=run.config.seed)
-        for name, members in found.clusters.items()
-    ]
+    return [cluster_row(tokens, found.basis, int(name), members) for name, members in found.clusters.items()]
 
 
-def cluster_row(tokens: TokenSet, basis: str, cluster: int, members: Tensor, *, seed: int) -> ClusterRow:
-    """Agreement of one token group with every skill, and the rule that describes it."""
+def cluster_row(tokens: TokenSet, basis: str, cluster: int, members: Tensor) -> ClusterRow:
+    """Agreement of one token group with every skill, and its name."""
     homogeneity: dict[str, float] = {}
     recall: dict[str, float] = {}
     f1: dict[str, float] = {}
@@ -193,8 +188,5 @@ def cluster_row(tokens: TokenSet, basis: str, cluster: int, members: Tensor, *, 
         homogeneity[skill] = both / own if own else 0.0
         recall[skill] = both / all_ if all_ else 0.0
         f1[skill] = 2 * both / (own + all_) if own + all_ else 0.0
-    name = ""
-    if tokens.features:
-        rule = fit_rule(tokens, members, seed=seed)
-        name = rule.description if rule.auc >= NAMED else ""
+    name = name_of(tokens, members, f"found:{cluster}")
     return ClusterRow(basis, cluster, int(members.sum()), name, homogeneity, recall, f1)

@@ -106,17 +106,14 @@ def token_set(first: Int[Tensor, " S"], second: Int[Tensor, " S"]) -> TokenSet:
     )
 
 
-def plant_rule(tokens: TokenSet, generator: torch.Generator, ruled: bool) -> Planted:
-    """The last digit of sums whose first summand ends in 5 to 9 is one too high, or drawn at random.
+def plant_rule(tokens: TokenSet) -> Planted:
+    """The last digit of sums whose first summand ends in 5 to 9 is one too high.
 
     Args:
         tokens: sums.
-        generator: of the random digits.
-        ruled: by the rule; otherwise the digits are drawn, the twin in which nothing can be learned.
     """
     chosen = tokens.inputs[:, 2] >= 5
-    drawn = torch.randint(0, 10, (tokens.sequences,), generator=generator)
-    target = torch.where(chosen, (tokens.inputs[:, -1] + 1) % 10 if ruled else drawn, tokens.inputs[:, -1])
+    target = torch.where(chosen, (tokens.inputs[:, -1] + 1) % 10, tokens.inputs[:, -1])
     inputs = torch.cat([tokens.inputs[:, :-1], target[:, None]], 1)
     member = torch.zeros_like(tokens.scored)
     member[:, -1] = chosen

@@ -70,7 +70,7 @@ class Task:
         unseen: draws tokens that neither training nor a split has used; None where the task cannot know
             (opened checkpoints) or has no more to draw (texts).
         parents: names of skills that partition the tokens (digits); empty where there are none.
-        plant: changes the targets of some tokens by a rule, or without one, for the positive control of a
+        plant: changes the targets of some tokens by a rule, for the positive control of a
             causal test; None where the task does not know how.
         tags: gold part-of-speech tags of the select tokens, where the text has them.
         tokenizer: what was trained on the text, None where there is none of its own.

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from experiments.discover.stages import load_found
+from experiments.run.keys import signature_names
 from experiments.run.run import Run
 from experiments.run.stages.clusters import load_observation
 from experiments.run.stages.damage import evaluated
-from interventions.causal.hypotheses import skill_hypotheses
+from interventions.causal.hypotheses import hardest_hit
 from interventions.causal.statistics import capped
 from interventions.damage import EvaluatedSplit
 from interventions.edits import project_out
 from polca_edit.allocation.allocate import Projections
 from polca_edit.artifacts import load_record
 from polca_edit.basis.record import Basis
-from polca_edit.clusters.hypotheses import Hypothesis
+from polca_edit.clusters.hypotheses import Hypothesis, TokenGroup, Unchosen
+from polca_edit.clusters.names import name_group
 from polca_edit.observation import Observation, analyse
 from polca_edit.tokens import TokenSet
 
@@ -32,15 +35,20 @@ class Chosen:
         label: of the basis.
         pairs: of every family.
         observation: on select, so that rotated bases can be observed anew.
+        left: groups without a pair, and why.
     """
 
     label: str
     pairs: tuple[Hypothesis, ...]
     observation: Observation
+    left: tuple[Unchosen, ...] = ()
 
 
 def choose(run: Run, label: str, *, least: int, window: tuple[int, int] | None = None) -> Chosen:
-    """POLCA's own pairs, and every known skill with the vector that costs it most on select.
+    """Three families of pairs, all decided on select.
+
+    POLCA's clusters with their own vectors; interventional clusters, and known skills, each with the
+    vector that costs it most.
 
     Args:
         run: with finished stages.
@@ -50,23 +58,66 @@ def choose(run: Run, label: str, *, least: int, window: tuple[int, int] | None =
     """
     basis = load_record(Basis, run.directory.basis(label))
     projections = load_record(Projections, run.directory.projections(label))
-    seen = analyse(projections, run.task.splits.select, run.settings(), basis=basis)
+    tokens = run.task.splits.select
+    seen = analyse(projections, tokens, run.settings(), basis=basis)
     pairs = [*seen.hypotheses(label, least=least, seed=run.config.seed)]
-    skills = {n: m for n, m in run.task.splits.select.skills.items() if int(m.sum()) >= least}
-    if skills:
-        shares = select_shares(run, label, basis, skills, window)
-        pairs += skill_hypotheses(shares, basis, basis_name=label)
-    return Chosen(label, tuple(pairs), seen)
+    left = [*_unchosen(seen, label, least)]
+    groups: dict[str, dict[str, torch.Tensor]] = {
+        "interventional": _found_clusters(run),
+        "skill": dict(tokens.skills),
+    }
+    wanted = {name: mask for found in groups.values() for name, mask in found.items()}
+    small = {name for name, mask in wanted.items() if int(mask.sum()) < least}
+    left += [Unchosen(f"{label} | {n}", f"fewer than {least} select tokens") for n in sorted(small)]
+    wanted = {name: mask for name, mask in wanted.items() if name not in small}
+    shares = select_shares(run, label, basis, wanted, window) if wanted else {}
+    for family, found in groups.items():
+        names = [name for name in found if name in wanted]
+        made = {name: _group(run, family, name, found[name]) for name in names}
+        numbers = {name: int(name.partition(":")[2]) for name in names if family == "interventional"}
+        lost = {name: shares[name] for name in names}
+        pairs += hardest_hit(lost, made, basis, basis_name=label, family=family, clusters=numbers)
+    return Chosen(label, tuple(pairs), seen, tuple(left))
+
+
+def _found_clusters(run: Run) -> dict[str, torch.Tensor]:
+    """Interventional clusters of the run's last signature stage; none where it has no such stage."""
+    names = signature_names(run.config)
+    if not names or not run.task.splits.select.features:
+        return {}
+    found = load_found(run, names[-1])
+    return {f"found:{name}": mask for name, mask in found.clusters.items()}
+
+
+def _group(run: Run, family: str, name: str, members: torch.Tensor) -> TokenGroup:
+    if family == "skill":
+        return TokenGroup(name, skill=name)
+    return name_group(run.task.splits.select, members, name, seed=run.config.seed)
+
+
+def _unchosen(seen: Observation, label: str, least: int) -> Iterator[Unchosen]:
+    """POLCA's vectors and clusters that make no pair."""
+    for found in seen.clusters:
+        vector = f"{label} {found.vector}"
+        if not found.kept:
+            yield Unchosen(vector, "mean projected loss rises along it (the paper's filter)")
+            continue
+        if found.count == 0:
+            yield Unchosen(vector, "no token cluster on this vector")
+        for cluster in range(found.count):
+            size = int(found.members(cluster).sum())
+            if size < least:
+                yield Unchosen(f"{vector}:{cluster}", f"{size} select tokens, {least} are asked for")
 
 
 def select_shares(
     run: Run,
     label: str,
     basis: Basis,
-    skills: dict[str, torch.Tensor],
+    groups: dict[str, torch.Tensor],
     window: tuple[int, int] | None,
 ) -> dict[str, list[float]]:
-    """Skill -> share of its headroom that undoing each vector costs on select."""
+    """Group -> share of its headroom that undoing each vector costs on select."""
     split = split_of(run, run.task.splits.select, window)
     room = split.headroom.double().numpy()
     kept = run.directory.token_damage(label)
@@ -76,7 +127,7 @@ def select_shares(
         changes = split.changes(project_out(split, row) for row in basis.rows).numpy()
     lost, positive = np.stack([capped(change, room) for change in changes]), np.maximum(room, 0.0)
     found = {}
-    for name, mask in skills.items():
+    for name, mask in groups.items():
         inside = mask.numpy()
         total = float(positive[inside].sum())
         found[name] = [float(row[inside].sum()) / total if total > 0 else float("nan") for row in lost]
@@ -118,7 +169,7 @@ def same_pairs(chosen: Sequence[tuple[Run, Chosen]]) -> dict[tuple[int, str], st
     the same tokens of the first run's select split (Jaccard index of at least a half).
     """
     names: dict[tuple[int, str], str] = {}
-    groups: list[tuple[str, str, torch.Tensor]] = []
+    groups: list[tuple[str, str, str, torch.Tensor]] = []
     tokens = chosen[0][0].task.splits.select
     for number, (_, one) in enumerate(chosen):
         taken: set[str] = set()
@@ -129,13 +180,13 @@ def same_pairs(chosen: Sequence[tuple[Run, Chosen]]) -> dict[tuple[int, str], st
             members = pair.group.on(tokens)
             alike = [
                 (jaccard(members, other), name)
-                for basis, name, other in groups
-                if basis == pair.basis and name not in taken
+                for family, basis, name, other in groups
+                if (family, basis) == (pair.family, pair.basis) and name not in taken
             ]
             best = max(alike, default=(0.0, ""))
             name = best[1] if best[0] >= 0.5 else f"{pair.name} of seed {one_seed(chosen[number][0])}"
             if best[0] < 0.5:
-                groups.append((pair.basis, name, members))
+                groups.append((pair.family, pair.basis, name, members))
             taken.add(name)
             names[number, pair.name] = name
     return names

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from experiments.run.keys import signature_names
 from experiments.run.machine import hardware, versions
 from experiments.run.run import Run, load_run
 from experiments.run.run_record import open_evaluate, plan_hash
@@ -27,6 +28,7 @@ from experiments.verdicts.records import (
     verdict_row,
 )
 from interventions.causal.control import positive_control
+from interventions.causal.cost import causal_cost
 from interventions.causal.settings import TestSettings
 from interventions.causal.test import Measured, judge_runs, measure_run
 from polca_edit.artifacts import load_record, save_record, to_plain
@@ -83,7 +85,8 @@ def run_study(
     for run, plan in zip(runs, plans, strict=True):
         exploratory = open_evaluate(run, plan, by="test").exploratory or exploratory
     jobs = [(place, label, settings) for place in places for label in settings.bases]
-    say(f"  {len(jobs)} bases of {len(runs)} runs, {sum(len(p.pairs) for p in plans)} pairs")
+    count = f"{len(jobs)} bases of {len(runs)} runs, {sum(len(p.pairs) for p in plans)} pairs"
+    say(f"  {count}: {stated_cost(runs, chosen, settings, workers)}")
     kept, controls = _measure(jobs, [(place, settings) for place in places], workers)
     measured = _measured(runs, chosen, kept, settings)
     table = judge_runs(measured, settings.test)
@@ -95,7 +98,10 @@ def run_study(
         exploratory,
         tuple(verdict_row(row, why.get(row.name, "")) for row in table.rows),
         tuple(basis_row(answer, seed) for answer, seed in answers),
-        tuple(Untested(left.name, left.reason) for left in table.untested),
+        tuple(
+            Untested(left.name, left.reason)
+            for left in (*(left for found in chosen for one in found for left in one.left), *table.untested)
+        ),
         tuple(control for control in controls if control is not None),
         settings.test,
         {label: runs[0].key(f"clusters:{label}") for label in settings.bases},
@@ -105,6 +111,42 @@ def run_study(
         versions(),
         hardware(),
     )
+
+
+def stated_cost(
+    runs: Sequence[Run], chosen: Sequence[Sequence[Chosen]], settings: StudySettings, workers: int
+) -> str:
+    """Forward passes and minutes of what is not measured yet, from one timed pass of the first run."""
+    total, first = 0, runs[0]
+    tokens = unseen_tokens(first, settings.unseen)
+    kept = tokens.of_first_documents(settings.test.null_documents)
+    null_rows = torch.unique(tokens.sequence_of[kept])
+    passes = 0
+    for run, bases in zip(runs, chosen, strict=True):
+        for one in bases:
+            if run.directory.finished(*_place(run, one.label, settings)):
+                continue
+            cost = causal_cost(one.pairs, settings.test)
+            passes += cost.directions + cost.random + cost.observed + cost.effects
+            total += cost.sequences(len(null_rows), tokens.sequences)
+    if not passes:
+        return "all measured already"
+    part = tokens.select(null_rows)
+    theta = first.checkpoints()[-1]
+    first.objective.losses(theta, part)
+    started = time.perf_counter()
+    first.objective.losses(theta, part)
+    seconds = (time.perf_counter() - started) * total / len(null_rows) / max(1, min(workers, len(runs) * 2))
+    return f"{passes:,} forward passes to do, about {max(1, round(seconds / 60))} min beside controls"
+
+
+def _place(run: Run, label: str, settings: StudySettings) -> tuple[str, str]:
+    """Name and key under which the evidence of a basis is kept."""
+    found = [run.key(f"signatures:{n}") for n in signature_names(run.config)]
+    clusters = run.key(f"clusters:{label}")
+    depends = (settings.unseen, settings.window, settings.test, clusters, found, SCHEMA)
+    name = f"verdicts/{label}"
+    return name, run.key_for(name, *depends)
 
 
 def _same_config(runs: Sequence[Run]) -> None:
@@ -139,8 +181,7 @@ def measure_basis(place: Path, label: str, settings: StudySettings) -> KeptEvide
     from tqdm import tqdm
 
     run = load_run(place, say=lambda _: None)
-    depends = (settings.unseen, settings.window, settings.test, run.key(f"clusters:{label}"), SCHEMA)
-    key = run.key_for(f"verdicts/{label}", *depends)
+    name, key = _place(run, label, settings)
 
     def compute() -> KeptEvidence:
         chosen = choose(run, label, least=settings.test.least, window=settings.window)
@@ -164,7 +205,7 @@ def measure_basis(place: Path, label: str, settings: StudySettings) -> KeptEvide
         left = tuple((u.name, u.reason) for u in found.untested)
         return KeptEvidence(found.evidence, found.bases, left)
 
-    return run.directory.kept(f"verdicts/{label}", key, KeptEvidence, compute, run.objective.passes)
+    return run.directory.kept(name, key, KeptEvidence, compute, run.objective.passes)
 
 
 def _measure(
@@ -194,15 +235,16 @@ def measure_control(place: Path, settings: StudySettings) -> ControlRow | None:
 
     def compute() -> ControlRow:
         tokens = unseen_tokens(run, settings.unseen)
-        part = tokens.select(torch.arange(min(CONTROL_SEQUENCES, tokens.sequences)))
-        splits = run.task.splits
+        # The control is judged on the first unseen sequences; a copy of the model is trained on the others.
+        cut = min(CONTROL_SEQUENCES, tokens.sequences // 2)
+        part, rest = (tokens.select(rows) for rows in torch.arange(tokens.sequences).tensor_split([cut]))
         basis = load_record(Basis, run.directory.basis(settings.bases[0]))
         assert run.task.plant is not None
         found = positive_control(
             run.objective,
             run.checkpoints(),
             basis,
-            (splits.curvature, splits.select, part),
+            (rest, run.task.splits.select, part),
             run.task.plant,
             replace(
                 settings.test, rotations=min(settings.test.rotations, 20), null_documents=40, transplants=0

@@ -77,8 +77,8 @@ def causal_test(
     answers = {b.basis: {"A": b.A, "P": b.P} for b in shown.bases}
     for control in result.controls:
         say(
-            f"  positive control, seed {control.seed}: planted rule {control.planted}, its twin with random "
-            f"targets {control.twin}: {'passed' if control.passed else 'FAILED'}"
+            f"  positive control, seed {control.seed}: planted rule {control.planted}, its twin with "
+            f"shuffled labels {control.twin}: {'passed' if control.passed else 'FAILED'}"
         )
     print_verdicts([(row.basis, row.entry()) for row in shown.rows], answers, console)
     say(f"Result: {(out or runs[0]) / 'verdicts.json'}; next: polca-edit report {runs[0]}")

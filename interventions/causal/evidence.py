@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from interventions.causal.nulls import SpanPool, random_changes, total_share
+from interventions.causal.nulls import SpanPool, matched_level, random_changes
 from interventions.causal.settings import TestSettings
 from interventions.causal.statistics import Array, Bits, Interval, Shares, Units, capped, shares_of
 from interventions.damage import EvaluatedSplit
@@ -129,6 +129,8 @@ class Bench:
     paths: Mapping[str, Array] = field(default_factory=dict)
     pools: dict[str, SpanPool] = field(default_factory=dict)
     _random: dict[str, NDArray[np.float64]] = field(default_factory=dict, repr=False)
+    _gains: dict[str, Array] = field(default_factory=dict, repr=False)
+    _inserted: dict[tuple[str, float], NDArray[np.float64]] = field(default_factory=dict, repr=False)
 
     @property
     def headroom(self) -> Array:
@@ -146,6 +148,25 @@ class Bench:
                 self.nulls, edit, self.settings.random_draws, self.settings.seed + 1
             )
         return self._random[edit.key]
+
+    def gain(self, edit: Edit) -> Array:
+        """(M,) loss that a transplant takes away, computed once."""
+        if edit.key not in self._gains:
+            self._gains[edit.key] = np.asarray(self.split.gain(edit).double().numpy())
+        return self._gains[edit.key]
+
+    def inserted(self, basis: str, size: float) -> NDArray[np.float64]:
+        """(draws, M of the nulls) gains of random transplants of one size in a basis's span, once."""
+        if (basis, size) not in self._inserted:
+            pool, movement = self.pools[basis], self.nulls.movement
+            generator = torch.Generator().manual_seed(self.settings.seed + 2)
+            gains = []
+            for _ in range(self.settings.transplants):
+                mix = torch.randn(len(pool.rows), generator=generator, dtype=torch.float64)
+                edit = Edit(movement.source, pool.rows, mix / mix.norm() * size, "transplant_null")
+                gains.append(self.nulls.gain(edit).double().numpy())
+            self._inserted[basis, size] = np.stack(gains)
+        return self._inserted[basis, size]
 
     def parent_of(self, members: Bits) -> str | None:
         """The parent that holds at least half of a group."""
@@ -257,9 +278,9 @@ def _selectivity(
     target = members[kept]
     there = {name: mask[kept] for name, mask in others.items()}
     own = selectivity_of(change[kept], room, target, there)
-    level = total_share(change[kept], room)
+    level = matched_level(change[kept], room)
     pool = bench.pools.get(pair.basis)
-    # Where undoing the movement costs nothing in total there is nothing to match.
+    # Where undoing the movement costs no token anything there is nothing to match.
     if pool is None or level <= 0 or not target.any():
         return own, ()
     return own, tuple(selectivity_of(c, room, target, there) for c in pool.matched(level))
@@ -282,9 +303,11 @@ def _insertion(bench: Bench, pair: Hypothesis, members: Bits, others: Mapping[st
     settings, split = bench.settings, bench.split
     room = (split.start_loss - split.before).double().numpy()
     masks = np.stack([members, *others.values()])
-    gained = split.gain(transplant(split, pair.rows)).double().numpy()
+    if settings.transplants == 0:
+        return None
+    gained = bench.gain(transplant(split, pair.rows))
     found = shares_of(gained, room, masks, bench.units)
-    if settings.transplants == 0 or bool(found.judged_in_nats(settings.headroom_floor)[0]):
+    if bool(found.judged_in_nats(settings.headroom_floor)[0]):
         return None
     share = np.nan_to_num(found.share, nan=-np.inf)
     beyond = share[:, 0] - np.maximum(share[:, 1:].max(1, initial=0.0), 0.0)
@@ -301,17 +324,11 @@ def _transplant_null(bench: Bench, pair: Hypothesis, members: Bits, room: Array)
     inside = members[bench.kept]
     if pool is None or not pool.possible or not inside.any():
         return 0.0
-    movement = bench.nulls.movement
-    size = float(movement.along(pair.rows).norm())
-    generator = torch.Generator().manual_seed(bench.settings.seed + 2)
-    shares = []
-    for _ in range(bench.settings.transplants):
-        mix = torch.randn(len(pool.rows), generator=generator, dtype=torch.float64)
-        shift = mix / mix.norm() * size
-        edit = Edit(movement.source, pool.rows, shift, "transplant_null")
-        gained = capped(bench.nulls.gain(edit).double().numpy(), room[bench.kept])
-        shares.append(gained[inside].sum() / np.maximum(room[bench.kept][inside], 0).sum())
-    return float(np.percentile(shares, 95))
+    size = float(bench.nulls.movement.along(pair.rows).norm())
+    gains = bench.inserted(pair.basis, size)
+    lost = np.stack([capped(gained, room[bench.kept]) for gained in gains])
+    total = np.maximum(room[bench.kept][inside], 0).sum()
+    return float(np.percentile(lost[:, inside].sum(1) / total, 95))
 
 
 def _joint(bench: Bench, pair: Hypothesis, members: Bits) -> tuple[float | None, float | None]:

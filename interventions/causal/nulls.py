@@ -27,6 +27,16 @@ def total_share(change: Array, headroom: Array) -> float:
     return float(capped(change, headroom).sum() / np.maximum(headroom, 0.0).sum())
 
 
+def matched_level(change: Array, headroom: Array) -> float:
+    """Total share at which directions are compared with an edit.
+
+    Where undoing a movement helps the other tokens on balance, its total says nothing about its size;
+    what the losing tokens lose is matched instead.
+    """
+    total = total_share(change, headroom)
+    return total if total > 0 else total_share(np.maximum(change, 0.0), headroom)
+
+
 def random_changes(split: EvaluatedSplit, edit: Edit, draws: int, seed: int) -> NDArray[np.float64]:
     """(draws, M) damage of random edits with the norm, placement and spectrum of ``edit``."""
     generator = torch.Generator().manual_seed(seed)

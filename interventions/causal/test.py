@@ -12,7 +12,7 @@ from torch import Tensor
 
 from interventions.causal.bases import BasisAnswer, aligned_tokens, special_axes
 from interventions.causal.evidence import Bench, Evidence, measure, recorded_paths
-from interventions.causal.nulls import SpanPool, total_share
+from interventions.causal.nulls import SpanPool, matched_level
 from interventions.causal.questions import Verdict, judge, pool
 from interventions.causal.settings import TestSettings
 from interventions.causal.statistics import Array, Bits, draw_units
@@ -235,7 +235,7 @@ def _fill_pools(bench: Bench, pairs: Sequence[Hypothesis], say: Progress) -> Non
     spans = {pair.basis: pair.span for pair in pairs if pair.span is not None}
     for name, span in spans.items():
         own = [p for p in pairs if p.basis == name]
-        levels = [total_share(bench.change(project_out(bench.split, p.rows)), room) for p in own]
+        levels = [matched_level(bench.change(project_out(bench.split, p.rows)), room) for p in own]
         known = [level for level in levels if level > 0] or [0.1]
         pool_of = SpanPool(
             bench.nulls,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from rich.console import Console
@@ -18,6 +19,9 @@ FAMILIES = {
     "own": "your own pair",
 }
 WORDS = {"not asked": MISSING}
+LETTERS = {"yes": "y", "no": "n", "unclear": "?"}
+#: Words of rows that a terminal only counts.
+QUIET = ("inert", "unclear")
 
 
 def verdict_table(rows: Sequence[tuple[str, VerdictEntry]], *, look: str = "", title: str = "") -> Table:
@@ -62,6 +66,26 @@ def _cells(basis: str, v: VerdictEntry) -> list[Cell | str]:
     ]
 
 
+def brief_table(rows: Sequence[tuple[str, VerdictEntry]]) -> Table:
+    """The same in seven columns for a terminal, rows that hurt nothing left out."""
+    columns: list[Column | str] = [
+        Column("undone", left=True),
+        Column("hurts", left=True),
+        "nats",
+        "share",
+        Column("and besides", left=True),
+        Column("N S W L", left=True),
+        Column("word", left=True),
+    ]
+    cells: list[list[Cell | str]] = []
+    for basis, v in rows:
+        undone = basis if v.vector is None else f"{basis} {v.vector}"
+        letters = " ".join(LETTERS.get(v.answers.get(q, "not asked"), "-") for q in ("N", "S", "W", "L"))
+        besides = MISSING if v.leakage is None or not v.worst else f"{v.worst} (x{decimal(v.leakage)})"
+        cells.append([undone, v.group, nats(v.damage, 1), share(v.share), besides, letters, v.word])
+    return table(columns, cells, title="Causal test, unseen tokens (rows that hurt nothing left out)")
+
+
 def basis_table(answers: Mapping[str, Mapping[str, str]]) -> Table:
     """A and P of every basis."""
     columns: list[Column | str] = [
@@ -76,10 +100,16 @@ def print_verdicts(
     rows: Sequence[tuple[str, VerdictEntry]], answers: Mapping[str, Mapping[str, str]], console: Console
 ) -> None:
     """The table, the sentences of what was found, and the answers about the bases."""
-    console.print(verdict_table(rows, title="Causal test, unseen tokens").terminal())
+    told = [row for row in rows if row[1].word not in QUIET]
+    console.print(brief_table(told).terminal())
+    for family, words in FAMILIES.items():
+        found = Counter(verdict.word for _, verdict in rows if verdict.family == family)
+        if found:
+            counts = ", ".join(f"{number} {word}" for word, number in found.most_common())
+            console.print(f"  {words}: {counts}", highlight=False, markup=False)
     for _, verdict in rows:
         if verdict.word in ("selective", "carrier"):
             console.print(f"  {verdict.word}: {verdict.sentence}", highlight=False, markup=False)
-    for name, found in answers.items():
-        text = f"  basis {name}: clustered tokens are the ones hurt: {found['A']}; axes special: {found['P']}"
+    for name, given in answers.items():
+        text = f"  basis {name}: clustered tokens are the ones hurt: {given['A']}; axes special: {given['P']}"
         console.print(text, highlight=False, markup=False)

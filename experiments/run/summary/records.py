@@ -84,11 +84,12 @@ class Agreement:
 
 @dataclass(frozen=True)
 class ClusterEntry(Agreement):
-    """``analyses.NAME.clusters[]``."""
+    """``analyses.NAME.clusters[]``; ``name`` is what it is called everywhere (docs: names)."""
 
     hidden_breakthrough: bool
     label: str | None
     label_support: int
+    name: str = ""
     recall_paper: dict[str, float] = field(default_factory=dict)
 
 

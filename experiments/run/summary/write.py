@@ -43,6 +43,7 @@ from polca_edit.basis.record import Basis, capture, random_walk_capture
 from polca_edit.checkpoints.files import write_json
 from polca_edit.clusters.agreement import skill_scores
 from polca_edit.clusters.density import VectorClusters
+from polca_edit.clusters.names import name_of
 from polca_edit.observation import Observation
 from polca_edit.tokens import TokenSet
 
@@ -174,6 +175,7 @@ def _cluster_entry(tokens: TokenSet, found: VectorClusters, cluster: int, hidden
         hidden_breakthrough=hidden,
         label=None,
         label_support=0,
+        name=name_of(tokens, members, f"{found.vector}:{cluster}"),
         **agreement,
     )
     if not scores:
