@@ -39,7 +39,7 @@ from polca_edit.parameters import ParameterSpace
 from polca_edit.tokens import Splits
 from polca_edit.training import TrainingSettings
 
-QUICK = TestSettings(resamples=200, null_documents=20, random_draws=19, rotations=20, transplants=3, least=5)
+QUICK = TestSettings(resamples=200, null_documents=20, random_draws=19, rotations=5, transplants=3, least=5)
 SIZE, IDLE = 6, 400
 
 
@@ -321,19 +321,18 @@ def test_the_roc_of_a_score_that_knows_nothing_is_a_half():
 def test_the_verb_writes_every_row_and_reads_finished_runs_back(tmp_path, monkeypatch, capsys):
     for module in (verb, kept):
         monkeypatch.setattr(module, "CASES", {"small": SMALL})
-    monkeypatch.setattr(verb, "MeasureSettings", lambda **given: MeasureSettings(QUICK, **given))
-    monkeypatch.setattr(MeasureSettings, "bases", (), raising=False)
+    monkeypatch.setattr(verb, "TEST", QUICK)
     file, out = tmp_path / "v.json", tmp_path / "runs"
-    verb.validate(case=["small"], seeds=2, basis=["none"], json_=file, out=out)
+    verb.validate(case=["small"], seeds=1, basis=["none"], json_=file, out=out)
     result = json.loads(file.read_text())
     keys = {"case", "twin", "seed", "truth", "word", "answers", "share", "leakage", "passed"}
-    assert len(result["cases"]) == 4
+    assert len(result["cases"]) == 2
     assert all(keys <= set(r) for r in result["cases"])
-    assert result["rates"]["cases"]["N+S"] == {"yes": 2, "asked": 2}
+    assert result["rates"]["cases"]["N+S"] == {"yes": 1, "asked": 1}
     assert result["rates"]["twins"]["N+S"]["yes"] == 0
     assert "| small | cases |" in file.with_suffix(".md").read_text()
     monkeypatch.setattr(kept, "measure_case", None)
-    verb.validate(case=["small"], seeds=2, basis=["none"], json_=file, out=out)
+    verb.validate(case=["small"], seeds=1, basis=["none"], json_=file, out=out)
     assert json.loads(file.read_text())["cases"] == result["cases"]
 
 

@@ -11,7 +11,7 @@ import torch
 from experiments.natural.case import Case, Natural, Recording, agrees
 from experiments.natural.ladder import crossover, ladder_rungs
 from experiments.natural.records import CaseRow, Rung, RunRows
-from interventions.causal.hypotheses import skill_hypotheses
+from interventions.causal.hypotheses import hardest_hit
 from interventions.causal.questions import Verdict
 from interventions.causal.settings import TestSettings
 from interventions.causal.test import Measured, judge_runs, measure_run
@@ -38,7 +38,7 @@ class MeasureSettings:
         discovery: also POLCA's clusters, interventional clusters and the target's skill axis.
     """
 
-    test: TestSettings = TestSettings(rotations=20, observed_rotations=0)
+    test: TestSettings = TestSettings()
     bases: tuple[str, ...] = ("hessian", "trajectory")
     vectors: int = 8
     discovery: bool = True
@@ -87,7 +87,8 @@ def chosen_pairs(opened: Opened, name: str, settings: MeasureSettings, seed: int
     }
     lost = vector_shares(opened.select, {name: basis}, skills)
     shares = {skill: [lost[name, vector][skill] for vector in range(len(basis))] for skill in skills}
-    pairs = skill_hypotheses(shares, basis, basis_name=name)
+    groups = {skill: TokenGroup(skill, skill=skill) for skill in skills}
+    pairs = hardest_hit(shares, groups, basis, basis_name=name, family="skill")
     if name == "declared" or not settings.discovery:
         return pairs
     seen = observe(opened.select.loss, opened.select.series, basis, tokens)

@@ -29,8 +29,13 @@ from experiments.natural.scores import (
 from experiments.report.tables import Table, table
 from experiments.run.machine import hardware, versions
 from experiments.study.results import show
+from interventions.causal.settings import TestSettings
 from polca_edit.artifacts import to_plain
 from polca_edit.checkpoints.files import write_atomically, write_json
+
+
+#: Draws and thresholds of the causal test: the defaults, with fewer rotations.
+TEST = TestSettings(rotations=20, observed_rotations=0)
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ def validate(
         raise ValueError(f"--case must be one of {list(CASES)}, got {unknown}; correct the name")
     names = [name for name in CASES if not case or name in case]
     kinds = tuple(k for k in basis if k != "none") if basis else MeasureSettings().bases
-    settings = MeasureSettings(bases=kinds, discovery=discovery and bool(kinds))
+    settings = MeasureSettings(TEST, bases=kinds, discovery=discovery and bool(kinds))
     jobs = [
         Job(name, twin, seed, out, settings)
         for seed in range(seeds)
