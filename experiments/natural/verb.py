@@ -33,7 +33,6 @@ from interventions.causal.settings import TestSettings
 from polca_edit.artifacts import to_plain
 from polca_edit.checkpoints.files import write_atomically, write_json
 
-
 #: Draws and thresholds of the causal test: the defaults, with fewer rotations.
 TEST = TestSettings(rotations=20, observed_rotations=0)
 
