@@ -43,7 +43,8 @@ class Insertion:
 
     Attributes:
         gain: share Q of the target's headroom that it brings.
-        beyond_others: Q minus the largest share that it brings to another group.
+        beyond_others: Q minus the largest share that it brings to another group; groups with next to no
+            headroom at the window's start count by the nats they gain, over the target's headroom.
         null95: 95th percentile of Q over random transplants of equal size in the span.
     """
 
@@ -310,9 +311,13 @@ def _insertion(bench: Bench, pair: Hypothesis, members: Bits, others: Mapping[st
         return None
     gained = bench.gain(transplant(split, pair.rows))
     found = shares_of(gained, room, masks, bench.units)
-    if bool(found.judged_in_nats(settings.headroom_floor)[0]):
+    in_nats = found.judged_in_nats(settings.headroom_floor)
+    if bool(in_nats[0]):
         return None
-    share = np.nan_to_num(found.share, nan=-np.inf)
+    # A share of next to no headroom says nothing: such a group counts by its nats over the target's room.
+    with np.errstate(invalid="ignore", divide="ignore"):
+        counted = np.where(in_nats, found.damage / found.room[:, :1], found.share)
+    share = np.nan_to_num(counted, nan=-np.inf)
     beyond = share[:, 0] - np.maximum(share[:, 1:].max(1, initial=0.0), 0.0)
     return Insertion(
         bench.units.interval(found.share[:, 0]),
