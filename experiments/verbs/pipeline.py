@@ -76,8 +76,8 @@ def execute(
     from experiments.run.driver import run_stages
     from experiments.run.guard import writing
     from experiments.run.keys import stage_names
-    from experiments.run.labels import write_labels
     from experiments.run.run import open_run
+    from experiments.run.stages.labels import write_labels
     from experiments.run.summary.write import write_summary
 
     started = time.perf_counter()
