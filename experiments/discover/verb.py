@@ -26,7 +26,7 @@ Unseen = Annotated[int | None, typer.Option(help="Sequences drawn anew; 0: the e
 
 def discover(
     directory: Annotated[Path, typer.Argument(help="A run directory.")],
-    basis: Annotated[list[str] | None, typer.Option(help="Span of the axes; repeat. Default: all.")] = None,
+    basis: Annotated[list[str] | None, typer.Option(help="Bases used, others unbuilt; repeat.")] = None,
     unseen: Unseen = None,
     nulls: Annotated[int, typer.Option(help="Random token sets that get the same search.")] = 39,
     window: Window = None,
@@ -112,8 +112,10 @@ def _axes(run: Run, settings: DiscoverSettings, target: str) -> list[AxisRow]:
     from interventions.edits import project_out
 
     directory = run.directory.path
-    run_stages(run, stages=discovery_stages(run.config, settings.window))
-    upstream = {n: run.key(f"signatures:{n}") for n in signature_names(run.config, settings.window)}
+    run_stages(run, stages=discovery_stages(run.config, settings.window, settings.bases))
+    upstream = {
+        n: run.key(f"signatures:{n}") for n in signature_names(run.config, settings.window, settings.bases)
+    }
     tokens = unseen_tokens(run, settings.unseen).fingerprint()
     open_evaluate(run, DiscoverPlan(settings, tokens, upstream), by="axis")
     rows = []

@@ -10,13 +10,19 @@ from typing import Annotated
 import typer
 
 from experiments.application import settings_from
-from experiments.verbs.pipeline import Task, config_for
+from experiments.verbs.pipeline import Device, Engine, Memory, Task, config_for
+from experiments.verbs.subsets import Layers, Parameters, confined
 
 
 def plan(
     config: Annotated[str | None, typer.Argument(help="Config file, or a preset by name.")] = None,
     task: Task = None,
     text: Annotated[str | None, typer.Option(help="Text file for task 'text'.")] = None,
+    memory: Memory = None,
+    layers: Layers = None,
+    parameters: Parameters = None,
+    device: Device = None,
+    engine: Engine = None,
     budget_minutes: Annotated[float | None, typer.Option(help="Find settings that fit this.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a config key.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -28,9 +34,14 @@ def plan(
     """
     from experiments.config import load_config
     from experiments.run.cost.plan import describe, make_plan
+    from experiments.run.memory import parse_memory
     from polca_edit.artifacts import to_plain
 
-    resolved = load_config(config_for(config, task), settings_from(set_, task=task, text__file=text))
+    overrides = settings_from(
+        set_, task=task, text__file=text, memory_gb=parse_memory(memory), device=device, engine=engine
+    )
+    named = config_for(config, task)
+    resolved = load_config(named, confined(named, overrides, layers, parameters))
     with tempfile.TemporaryDirectory() as folder:
         budget = None if budget_minutes is None else 60 * budget_minutes
         found = make_plan(resolved, Path(folder), budget)

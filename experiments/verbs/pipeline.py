@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from experiments.application import console, say, settings_from
+from experiments.verbs.subsets import Layers, Parameters
 
 Seed = Annotated[int | None, typer.Option(help="Seed of data, initial weights and every draw.")]
 Out = Annotated[Path | None, typer.Option(help="Run directory (default runs/NAME).")]
@@ -21,6 +22,8 @@ Redo = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the stages that would run, then stop.")]
 Task = Annotated[str | None, typer.Option(help="Your own task, FILE.py:FUNCTION, or a shipped one by name.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda.")]
+Engine = Annotated[str | None, typer.Option(help="Where derivative work runs: local or ray.")]
+Memory = Annotated[str | None, typer.Option(help="Memory of the whole run, e.g. 16GB or 800MB.")]
 
 
 def config_for(config: str | None, task: str | None) -> str:
@@ -131,7 +134,10 @@ def run(
         str | None, typer.Option(help="Observe and undo the training of steps START:END only.")
     ] = None,
     device: Device = None,
-    engine: Annotated[str | None, typer.Option(help="Where derivative work runs: local or ray.")] = None,
+    engine: Engine = None,
+    memory: Memory = None,
+    layers: Layers = None,
+    parameters: Parameters = None,
     address: Annotated[str | None, typer.Option(help="Ray head node for --engine ray.")] = None,
     set_: Set = None,
     redo: Redo = None,
@@ -146,6 +152,9 @@ def run(
     `polca-edit run mine.yaml --checkpoints runs/other/checkpoints` ·
     `polca-edit run --task my_task.py:build --set training.steps=600`
     """
+    from experiments.run.memory import parse_memory
+    from experiments.verbs.subsets import confined
+
     named = config_for(config, task)
     overrides = settings_from(
         set_,
@@ -156,8 +165,10 @@ def run(
         window=window,
         device=device,
         engine=engine,
+        memory_gb=parse_memory(memory),
         engine_address=address,
     )
+    overrides = confined(named, overrides, layers, parameters)
     execute(named, out or default_out(named, task), overrides, redo, dry_run)
 
 
@@ -226,6 +237,11 @@ def open_checkpoints(
     step_pattern: Annotated[str | None, typer.Option(help="Regular expression, group 1 is the step.")] = None,
     skip_damaged: Annotated[bool, typer.Option(help="Leave incomplete checkpoints out.")] = False,
     preset: Annotated[str, typer.Option(help="Config file or preset for everything else.")] = "huggingface",
+    memory: Memory = None,
+    layers: Layers = None,
+    parameters: Parameters = None,
+    device: Device = None,
+    engine: Engine = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a config key.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the stages, then stop.")] = False,
 ) -> None:
@@ -235,6 +251,9 @@ def open_checkpoints(
     `polca-edit open pythia-14m --names 'step*' --text pile.jsonl.gz` ·
     `polca-edit open lora-output --base gpt2-folder --text notes.txt`
     """
+    from experiments.run.memory import parse_memory
+    from experiments.verbs.subsets import confined
+
     overrides = open_overrides(
         folder,
         text,
@@ -244,8 +263,10 @@ def open_checkpoints(
         skip_damaged=skip_damaged,
         preset=preset,
     )
+    overrides |= settings_from(None, memory_gb=parse_memory(memory), device=device, engine=engine)
     for assignment in set_ or []:
         overrides.update(settings_from([assignment]))
+    overrides = confined(preset, overrides, layers, parameters)
     execute(preset, out or Path("runs") / folder.resolve().name, overrides, None, dry_run)
 
 
