@@ -9,17 +9,17 @@ seconds of interleaved pairs, only their ratio is meant.
 
 from __future__ import annotations
 
-import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -198,21 +198,18 @@ def lanczos(folder: Path, *, mapped: bool) -> Cost:
 
 
 PARTS: dict[str, Callable[[Path], Cost]] = {
-    "product, logits at scored slots": lambda folder: product(folder, scored=True),
-    "product, logits everywhere": lambda folder: product(folder, scored=False),
+    "product, logits at scored slots": partial(product, scored=True),
+    "product, logits everywhere": partial(product, scored=False),
     f"trajectory basis, {VECTORS} vectors of {CHECKPOINTS} checkpoints": trajectory,
-    f"Lanczos, {PRODUCTS} products": lambda folder: lanczos(folder, mapped=False),
-    f"Lanczos, {PRODUCTS} products, tables mapped": lambda folder: lanczos(folder, mapped=True),
+    f"Lanczos, {PRODUCTS} products": partial(lanczos, mapped=False),
+    f"Lanczos, {PRODUCTS} products, tables mapped": partial(lanczos, mapped=True),
 }
 
 
-def apart(shape: str, folder: Path, part: str) -> Cost:
-    """One piece of work in a process of its own."""
-    command = ["-m", "experiments.study.pythia", "--shape", shape, "--folder", str(folder), "--part", part]
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise ValueError(f"'{part}' must succeed, it failed: {done.stderr.strip().splitlines()[-1:]}")
-    return Cost(**json.loads(done.stdout.splitlines()[-1]))
+def apart(work: Callable[..., Any], *given: object) -> Any:
+    """One piece of work in a process of its own, forked so that libraries are loaded once."""
+    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
+        return pool.submit(work, *given).result()
 
 
 def compared(folder: Path, pairs: int) -> tuple[int, list[float], float, float]:
@@ -295,25 +292,20 @@ def pythia(
     pairs: Annotated[int, typer.Option(help="Interleaved pairs of products.")] = 3,
     with_run: Annotated[bool, typer.Option(help="Also a run, to compare the plan with.")] = False,
     folder: Annotated[Path | None, typer.Option(help="Checkpoints made before; default new ones.")] = None,
-    part: Annotated[str | None, typer.Option(hidden=True)] = None,
     json_: Annotated[Path | None, typer.Option("--json", help="Result file.")] = None,
 ) -> None:
     """Measure a Pythia shape."""
     if shape not in SHAPES:
         raise ValueError(f"--shape must be one of {sorted(SHAPES)}, got '{shape}'")
-    if part is not None:
-        assert folder is not None
-        typer.echo(json.dumps(vars(PARTS[part](folder))))
-        return
     with tempfile.TemporaryDirectory() as scratch:
         place = folder or Path(scratch)
         if not (place / "text.npy").exists():
-            train(shape, place)
+            apart(train, shape, place)  # nothing here differentiates before the last fork
         costs: dict[str, Cost] = {}
         for name in PARTS if with_run else [name for name in PARTS if name not in ("plan", "run")]:
-            costs[name] = apart(shape, place, name)
+            costs[name] = apart(PARTS[name], place)
             say(f"  {name}: {costs[name].bytes / 1e9:.2f} GB, {costs[name].vectors:.1f} vectors")
-        size, ratios, losses, gap = compared(place, pairs)
+        size, ratios, losses, gap = apart(compared, place, pairs)
         plan = {}
         if with_run:
             one, other = costs.pop("plan").notes, costs.pop("run").notes
