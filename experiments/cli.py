@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import typer
 
 from experiments.application import run_application, single
-from experiments.signature import signature_alone
+from experiments.verbs.signature import signature_alone
 
 app = typer.Typer(
     add_completion=False,

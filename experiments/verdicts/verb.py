@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from experiments.application import console, say
+
+if TYPE_CHECKING:
+    from experiments.verdicts.records import ControlRow
 
 
 def causal_test(
@@ -40,11 +44,11 @@ def causal_test(
     """
     from experiments.config import parse_window
     from experiments.report.chapters.verdicts import print_verdicts
-    from experiments.run.groups import with_groups
-    from experiments.run.guard import existing
     from experiments.run.run import load_run
     from experiments.run.summary.records import TestedFile
     from experiments.run.summary.write import write_summary
+    from experiments.verbs.groups import with_groups
+    from experiments.verbs.guard import existing
     from experiments.verdicts.study import StudySettings, run_study, write_result
     from interventions.causal.settings import TestSettings
     from polca_edit.artifacts import from_plain, save_record, to_plain
@@ -58,11 +62,7 @@ def causal_test(
     wanted = unseen if unseen is not None else (1000 if first.task.unseen is not None else 0)
     given = None if groups is None else str(groups.absolute())
     settings = StudySettings(labels, wanted, parse_window(window), groups=given)
-    if first.task.plant is None or wanted == 0:
-        why = "the task plants no rule" if first.task.plant is None else "it needs sequences drawn anew"
-        say(f"  left out: the positive control, {why}")
-    if first.task.unseen is None:
-        say("  the task draws no unseen sequences: tested on its evaluate split")
+    _say_what_is_left_out(first.task.plant is not None, first.task.unseen is not None, wanted)
     test = TestSettings(rotations=rotations, random_draws=draws, seed=seed)
     settings = replace(settings, test=test)
     with ExitStack() as held:
@@ -86,3 +86,20 @@ def causal_test(
         )
     print_verdicts([(row.basis, row.entry()) for row in shown.rows], answers, console)
     say(f"Result: {(out or runs[0]) / 'verdicts.json'}; next: polca-edit report {runs[0]}")
+
+
+def _say_what_is_left_out(plants: bool, draws: bool, wanted: int) -> None:
+    """What the task cannot give this test."""
+    if not plants or wanted == 0:
+        why = "it needs sequences drawn anew" if plants else "the task plants no rule"
+        say(f"  left out: the positive control, {why}")
+    if not draws:
+        say("  the task draws no unseen sequences: tested on its evaluate split")
+
+
+def _say_controls(controls: Sequence[ControlRow]) -> None:
+    for control in controls:
+        say(
+            f"  positive control, seed {control.seed}: planted rule {control.planted}, its twin with random "
+            f"targets {control.twin}: {'passed' if control.passed else 'FAILED'}"
+        )
