@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -61,10 +60,9 @@ def causal_test(
     labels = tuple(basis or [spec.label for spec in first.config.bases])
     wanted = unseen if unseen is not None else (1000 if first.task.unseen is not None else 0)
     given = None if groups is None else str(groups.absolute())
-    settings = StudySettings(labels, wanted, parse_window(window), groups=given)
-    _say_what_is_left_out(first.task.plant is not None, first.task.unseen is not None, wanted)
     test = TestSettings(rotations=rotations, random_draws=draws, seed=seed)
-    settings = replace(settings, test=test)
+    settings = StudySettings(labels, wanted, parse_window(window), test, groups=given)
+    _say_what_is_left_out(first.task.plant is not None, first.task.unseen is not None, wanted)
     with ExitStack() as held:
         for place in runs:
             held.enter_context(existing(place))
@@ -79,11 +77,7 @@ def causal_test(
         save_record(Path(json_), result)
     shown = from_plain(TestedFile, to_plain(result))
     answers = {b.basis: {"A": b.A, "P": b.P} for b in shown.bases}
-    for control in result.controls:
-        say(
-            f"  positive control, seed {control.seed}: planted rule {control.planted}, its twin with "
-            f"shuffled labels {control.twin}: {'passed' if control.passed else 'FAILED'}"
-        )
+    _say_controls(result.controls)
     print_verdicts([(row.basis, row.entry()) for row in shown.rows], answers, console)
     say(f"Result: {(out or runs[0]) / 'verdicts.json'}; next: polca-edit report {runs[0]}")
 
@@ -100,6 +94,6 @@ def _say_what_is_left_out(plants: bool, draws: bool, wanted: int) -> None:
 def _say_controls(controls: Sequence[ControlRow]) -> None:
     for control in controls:
         say(
-            f"  positive control, seed {control.seed}: planted rule {control.planted}, its twin with random "
-            f"targets {control.twin}: {'passed' if control.passed else 'FAILED'}"
+            f"  positive control, seed {control.seed}: planted rule {control.planted}, its twin with "
+            f"shuffled labels {control.twin}: {'passed' if control.passed else 'FAILED'}"
         )
