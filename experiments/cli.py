@@ -46,6 +46,11 @@ VERBS = {
     "open": Verb("verbs.pipeline:open_checkpoints", "Analyse Hugging Face checkpoints."),
     "english": Verb("verbs.pipeline:english", "The English experiment on a text."),
     "plan": Verb("verbs.cost:plan", "What a run would cost on this machine. Nothing is run."),
+    "doctor": Verb(
+        "verbs.doctor.verb:doctor",
+        "Open a checkpoint folder of any kind and say what was found.",
+        examples="Examples: `polca-edit doctor my-trainer-output` · `polca-edit doctor pythia-14m --json -`",
+    ),
     "report": Verb("verbs.records:report", "Draw report.html and the figures again from a run's records."),
     "inspect": Verb("verbs.records:inspect", "Print what a finished run found."),
     "label": Verb("verbs.records:label", "Label the clusters of a run from what their tokens share."),
@@ -88,7 +93,9 @@ VERBS = {
         "Example: `polca-edit blocking runs/demo --target 10s --branches 10`",
     ),
     "reproduce": Verb(
-        "reproduce.verb:reproduce", "The paper's tables beside ours, every basis and rotation.", "Studies"
+        "study.reproduce.verb:reproduce",
+        "The paper's tables beside ours, every basis and rotation.",
+        "Studies",
     ),
     "robustness": Verb("study.robustness:robustness", "Which conclusions survive other settings.", "Studies"),
     "carry-signal": Verb(
@@ -103,13 +110,38 @@ VERBS = {
     "remove-skill": Verb(
         "removal.study:remove_skill_study", "Skill removal: our edits and today's rivals.", "Studies"
     ),
+    "validate": Verb(
+        "natural.verb:validate",
+        "Training runs with known answers and their twins through the whole tool.",
+        "Studies",
+        "Example: `polca-edit validate --case later_skill --seeds 1 --json validate.json`",
+    ),
     "selftest": Verb(
         "testbeds.selftest:selftest", "Ten testbeds with known answers; `--break NAME` must fail.", "Studies"
     ),
 }
 
+#: ``polca-edit study NAME``.
+STUDIES = {
+    "removal": Verb(
+        "removal.undo.study:removal",
+        "Skills taken out in every way, all repaired alike: what it costs and how fast they come back.",
+        examples="Example: `polca-edit study removal --preset demo --seeds 1 --skills 10s,1s --json FILE`",
+    ),
+    "grokking": Verb(
+        "study.grokking_verb:grokking_study",
+        "A published claim put to the test: does grokking need the motion along 16 components?",
+        examples="Example: `polca-edit study grokking --seeds 5 --json grokking.json`",
+    ),
+}
 
-def _register(name: str, verb: Verb) -> None:
+studies = typer.Typer(
+    no_args_is_help=True, rich_markup_mode="markdown", help="Studies over several runs or methods."
+)
+app.add_typer(studies, name="study", rich_help_panel="Studies")
+
+
+def _register(name: str, verb: Verb, group: typer.Typer = app, program: str = "polca-edit") -> None:
     module, _, attribute = verb.function.partition(":")
 
     def call(context: typer.Context) -> None:
@@ -118,11 +150,11 @@ def _register(name: str, verb: Verb) -> None:
         if function is None:
             function = getattr(importlib.import_module(f"experiments.{module}"), attribute)
         command = typer.main.get_command(single(function, verb.examples))
-        code = command.main(context.args, prog_name=f"polca-edit {name}", standalone_mode=False)
+        code = command.main(context.args, prog_name=f"{program} {name}", standalone_mode=False)
         if code:
             raise typer.Exit(code)
 
-    app.command(
+    group.command(
         name=name,
         help=verb.help,
         rich_help_panel=verb.panel,
@@ -133,6 +165,8 @@ def _register(name: str, verb: Verb) -> None:
 
 for _name, _verb in VERBS.items():
     _register(_name, _verb)
+for _name, _verb in STUDIES.items():
+    _register(_name, _verb, studies, "polca-edit study")
 
 
 def main() -> None:

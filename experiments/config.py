@@ -59,6 +59,9 @@ class TextConfig(Section):
     evaluate_sequences: int = Field(128, ge=4)
     max_documents: int | None = Field(None, description="read at most this many documents")
     field: str = Field("text", description="text field of JSON lines and data sets")
+    separator: int | None = Field(
+        None, ge=0, description="id between documents of a flat id array; default the tokenizer's end of text"
+    )
     skip: int = Field(4, ge=0, description="first predictions of a sequence that are not scored")
     windows_per_document: int = Field(4, ge=1, description="sequences a document may lend to one split")
     deduplicate: bool = Field(True, description="leave out near-duplicate documents")

@@ -210,6 +210,8 @@ def _opened(config: RunConfig, directory: RunDirectory, say: Say, *, write: bool
         contents.save()
         if task.tokenizer is not None and tokenizer is None:
             _keep_tokenizer(directory, key, task.tokenizer)
+        for note in task.notes:
+            say(f"  {note}")
     return Run(directory, config, task, task.objective(config), say, digest)
 
 

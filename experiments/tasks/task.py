@@ -114,7 +114,7 @@ class Task:
         fresh: (count, generator) -> labelled sequences that training may see, for the fits of a removal;
             None draws from the curvature and select splits.
         fingerprint: hash of data and initial weights, where code and settings do not decide them.
-        notes: sentences for whoever starts a run, for example which training rows were left out.
+        notes: sentences for whoever starts a run: order of checkpoints, text kept, training rows left out.
     """
 
     name: str
@@ -150,7 +150,7 @@ class Task:
             return None
         return open_checkpoints(
             given.directory,
-            self.space,
+            self.module,
             names=given.pattern,
             step_pattern=given.step_pattern,
             reference=given.reference,

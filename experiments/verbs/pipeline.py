@@ -75,8 +75,8 @@ def execute(
     from experiments.report.page import write_report
     from experiments.run.driver import run_stages
     from experiments.run.keys import stage_names
-    from experiments.run.labels import write_labels
     from experiments.run.run import open_run
+    from experiments.run.stages.labels import write_labels
     from experiments.run.summary.write import write_summary
     from experiments.verbs.guard import writing
 
@@ -189,10 +189,11 @@ def open_overrides(
     """
     from experiments.config import load_config
     from polca_edit.checkpoints.huggingface import base_of_adapter, is_adapter
-    from polca_edit.checkpoints.opening import find_revisions, whole_revisions
+    from polca_edit.checkpoints.survey import survey, whole_revisions
 
-    revisions = find_revisions(folder, names=names, step_pattern=step_pattern)
-    last = whole_revisions(revisions, skip_damaged=skip_damaged)[-1].path
+    found = survey(folder, names=names, step_pattern=step_pattern)
+    revisions = whole_revisions(found.revisions, skip_damaged=skip_damaged)
+    last = revisions[-1].path
     adapted = is_adapter(last)
     model = base or (base_of_adapter(last) if adapted else last)
     if model is None:

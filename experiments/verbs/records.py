@@ -61,8 +61,8 @@ def label(
     """
     from experiments.report.labels import print_labels, transferred_table
     from experiments.report.page import write_report
-    from experiments.run.labels import transferred_labels, write_labels
     from experiments.run.run import load_run
+    from experiments.run.stages.labels import transferred_labels, write_labels
     from experiments.run.summary.write import write_summary
     from experiments.tasks.text import transfer_tokens
     from experiments.verbs.guard import existing

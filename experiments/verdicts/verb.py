@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +14,7 @@ import typer
 from experiments.application import console, say
 
 if TYPE_CHECKING:
-    from experiments.verdicts.records import ControlRow
+    from experiments.verdicts.records import CausalResult
 
 
 def causal_test(
@@ -34,23 +34,20 @@ def causal_test(
 ) -> None:
     """Does the model need each movement for its tokens (N), and for them only (S)? One row per pair.
 
-    Pairs are fixed on the select split: POLCA's own clusters, and every known skill with the vector that
-    costs it most there. They are tested on tokens that nothing has used. A word per row: inert, shared,
-    selective, carrier (the movement inserted alone brings the skill), unclear.
+    Pairs are fixed on the select split: POLCA's own clusters, and interventional clusters and known skills
+    with the vector that costs them most there. They are tested on tokens that nothing has used. A word per
+    row: inert, shared, selective, carrier (the movement inserted alone brings the skill), unclear.
 
     Examples: `polca-edit test runs/demo` ·
     `polca-edit test runs/demo runs/demo-1 --basis hessian --out studies/demo --json -`
     """
     from experiments.config import parse_window
-    from experiments.report.chapters.verdicts import print_verdicts
     from experiments.run.run import load_run
-    from experiments.run.summary.records import TestedFile
     from experiments.run.summary.write import write_summary
     from experiments.verbs.groups import with_groups
     from experiments.verbs.guard import existing
     from experiments.verdicts.study import StudySettings, run_study, write_result
     from interventions.causal.settings import TestSettings
-    from polca_edit.artifacts import from_plain, save_record, to_plain
 
     if len(runs) > 1 and out is None:
         raise ValueError("a study of several runs needs a folder of its own; pass --out studies/NAME")
@@ -60,9 +57,14 @@ def causal_test(
     labels = tuple(basis or [spec.label for spec in first.config.bases])
     wanted = unseen if unseen is not None else (1000 if first.task.unseen is not None else 0)
     given = None if groups is None else str(groups.absolute())
+    settings = StudySettings(labels, wanted, parse_window(window), groups=given)
+    if first.task.plant is None or wanted == 0:
+        why = "the task plants no rule" if first.task.plant is None else "it needs sequences drawn anew"
+        say(f"  left out: the positive control, {why}")
+    if first.task.unseen is None:
+        say("  the task draws no unseen sequences: tested on its evaluate split")
     test = TestSettings(rotations=rotations, random_draws=draws, seed=seed)
-    settings = StudySettings(labels, wanted, parse_window(window), test, groups=given)
-    _say_what_is_left_out(first.task.plant is not None, first.task.unseen is not None, wanted)
+    settings = replace(settings, test=test)
     with ExitStack() as held:
         for place in runs:
             held.enter_context(existing(place))
@@ -70,6 +72,15 @@ def causal_test(
         write_result(result, out or runs[0])
         if out is None:
             write_summary(first)
+    _told(result, json_, out or runs[0], runs[0])
+
+
+def _told(result: CausalResult, json_: str | None, place: Path, run: Path) -> None:
+    """The result as JSON where it was asked for, else as a table with its sentences."""
+    from experiments.report.chapters.verdicts import print_verdicts
+    from experiments.run.summary.records import TestedFile
+    from polca_edit.artifacts import from_plain, save_record, to_plain
+
     if json_ == "-":
         typer.echo(json.dumps(to_plain(result), indent=1, sort_keys=True))
         return
@@ -77,23 +88,10 @@ def causal_test(
         save_record(Path(json_), result)
     shown = from_plain(TestedFile, to_plain(result))
     answers = {b.basis: {"A": b.A, "P": b.P} for b in shown.bases}
-    _say_controls(result.controls)
-    print_verdicts([(row.basis, row.entry()) for row in shown.rows], answers, console)
-    say(f"Result: {(out or runs[0]) / 'verdicts.json'}; next: polca-edit report {runs[0]}")
-
-
-def _say_what_is_left_out(plants: bool, draws: bool, wanted: int) -> None:
-    """What the task cannot give this test."""
-    if not plants or wanted == 0:
-        why = "it needs sequences drawn anew" if plants else "the task plants no rule"
-        say(f"  left out: the positive control, {why}")
-    if not draws:
-        say("  the task draws no unseen sequences: tested on its evaluate split")
-
-
-def _say_controls(controls: Sequence[ControlRow]) -> None:
-    for control in controls:
+    for control in result.controls:
         say(
             f"  positive control, seed {control.seed}: planted rule {control.planted}, its twin with "
             f"shuffled labels {control.twin}: {'passed' if control.passed else 'FAILED'}"
         )
+    print_verdicts([(row.basis, row.entry()) for row in shown.rows], answers, console)
+    say(f"Result: {place / 'verdicts.json'}; next: polca-edit report {run}")
