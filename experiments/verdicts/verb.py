@@ -42,10 +42,10 @@ def causal_test(
     `polca-edit test runs/demo runs/demo-1 --basis hessian --out studies/demo --json -`
     """
     from experiments.config import parse_window
-    from experiments.run.groups import with_groups
-    from experiments.run.guard import existing
     from experiments.run.run import load_run
     from experiments.run.summary.write import write_summary
+    from experiments.verbs.groups import with_groups
+    from experiments.verbs.guard import existing
     from experiments.verdicts.study import StudySettings, run_study, write_result
     from interventions.causal.settings import TestSettings
 
