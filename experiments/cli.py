@@ -108,6 +108,12 @@ VERBS = {
     "remove-skill": Verb(
         "removal.study:remove_skill_study", "Skill removal: our edits and today's rivals.", "Studies"
     ),
+    "validate": Verb(
+        "natural.verb:validate",
+        "Training runs with known answers and their twins through the whole tool.",
+        "Studies",
+        "Example: `polca-edit validate --case later_skill --seeds 1 --json validate.json`",
+    ),
     "selftest": Verb(
         "testbeds.selftest:selftest", "Ten testbeds with known answers; `--break NAME` must fail.", "Studies"
     ),
@@ -119,6 +125,11 @@ STUDIES = {
         "removal.undo.study:removal",
         "Skills taken out in every way, all repaired alike: what it costs and how fast they come back.",
         examples="Example: `polca-edit study removal --preset demo --seeds 1 --skills 10s,1s --json FILE`",
+    ),
+    "grokking": Verb(
+        "study.grokking_verb:grokking_study",
+        "A published claim put to the test: does grokking need the motion along 16 components?",
+        examples="Example: `polca-edit study grokking --seeds 5 --json grokking.json`",
     ),
 }
 

@@ -21,7 +21,8 @@ from polca_edit.training import callers_generators
 class TransformerShape:
     """Shape of a decoder-only transformer with LayerNorm, biases and untied (un)embeddings.
 
-    ``init_std`` is the standard deviation of initial matrices; None means 0.8 / sqrt(d_model).
+    ``init_std`` is the standard deviation of initial matrices; None means 0.8 / sqrt(d_model). A ``d_mlp`` of
+    zero leaves MLPs and their norms out (attention only).
     """
 
     layers: int
@@ -71,18 +72,21 @@ class Block(nn.Module):
         super().__init__()
         self.ln1 = nn.LayerNorm(shape.d_model)
         self.attn = Attention(shape)
-        self.ln2 = nn.LayerNorm(shape.d_model)
-        self.mlp = nn.Sequential(
-            nn.Linear(shape.d_model, shape.d_mlp), nn.GELU(), nn.Linear(shape.d_mlp, shape.d_model)
-        )
         self.hook_attn_out = HookPoint()
-        self.hook_mlp_out = HookPoint()
+        self.mlp: nn.Sequential | None = None
+        if shape.d_mlp:
+            self.ln2 = nn.LayerNorm(shape.d_model)
+            self.mlp = nn.Sequential(
+                nn.Linear(shape.d_model, shape.d_mlp), nn.GELU(), nn.Linear(shape.d_mlp, shape.d_model)
+            )
+            self.hook_mlp_out = HookPoint()
         self.hook_resid_post = HookPoint()
 
     def forward(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
         """Attention, then MLP, each added to the residual stream."""
         x = x + self.hook_attn_out(self.attn(self.ln1(x)))
-        x = x + self.hook_mlp_out(self.mlp(self.ln2(x)))
+        if self.mlp is not None:
+            x = x + self.hook_mlp_out(self.mlp(self.ln2(x)))
         return self.hook_resid_post(x)  # type: ignore[no-any-return]
 
 

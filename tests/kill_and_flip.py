@@ -15,46 +15,88 @@ import random
 import shutil
 import signal
 import tempfile
-import time
+import threading
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-#: What may differ between two equal runs: clocks, memory, and what is drawn from them.
+#: What may differ between two equal runs: clocks, memory, and how often the evaluate split was opened (a
+#: killed run opens it again under the same plan, and that is counted).
 CLOCKED = ("seal.json", "run.json", "summary.json", "report.html", "stages/", "figures/")
-CLOCKS = ("seconds", "peak_rss_bytes", "digest", "sha256")
-SETTINGS = {"threads": 1, "training.steps": 24, "training.state_every": 6}
+CLOCKS = ("seconds", "peak_rss_bytes", "digest", "times")
+SETTINGS = {
+    "threads": 1,
+    "training.steps": 12,
+    "training.record_every": 2,
+    "training.state_every": 4,
+    "arithmetic.select_sums": 20,
+    "arithmetic.curvature_sums": 10,
+    "arithmetic.evaluate_sums": 12,
+    "bases": [{"kind": "hessian", "vectors": 2, "max_products": 4}, {"kind": "trajectory", "vectors": 2}],
+    "damage.doses": [],
+    "damage.random_draws": 1,
+    "discover.edits": 6,
+    "discover.windows": 3,
+}
 
 
-def start(out: Path) -> int:
-    """The smoke run in a forked process, which has everything imported; its id."""
-    from experiments.verbs.pipeline import execute
+@dataclass(frozen=True)
+class Moment:
+    """When a process kills itself with SIGKILL; writes, not seconds, so that no stage is left out.
+
+    Attributes:
+        write: which write of a file.
+        delay: seconds after it; None: before the finished file gets its name.
+    """
+
+    write: int
+    delay: float | None
+
+
+def counted(moment: Moment | None, writes: list[int]) -> None:
+    """Count every atomic write of this process, and die at the wanted one."""
+    rename = os.replace
+
+    def replace(*given: Any) -> None:
+        writes.append(1)
+        now = moment is not None and len(writes) == moment.write
+        if now and moment.delay is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(*given)
+        if now:
+            threading.Timer(moment.delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+    os.replace = replace
+
+
+def start(out: Path, moment: Moment | None = None) -> int:
+    """All stages and the summary of a small smoke run in a forked process; exit code, or minus its signal."""
+    from experiments.config import load_config
+    from experiments.run.driver import run_stages
+    from experiments.run.guard import writing
+    from experiments.run.run import open_run
+    from experiments.run.summary.write import write_summary
 
     child = os.fork()
     if child:
-        return child
-    code = 1
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    code, writes = 1, []
     try:
         with open(os.devnull, "w") as quiet:
             os.dup2(quiet.fileno(), 1)
             os.dup2(quiet.fileno(), 2)
-            execute("smoke", out, SETTINGS)
+            counted(moment, writes)
+            with writing(out, repairs=True):
+                run = open_run(load_config("smoke", SETTINGS), out, lambda _: None)
+                run_stages(run)
+                write_summary(run)
+            (out.parent / "writes").write_text(str(len(writes)))
             code = 0
     finally:
         os._exit(code)
-
-
-def ends_within(child: int, seconds: float | None) -> int | None:
-    """Exit code of a child, None if it still runs after that time."""
-    until = None if seconds is None else time.perf_counter() + seconds
-    while until is None or time.perf_counter() < until:
-        done, status = os.waitpid(child, 0 if until is None else os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.002)
-    return None
 
 
 def without_clocks(value: object) -> object:
@@ -93,21 +135,18 @@ def kill(
     draw, counts, stages = random.Random(seed), Counter[str](), Counter[str]()
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder) / "whole"
-        began = time.perf_counter()
-        assert ends_within(start(whole), None) == 0
-        lasts = time.perf_counter() - began
+        assert start(whole) == 0
         wanted = contents(whole)
+        writes = int((Path(folder) / "writes").read_text())
         number = 0
         while counts["kills"] < times:
             out, number = Path(folder) / f"killed-{number}", number + 1
             while True:
-                child = start(out)
-                more = counts["kills"] < times
-                ended = ends_within(child, draw.uniform(0, lasts) if more else None)
-                if ended is not None:
+                delay = None if draw.random() < 0.5 else draw.uniform(0, 0.5)
+                moment = Moment(draw.randint(1, writes), delay) if counts["kills"] < times else None
+                ended = start(out, moment)
+                if ended != -signal.SIGKILL:
                     break
-                os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
                 counts["kills"] += 1
                 done = len(list((out / "stages").glob("*.json")))
                 stages[f"{done:02d} stages"] += 1
@@ -118,10 +157,10 @@ def kill(
             if wrong or ended:
                 print(f"seed {seed}, run {number}: exit {ended}, other bytes in {wrong[:5]}")
             shutil.rmtree(out)
-    said = {**counts, "stages done at the kill": dict(sorted(stages.items()))}
-    print(json.dumps(said, indent=1))
-    if json_file is not None:
-        json_file.write_text(json.dumps(said, indent=1) + "\n")
+            said = {**counts, "stages done at the kill": dict(sorted(stages.items()))}
+            print(json.dumps(said), flush=True)
+            if json_file is not None:
+                json_file.write_text(json.dumps(said, indent=1) + "\n")
     raise typer.Exit(int(bool(counts["runs with other bytes"] or counts["exit codes other than 0"])))
 
 
@@ -158,7 +197,7 @@ def flip(
     with tempfile.TemporaryDirectory() as folder:
         if run is None:
             run = Path(folder) / "run"
-            assert ends_within(start(run), None) == 0
+            assert start(run) == 0
         out = Path(folder) / "flipped"
         shutil.copytree(run, out)
         wanted = read_everything(out)

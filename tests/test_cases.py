@@ -453,3 +453,54 @@ def test_a_library_error_ends_in_one_sentence(monkeypatch, capsys):
         assert said.count("\n") == 0
         assert "Traceback" not in said
         assert type(error).__name__ in said
+
+
+@pytest.mark.parametrize("name", ["mamba", "opt"])
+def test_mamba_and_opt_open_as_a_task_and_say_what_was_found(name, tmp_path):
+    import numpy as np
+    from tiny_models import ARCHITECTURES
+
+    from experiments.config import load_config
+    from experiments.tasks.task import build_task
+    from experiments.verbs.pipeline import open_overrides
+
+    models = folders(tmp_path / "out", ARCHITECTURES[name], steps=(1, 2, 3))
+    made(ARCHITECTURES[name], 9).save_pretrained(tmp_path / "out" / "final")
+    (tmp_path / "out" / "checkpoint-4").mkdir()  # an empty last one
+    (tmp_path / "out" / "checkpoint-4" / "model.safetensors").touch()
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(2, 61, (60, 32)))
+    with pytest.raises(ValueError, match="checkpoint-4"):
+        open_overrides(tmp_path / "out", str(tmp_path / "ids.npy"))
+    overrides = open_overrides(tmp_path / "out", str(tmp_path / "ids.npy"), skip_damaged=True)
+    sizes = {f"text.{split}_sequences": 8 for split in ("select", "curvature", "evaluate")}
+    config = load_config("huggingface", {**overrides, **sizes, "text.n_ctx": 16})
+    task = build_task(config)
+    series = task.given_checkpoints(config)
+    assert series.steps == (1, 2, 3)
+    assert torch.equal(series[-1], plain_weights(models[3]))
+    assert any("left out, no step in the name: 'final'" in note for note in task.notes)
+    assert any("1,920 token ids in 60 documents" in note for note in task.notes)
+
+
+def test_apply_on_an_adapter_and_undo(tmp_path):
+    from experiments.removal.apply import apply_edit, undo_edit
+    from interventions.edit_files import load_edit, save_edit
+    from interventions.edits import from_delta, weights_fingerprint
+
+    peft = pytest.importorskip("peft", reason="package 'peft' is not installed")
+    made(llama, 0).save_pretrained(tmp_path / "base")
+    model = peft.get_peft_model(made(llama, 0), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "a")
+    module = load_adapted(tmp_path / "base", tmp_path / "a")
+    space = ParameterSpace.from_module(module)
+    theta = space.read(module)
+    save_edit(
+        tmp_path / "edit", from_delta(weights_fingerprint(theta), torch.ones(space.size), "test"), space
+    )
+    file = load_edit(tmp_path / "edit")
+    applied = apply_edit(file, tmp_path / "a", tmp_path / "b")
+    assert (applied.tensors, applied.largest) == (4, pytest.approx(1.0))
+    edited = load_adapted(tmp_path / "base", tmp_path / "b")
+    torch.testing.assert_close(space.read(edited), theta + 1)
+    undo_edit(file, tmp_path / "b", tmp_path / "c")
+    assert torch.equal(space.read(load_adapted(tmp_path / "base", tmp_path / "c")), theta)

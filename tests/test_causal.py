@@ -108,6 +108,26 @@ def test_a_movement_that_no_loss_sees_is_inert() -> None:
     assert all(row.smallest_effect >= QUICK.damage_floor for row in table.rows)
 
 
+def test_a_tested_group_of_the_same_parent_is_not_off_target() -> None:
+    split, groups = world()
+    tokens = split.tokens
+    # Three quarters of it are skill0; its rest are the tokens of skill1 that the edit of the pair hurts.
+    mostly = groups["skill0"] & (torch.arange(tokens.count) % 4 == 0) | (
+        groups["skill1"] & (torch.arange(tokens.count) < 30)
+    )
+    other = groups["skill2"] & (torch.arange(tokens.count) < 200)
+    axes = torch.eye(16, dtype=torch.float64)[:8]
+
+    def pair(name: str, row: int, mask: Tensor) -> Hypothesis:
+        group = TokenGroup.labelled(name, mask, tokens)
+        return Hypothesis(name, axes[row][None], group, "own", "axes", (row,), span=axes)
+
+    pairs = [*pairs_of((0,)), pair("mostly skill0", 4, mostly), pair("part of skill2", 2, other)]
+    rows = {row.name: row for row in causal_test(split, pairs, QUICK, parents=groups).rows}
+    judged = set(rows["axis 0"].pooled.runs[0].others)
+    assert judged == {"skill1", "skill2", "skill3", "part of skill2"}
+
+
 def test_a_direction_that_every_skill_needs_is_shared() -> None:
     split, groups = world(coupled=True)
     mean = torch.zeros(1, 16, dtype=torch.float64)
@@ -392,3 +412,30 @@ def test_the_stated_cost_is_that_of_the_passes_made() -> None:
     assert made <= cost.sequences(QUICK.null_documents, 80) <= 3 * made
     # Random edits and transplants are counted exactly; each is one pass over the null's documents.
     assert cost.random == 4 * (QUICK.random_draws + QUICK.transplants)
+
+
+def test_a_group_that_was_known_before_does_not_take_the_credit_of_an_insertion() -> None:
+    """Skill 1 is learned to its last 0.02 nats before the window; mending those is no gain of its own."""
+    split, _ = world()
+    theta = torch.zeros(16, dtype=torch.float64)
+    known, end = theta.clone(), theta.clone()
+    known[1], end[:2] = 1.8, 2.0
+    series = open_checkpoints({0: theta, 10: known, 20: end}, split.loss.space)
+    late = EvaluatedSplit(split.loss, series, split.tokens, (10, 20))
+    span = torch.eye(16, dtype=torch.float64)[:SKILLS]
+    row = ((end - known) / (end - known).norm())[None]
+    pair = Hypothesis("late | 0", row, TokenGroup("skill0", skill="skill0"), basis="axes", span=span)
+    names = {name: split.tokens.skills[name] for name in ("skill0", "skill1")}
+    [verdict] = causal_test(late, [pair], QUICK, parents=names).rows
+    inserted = verdict.pooled.runs[0].insertion
+    assert inserted is not None
+    # It brings all of both rooms; skill 1's is a hundredth of skill 0's: (2 - 1.8)^2 over 2^2.
+    assert inserted.gain.estimate == pytest.approx(1.0, abs=1e-6)
+    assert inserted.beyond_others.estimate == pytest.approx(0.99, abs=0.01)
+    # A group with a room of its own still counts by share: here it gains all of it as well.
+    both = EvaluatedSplit(split.loss, series, split.tokens, (0, 20))
+    whole = (end / end.norm())[None]
+    joint = Hypothesis("whole | 0", whole, TokenGroup("skill0", skill="skill0"), basis="axes", span=span)
+    [shared] = causal_test(both, [joint], QUICK, parents=names).rows
+    assert shared.pooled.runs[0].insertion is not None
+    assert shared.pooled.runs[0].insertion.beyond_others.estimate == pytest.approx(0.0, abs=1e-6)

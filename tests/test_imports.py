@@ -135,7 +135,7 @@ def test_the_parser_sees_hidden_imports(source, bad):
 MODULES = {
     name_of(path).removesuffix("/__init__.py").removesuffix(".py").replace("/", "."): path for path in FILES
 }
-LINES, FUNCTION, ARGUMENTS, FOLDER = 400, 60, 8, 14
+LINES, FUNCTION, ARGUMENTS, FOLDER = 400, 60, 8, 15
 #: Modules of the two library packages that touch files.
 STARRED = {
     "polca_edit/artifacts.py",

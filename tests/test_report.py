@@ -33,7 +33,7 @@ from experiments.report.blocks import Section
 from experiments.report.chapters.discovery import discovery_section
 from experiments.report.figures_damage import damage_map
 from experiments.report.figures_removal import RemovalCurves, draw_removal
-from experiments.report.figures_robustness import Survival, draw_survival
+from experiments.report.figures_studies import Survival, draw_survival
 from experiments.report.formats import highlighted, nats, share
 from experiments.report.page import write_report
 from experiments.report.style import Drawing, new_figure, styled
@@ -594,7 +594,7 @@ class TestFigures:
         code = (
             "import matplotlib as m; before = {k: m.rcParams._get(k) for k in m.rcParams}\n"
             "import experiments.report.page, experiments.report.figures_removal\n"
-            "import experiments.report.figures_robustness, sys\n"
+            "import experiments.report.figures_studies, sys\n"
             "assert {k: m.rcParams._get(k) for k in m.rcParams} == before\n"
             "absent = 'matplotlib.pyplot', 'transformer_lens', 'experiments.run.run', 'experiments.tasks'\n"
             "assert not {*absent} & {*sys.modules}, {*absent} & {*sys.modules}\n"

@@ -32,7 +32,7 @@ from polca_edit.checkpoints.huggingface_models import (
 )
 from polca_edit.checkpoints.opening import open_checkpoints
 from polca_edit.checkpoints.series import Checkpoints
-from polca_edit.checkpoints.survey import survey
+from polca_edit.checkpoints.survey import survey, whole_revisions
 from polca_edit.checkpoints.tokenizer_files import FolderTokenizer, load_tokenizer
 from polca_edit.models import TransformerShape, build_native_bridge, build_small_transformer
 from polca_edit.parameters import ParameterSpace
@@ -344,7 +344,9 @@ def _huggingface_task(config: RunConfig) -> Task:
         if given is None
         else survey(given.directory, names=given.pattern, step_pattern=given.step_pattern)
     )
-    last = found.revisions[-1].path if found else None
+    last = None
+    if given is not None and found is not None:
+        last = whole_revisions(found.revisions, skip_damaged=given.skip_damaged)[-1].path
     adapted = last is not None and is_adapter(last)
     if last is not None and adapted:
         module = load_adapted(path, last)

@@ -22,7 +22,7 @@ def causal_test(
     groups: Annotated[
         Path | None, typer.Option(help="Token groups: .npz or JSON, name -> booleans over the select tokens.")
     ] = None,
-    rotations: Annotated[int, typer.Option(help="Rotations of each span (S, P); at least 20.")] = 39,
+    rotations: Annotated[int, typer.Option(min=20, help="Rotations of each span (S, P).")] = 39,
     draws: Annotated[int, typer.Option(help="Random edits per movement (N).")] = 39,
     seed: Annotated[int, typer.Option(help="Seed of every draw.")] = 0,
     workers: Annotated[int | None, typer.Option(help="Processes; default one per core.")] = None,

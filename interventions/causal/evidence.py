@@ -43,7 +43,8 @@ class Insertion:
 
     Attributes:
         gain: share Q of the target's headroom that it brings.
-        beyond_others: Q minus the largest share that it brings to another group.
+        beyond_others: Q minus the largest share that it brings to another group; groups with next to no
+            headroom at the window's start count by the nats they gain, over the target's headroom.
         null95: 95th percentile of Q over random transplants of equal size in the span.
     """
 
@@ -177,13 +178,16 @@ class Bench:
         return best if best is not None and held[best] >= 0.5 else None
 
     def off_target(self, members: Bits, parent: str | None) -> dict[str, Bits]:
-        """Other parents and other tested groups, none of them with tokens of the group or its parent."""
+        """Other parents and tested groups of other parents, none with tokens of the group or its parent.
+
+        A tested group of the same parent is not off target: what it holds besides that parent are tokens
+        of other parents, which are judged whole.
+        """
         own = members | self.parents[parent] if parent is not None else members
-        groups = {
-            name: mask & ~own
-            for name, mask in (*self.parents.items(), *self.tested.items())
-            if name != parent
-        }
+        groups = {name: mask & ~own for name, mask in self.parents.items() if name != parent}
+        for name, mask in self.tested.items():
+            if parent is None or self.parent_of(mask) != parent:
+                groups.setdefault(name, mask & ~own)
         if not self.parents:
             groups["all other tokens"] = ~members
         return {name: mask for name, mask in groups.items() if mask.sum() >= self.settings.least}
@@ -307,9 +311,13 @@ def _insertion(bench: Bench, pair: Hypothesis, members: Bits, others: Mapping[st
         return None
     gained = bench.gain(transplant(split, pair.rows))
     found = shares_of(gained, room, masks, bench.units)
-    if bool(found.judged_in_nats(settings.headroom_floor)[0]):
+    in_nats = found.judged_in_nats(settings.headroom_floor)
+    if bool(in_nats[0]):
         return None
-    share = np.nan_to_num(found.share, nan=-np.inf)
+    # A share of next to no headroom says nothing: such a group counts by its nats over the target's room.
+    with np.errstate(invalid="ignore", divide="ignore"):
+        counted = np.where(in_nats, found.damage / found.room[:, :1], found.share)
+    share = np.nan_to_num(counted, nan=-np.inf)
     beyond = share[:, 0] - np.maximum(share[:, 1:].max(1, initial=0.0), 0.0)
     return Insertion(
         bench.units.interval(found.share[:, 0]),

@@ -14,6 +14,7 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from tqdm import tqdm
 
 from polca_edit.basis.record import Basis
 from polca_edit.checkpoints.series import Checkpoints
@@ -234,7 +235,9 @@ def project(
     def at(index: int) -> CheckpointSlopes:
         return slopes_at(objective, checkpoints, bases, tokens, index, derivative_scale=derivative_scale)
 
-    slopes = list(mapped(at, range(len(checkpoints))))
+    count = len(checkpoints)
+    bar = tqdm(mapped(at, range(count)), total=count, desc="projections", disable=None, leave=False)
+    slopes = list(bar)
     return [assemble(checkpoints, basis, number, slopes) for number, basis in enumerate(bases)]
 
 

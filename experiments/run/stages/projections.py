@@ -30,6 +30,8 @@ def run_projections(run: Run, stage: str) -> None:
             slopes = list(
                 tqdm(mapped(at, indices), total=len(indices), desc="projections", disable=None, leave=False)
             )
+        if run.objective.route_note:
+            run.say(f"  derivatives by route {run.objective.route_used}: {run.objective.route_note}")
         for number, (basis, path) in enumerate(zip(bases, outputs, strict=True)):
             projections = assemble(checkpoints, basis, number, slopes)
             save_record(path, _with_curvature(run, checkpoints, basis, projections))

@@ -1,8 +1,8 @@
-"""The figure of the multiverse: which conclusions survive other settings."""
+"""Figures of studies: conclusions under other settings, and accuracy by arm of a training study."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,3 +51,31 @@ def survival_figure(table: Mapping[str, Survival]) -> Figure:
 def draw_survival(table: Mapping[str, Survival], path: Path) -> None:
     """Write the figure as PNG."""
     Drawing("survival", "which conclusions survive other settings", survival_figure(table)).write_png(path)
+
+
+#: Steps and accuracies of one seed.
+Course = tuple[Sequence[int], Sequence[float]]
+
+
+@styled()
+def arms_figure(arms: Mapping[str, Sequence[Course]], branch: int) -> Figure:
+    """One panel an arm, one line a seed, the free arm pale behind each."""
+    figure = new_figure(2.6, 11)
+    panels = figure.subplots(1, len(arms), sharey=True, sharex=True)
+    hues = colours(list(arms))
+    free = next(iter(arms.values()))
+    for axes, (name, courses) in zip(panels, arms.items(), strict=True):
+        for steps, hidden in free:
+            axes.plot(steps, hidden, color="0.8", lw=0.8, zorder=1)
+        for steps, hidden in courses:
+            axes.plot(steps, hidden, color=hues[name], lw=1.1, zorder=2)
+        axes.axvline(branch, color="0.6", lw=0.6, ls=":")
+        axes.set_title(name, fontsize=9)
+        axes.set_xlabel("optimiser step")
+    panels[0].set_ylabel("accuracy on hidden sums")
+    return figure
+
+
+def draw_arms(arms: Mapping[str, Sequence[Course]], branch: int, path: Path) -> None:
+    """Write the figure as PNG."""
+    Drawing("grokking", "accuracy on hidden sums by arm", arms_figure(arms, branch)).write_png(path)
