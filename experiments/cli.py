@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import typer
 
 from experiments.application import run_application, single
-from experiments.signature import signature_alone
+from experiments.verbs.signature import signature_alone
 
 app = typer.Typer(
     add_completion=False,
@@ -93,7 +93,9 @@ VERBS = {
         "Example: `polca-edit blocking runs/demo --target 10s --branches 10`",
     ),
     "reproduce": Verb(
-        "reproduce.verb:reproduce", "The paper's tables beside ours, every basis and rotation.", "Studies"
+        "study.reproduce.verb:reproduce",
+        "The paper's tables beside ours, every basis and rotation.",
+        "Studies",
     ),
     "robustness": Verb("study.robustness:robustness", "Which conclusions survive other settings.", "Studies"),
     "carry-signal": Verb(

@@ -14,7 +14,13 @@ from hub_models import story
 from markupsafe import escape
 
 from experiments.report.labels import label_section, read_labels, transferred_table
-from experiments.run.label_records import EXACT_LOSS, BasisLabels, ClusterLabel, TagRecord, TransferredLabel
+from experiments.run.stages.label_records import (
+    EXACT_LOSS,
+    BasisLabels,
+    ClusterLabel,
+    TagRecord,
+    TransferredLabel,
+)
 from experiments.run.store import RunDirectory
 from polca_edit.artifacts import save_record
 from polca_edit.clusters.labels import (

@@ -31,9 +31,9 @@ from experiments.discover.records import (
 from experiments.report.answers import Answer, Loss, answers, print_summary
 from experiments.report.blocks import Section
 from experiments.report.chapters.discovery import discovery_section
-from experiments.report.figures_damage import damage_map
-from experiments.report.figures_removal import RemovalCurves, draw_removal
-from experiments.report.figures_studies import Survival, draw_survival
+from experiments.report.figures.damage import damage_map
+from experiments.report.figures.removal import RemovalCurves, draw_removal
+from experiments.report.figures.studies import Survival, draw_survival
 from experiments.report.formats import highlighted, nats, share
 from experiments.report.page import write_report
 from experiments.report.style import Drawing, new_figure, styled
@@ -593,8 +593,8 @@ class TestFigures:
 
         code = (
             "import matplotlib as m; before = {k: m.rcParams._get(k) for k in m.rcParams}\n"
-            "import experiments.report.page, experiments.report.figures_removal\n"
-            "import experiments.report.figures_studies, sys\n"
+            "import experiments.report.page, experiments.report.figures.removal\n"
+            "import experiments.report.figures.studies, sys\n"
             "assert {k: m.rcParams._get(k) for k in m.rcParams} == before\n"
             "absent = 'matplotlib.pyplot', 'transformer_lens', 'experiments.run.run', 'experiments.tasks'\n"
             "assert not {*absent} & {*sys.modules}, {*absent} & {*sys.modules}\n"

@@ -9,25 +9,6 @@ import torch
 from sklearn.metrics import adjusted_rand_score
 
 from experiments.config import load_config
-from experiments.reproduce import seed
-from experiments.reproduce.claims import CLAIMS, Claim, judge_claim, judge_claims
-from experiments.reproduce.measure import ReproductionSettings, measure_bases
-from experiments.reproduce.rows import (
-    BasisRow,
-    CarryScores,
-    FeatureRow,
-    LossShares,
-    Paths,
-    Scoring,
-    TokenSplits,
-    Variant,
-    carry_columns,
-    cluster_variants,
-    hidden_share,
-    loss_shares,
-)
-from experiments.reproduce.tables import Reproduction, reproduction_tables, spread
-from experiments.reproduce.verb import run_reproduction
 from experiments.run.run import open_run
 from experiments.run.stages.training import trained_series
 from experiments.study.carry import GroupDamage, counted_places, group_damage
@@ -41,6 +22,25 @@ from experiments.study.multiverse import (
     survival,
     thinned,
 )
+from experiments.study.reproduce import seed
+from experiments.study.reproduce.claims import CLAIMS, Claim, judge_claim, judge_claims
+from experiments.study.reproduce.measure import ReproductionSettings, measure_bases
+from experiments.study.reproduce.rows import (
+    BasisRow,
+    CarryScores,
+    FeatureRow,
+    LossShares,
+    Paths,
+    Scoring,
+    TokenSplits,
+    Variant,
+    carry_columns,
+    cluster_variants,
+    hidden_share,
+    loss_shares,
+)
+from experiments.study.reproduce.tables import Reproduction, reproduction_tables, spread
+from experiments.study.reproduce.verb import run_reproduction
 from experiments.tasks.arithmetic import make_data, token_loss
 from polca_edit.allocation.allocate import Allocation, Projections, allocate, project
 from polca_edit.artifacts import from_plain

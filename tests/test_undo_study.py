@@ -13,12 +13,12 @@ from typer.testing import CliRunner
 
 from experiments.cli import app
 from experiments.removal.undo import study
-from experiments.removal.undo.figures import UndoRow, draw
 from experiments.removal.undo.methods import GOLD, METHODS, NEEDS, SHARED, Start
 from experiments.removal.undo.place import Effort, Place
 from experiments.removal.undo.rows import Curve, Row, best_attack, gap, half_lost, repaired_at
 from experiments.removal.undo.study import Job, chosen, rows_of, start_of, with_gold
 from experiments.removal.undo.tables import study_tables
+from experiments.report.figures.undo import UndoRow, draw
 from experiments.run.run import load_run
 from experiments.run.stages.training import training_settings
 from experiments.tasks import arithmetic

@@ -41,8 +41,8 @@ def discover(
     from experiments.discover.discover import discover as run_discovery
     from experiments.discover.records import DiscoverSettings
     from experiments.report.chapters.discovery import print_discovery
-    from experiments.run.guard import existing
     from experiments.run.run import load_run
+    from experiments.verbs.guard import existing
 
     run = load_run(directory, say)
     labels = tuple(basis or [spec.label for spec in run.config.measured_bases()])
@@ -77,9 +77,9 @@ def axis(
     from experiments.config import parse_window
     from experiments.discover.records import DiscoverSettings
     from experiments.report.chapters.discovery import print_axes
-    from experiments.run.groups import with_groups
-    from experiments.run.guard import existing
     from experiments.run.run import load_run
+    from experiments.verbs.groups import with_groups
+    from experiments.verbs.guard import existing
     from interventions.discovery.axes import AxisSettings
 
     run = with_groups(load_run(directory, say), groups, say)
@@ -144,8 +144,8 @@ def blocking(
     """
     from experiments.discover.blocking import BlockingSettings, blocking_study
     from experiments.report.chapters.discovery import print_blocking
-    from experiments.run.guard import existing
     from experiments.run.run import load_run
+    from experiments.verbs.guard import existing
 
     run = load_run(directory, say)
     settings = BlockingSettings(basis, tuple(target), branches)

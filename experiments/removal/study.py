@@ -212,7 +212,7 @@ def remove_skill_study(
         study, chosen, workers=workers, folder=keep, save=lambda found: write_json(json_, to_plain(found))
     )
     if figures is not None:
-        from experiments.report.figures_removal import RemovalCurves, draw_removal
+        from experiments.report.figures.removal import RemovalCurves, draw_removal
 
         draw_removal(from_plain(RemovalCurves, to_plain(result)), figures)
     met = {(row.seed, row.skill) for row in result.rows if row.ours and row.met}

@@ -25,12 +25,12 @@ from experiments.removal.undo.remove import (
     with_timeline,
 )
 from experiments.report.page import write_report
-from experiments.run.groups import with_groups
-from experiments.run.guard import existing
 from experiments.run.machine import hardware, versions
 from experiments.run.run import Run, load_run
 from experiments.run.run_record import open_evaluate
 from experiments.run.stages.clusters import ClusterRecord
+from experiments.verbs.groups import with_groups
+from experiments.verbs.guard import existing
 from interventions.damage import EvaluatedSplit
 from interventions.edit_files import save_edit
 from interventions.edits import Edit

@@ -11,7 +11,7 @@ from experiments.report.answers import count_cell
 from experiments.report.blocks import Block, Section, paragraph
 from experiments.report.formats import count, decimal, highlighted
 from experiments.report.tables import Cell, Column, Table, table
-from experiments.run.label_records import (
+from experiments.run.stages.label_records import (
     EXACT_LOSS,
     BasisLabels,
     ClusterLabel,

@@ -14,7 +14,6 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from experiments.report import figures, figures_damage
 from experiments.report.answers import (
     SPARED,
     TAKEN,
@@ -26,6 +25,8 @@ from experiments.report.answers import (
 )
 from experiments.report.blocks import Section
 from experiments.report.chapters.chapter import MOST_COLUMNS, MOST_CURVES, MOST_SKILLS, chapter
+from experiments.report.figures import damage as figures_damage
+from experiments.report.figures import run as figures
 from experiments.report.formats import count, decimal, listed, nats, number, share
 from experiments.report.labels import label_section
 from experiments.report.sections import sections_of

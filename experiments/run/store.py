@@ -22,7 +22,7 @@ from polca_edit.checkpoints.files import write_json
 from polca_edit.derivatives.objective import PassCount
 
 Record = TypeVar("Record")
-#: List of checksums that a verb leaves behind (:mod:`experiments.run.guard`).
+#: List of checksums that a verb leaves behind (:mod:`experiments.verbs.guard`).
 SEAL = "seal.json"
 
 

@@ -13,13 +13,13 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from matplotlib.figure import Figure
 
 from experiments.application import run_application
 from experiments.config import load_config
 from experiments.report.chapters.verdicts import FAMILIES
+from experiments.report.figures.seeds import Map, seeds_figure
 from experiments.report.formats import decimal, nats, share
-from experiments.report.style import FIXED_INK, Drawing, panels, styled
+from experiments.report.style import Drawing
 from experiments.report.tables import Table, table
 from experiments.study.results import publish, show
 from experiments.verdicts.records import BasisRow, CausalResult, ControlRow, VerdictRow
@@ -29,8 +29,6 @@ from polca_edit.artifacts import load_record
 WORDS = ("carrier", "selective", "shared", "inert", "unclear")
 #: Words that say yes to N and S.
 FOUND = ("carrier", "selective")
-#: Letters beside a cell of the map.
-MARKS = {"carrier": "C", "selective": "S"}
 
 
 @dataclass(frozen=True)
@@ -191,25 +189,6 @@ def skill_table(found: CausalSeeds) -> Table:
     return table(list(headings), lines, "Known skills and the vector that costs them most on select")
 
 
-@dataclass(frozen=True, eq=False)
-class Map:
-    """Vectors x groups of one basis of one run, unseen tokens.
-
-    Attributes:
-        title: run and basis.
-        vectors: tested ones.
-        groups: parents and skills.
-        shares: (vectors, groups) of headroom lost; NaN where it was not measured.
-        words: (vector, group) -> word of a row about that group.
-    """
-
-    title: str
-    vectors: tuple[int, ...]
-    groups: tuple[str, ...]
-    shares: np.ndarray
-    words: Mapping[tuple[int, str], str]
-
-
 def damage_map_of(seed: int, basis: str, rows: Sequence[VerdictRow], groups: Sequence[str]) -> Map:
     """The map of one basis, put together from the rows of its pairs."""
     own = [row for row in rows if row.basis == basis and row.vector is not None]
@@ -226,32 +205,6 @@ def damage_map_of(seed: int, basis: str, rows: Sequence[VerdictRow], groups: Seq
         if row.family == "skill" and row.group in groups:
             words[row.vector, row.group] = row.word
     return Map(f"{basis}, seed {seed}", tuple(vectors), tuple(groups), shares, words)
-
-
-@styled()
-def seeds_figure(maps: Sequence[Map], columns: int) -> Figure:
-    """One panel per basis and run: share lost by each group, words of the skills' own rows marked."""
-    tallest = max(len(one.vectors) for one in maps)
-    figure, axes = panels(len(maps), 2.5, 0.9 + 0.24 * tallest, columns)
-    for place, one in zip(axes, maps, strict=True):
-        image = place.imshow(np.ma.masked_invalid(one.shares), cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
-        place.set_xticks(range(len(one.groups)), one.groups, rotation=45, ha="right")
-        place.set_yticks(range(len(one.vectors)), [str(v) for v in one.vectors])
-        place.set_title(one.title)
-        for (vector, group), word in one.words.items():
-            if word in MARKS:
-                place.text(
-                    one.groups.index(group),
-                    one.vectors.index(vector),
-                    MARKS[word],
-                    ha="center",
-                    va="center",
-                    color=FIXED_INK,
-                    weight="bold",
-                )
-    figure.colorbar(image, ax=axes, label="share of headroom lost (unseen tokens)", shrink=0.4)
-    figure.suptitle("What undoing one basis vector costs each skill; S selective, C carrier")
-    return figure
 
 
 def causal_seeds(

@@ -102,7 +102,7 @@ def grokking_study(
     tables = claim_tables(result)
     show(tables)
     if json_ is not None:
-        from experiments.report.figures_studies import draw_arms
+        from experiments.report.figures.studies import draw_arms
 
         write_json(json_, to_plain(result))
         text = "\n".join(f"{made.title}\n\n{made.markdown()}" for made in tables)

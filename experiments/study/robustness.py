@@ -16,7 +16,7 @@ import typer
 
 from experiments.application import run_application, say
 from experiments.config import RunConfig, load_config
-from experiments.report.figures_studies import Survival, draw_survival
+from experiments.report.figures.studies import Survival, draw_survival
 from experiments.report.formats import share
 from experiments.report.tables import Table, table
 from experiments.run.run import Run, open_run

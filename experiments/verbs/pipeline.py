@@ -74,11 +74,11 @@ def execute(
     from experiments.report.labels import print_labels
     from experiments.report.page import write_report
     from experiments.run.driver import run_stages
-    from experiments.run.guard import writing
     from experiments.run.keys import stage_names
-    from experiments.run.labels import write_labels
     from experiments.run.run import open_run
+    from experiments.run.stages.labels import write_labels
     from experiments.run.summary.write import write_summary
+    from experiments.verbs.guard import writing
 
     started = time.perf_counter()
     resolved = load_config(config, overrides)

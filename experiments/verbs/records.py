@@ -17,8 +17,8 @@ def report(directory: Annotated[Path, typer.Argument(help="A run directory.")]) 
     Example: `polca-edit report runs/demo`
     """
     from experiments.report.page import write_report
-    from experiments.run.guard import existing
     from experiments.run.store import RunDirectory
+    from experiments.verbs.guard import existing
 
     with existing(directory):
         RunDirectory(directory).require_whole()
@@ -34,9 +34,9 @@ def inspect(
     Example: `polca-edit inspect runs/demo --json | jq .cost`
     """
     from experiments.report.answers import print_summary
-    from experiments.run.guard import check
     from experiments.run.store import RunDirectory
     from experiments.run.summary.write import summary_values
+    from experiments.verbs.guard import check
 
     check(directory)
     if json_:
@@ -61,11 +61,11 @@ def label(
     """
     from experiments.report.labels import print_labels, transferred_table
     from experiments.report.page import write_report
-    from experiments.run.guard import existing
-    from experiments.run.labels import transferred_labels, write_labels
     from experiments.run.run import load_run
+    from experiments.run.stages.labels import transferred_labels, write_labels
     from experiments.run.summary.write import write_summary
     from experiments.tasks.text import transfer_tokens
+    from experiments.verbs.guard import existing
     from polca_edit.artifacts import to_plain
     from polca_edit.checkpoints.files import write_json
 

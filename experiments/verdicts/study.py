@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from experiments.run.groups import with_groups
 from experiments.run.keys import signature_names
 from experiments.run.machine import hardware, versions
 from experiments.run.run import Run, load_run
 from experiments.run.run_record import open_evaluate, plan_hash
+from experiments.verbs.groups import with_groups
 from experiments.verdicts.choose import Chosen, choose, parents_of, same_pairs, split_of, unseen_tokens
 from experiments.verdicts.records import (
     SCHEMA,

@@ -7,11 +7,14 @@ import os
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from experiments.application import console, say
+
+if TYPE_CHECKING:
+    from experiments.verdicts.records import CausalResult
 
 
 def causal_test(
@@ -31,23 +34,20 @@ def causal_test(
 ) -> None:
     """Does the model need each movement for its tokens (N), and for them only (S)? One row per pair.
 
-    Pairs are fixed on the select split: POLCA's own clusters, and every known skill with the vector that
-    costs it most there. They are tested on tokens that nothing has used. A word per row: inert, shared,
-    selective, carrier (the movement inserted alone brings the skill), unclear.
+    Pairs are fixed on the select split: POLCA's own clusters, and interventional clusters and known skills
+    with the vector that costs them most there. They are tested on tokens that nothing has used. A word per
+    row: inert, shared, selective, carrier (the movement inserted alone brings the skill), unclear.
 
     Examples: `polca-edit test runs/demo` ·
     `polca-edit test runs/demo runs/demo-1 --basis hessian --out studies/demo --json -`
     """
     from experiments.config import parse_window
-    from experiments.report.chapters.verdicts import print_verdicts
-    from experiments.run.groups import with_groups
-    from experiments.run.guard import existing
     from experiments.run.run import load_run
-    from experiments.run.summary.records import TestedFile
     from experiments.run.summary.write import write_summary
+    from experiments.verbs.groups import with_groups
+    from experiments.verbs.guard import existing
     from experiments.verdicts.study import StudySettings, run_study, write_result
     from interventions.causal.settings import TestSettings
-    from polca_edit.artifacts import from_plain, save_record, to_plain
 
     if len(runs) > 1 and out is None:
         raise ValueError("a study of several runs needs a folder of its own; pass --out studies/NAME")
@@ -72,6 +72,15 @@ def causal_test(
         write_result(result, out or runs[0])
         if out is None:
             write_summary(first)
+    _told(result, json_, out or runs[0], runs[0])
+
+
+def _told(result: CausalResult, json_: str | None, place: Path, run: Path) -> None:
+    """The result as JSON where it was asked for, else as a table with its sentences."""
+    from experiments.report.chapters.verdicts import print_verdicts
+    from experiments.run.summary.records import TestedFile
+    from polca_edit.artifacts import from_plain, save_record, to_plain
+
     if json_ == "-":
         typer.echo(json.dumps(to_plain(result), indent=1, sort_keys=True))
         return
@@ -85,4 +94,4 @@ def causal_test(
             f"shuffled labels {control.twin}: {'passed' if control.passed else 'FAILED'}"
         )
     print_verdicts([(row.basis, row.entry()) for row in shown.rows], answers, console)
-    say(f"Result: {(out or runs[0]) / 'verdicts.json'}; next: polca-edit report {runs[0]}")
+    say(f"Result: {place / 'verdicts.json'}; next: polca-edit report {run}")

@@ -260,7 +260,7 @@ def removal(
             say(_line(row))
         _written(json_, opened, effort, rows)
     if figure is not None:
-        from experiments.removal.undo.figures import UndoRow, draw
+        from experiments.report.figures.undo import UndoRow, draw
 
         draw(from_plain(list[UndoRow], to_plain(with_gold(rows))), figure)
     show(study_tables(with_gold(rows)))

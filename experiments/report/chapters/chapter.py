@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from experiments.report import figures, figures_damage
 from experiments.report.answers import agreement_cells, count_cell, nats_cell, share_cell
-from experiments.report.figures_damage import DosePanel, cell_text, largest_of
+from experiments.report.figures import damage as figures_damage
+from experiments.report.figures import run as figures
+from experiments.report.figures.damage import DosePanel, cell_text, largest_of
 from experiments.report.formats import MISSING, decimal, highlighted, number, share
 from experiments.report.style import Drawing
 from experiments.report.tables import Cell, Column, Table, table

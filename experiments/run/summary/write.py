@@ -16,11 +16,11 @@ import jsonschema
 import numpy as np
 
 from experiments.run.keys import stage_names
-from experiments.run.label_records import BasisLabels
 from experiments.run.run import Run
 from experiments.run.stages.clusters import load_observation
 from experiments.run.stages.damage_rows import DamageRecord
 from experiments.run.stages.evaluate import EvaluateRecord
+from experiments.run.stages.label_records import BasisLabels
 from experiments.run.summary.records import (
     Analysis,
     BasisEntry,

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from experiments.reproduce.measure import Measured, ReproductionSettings, scoring_of
-from experiments.reproduce.rows import FeatureRow, Paths, TokenSplits, carry_columns
 from experiments.run.run import Run
+from experiments.study.reproduce.measure import Measured, ReproductionSettings, scoring_of
+from experiments.study.reproduce.rows import FeatureRow, Paths, TokenSplits, carry_columns
 from polca_edit.allocation.adaptive import adaptive_plan
 from polca_edit.allocation.allocate import Projections, Rule, allocate, project
 from polca_edit.allocation.quadrature import FixedRule, fixed_plan, measure_nodes

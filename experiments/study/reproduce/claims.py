@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from experiments.reproduce.published import CARRY
-from experiments.reproduce.rows import BasisRow, CarryScores, FeatureRow
+from experiments.study.reproduce.published import CARRY
+from experiments.study.reproduce.rows import BasisRow, CarryScores, FeatureRow
 
 Status = Literal["reproduced", "not reproduced", "mixed", "not testable"]
 #: Carry column -> its place in the published tables.

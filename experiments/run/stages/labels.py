@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from experiments.run.label_records import (
+from experiments.run.run import Run
+from experiments.run.stages.clusters import load_clusters, load_observation
+from experiments.run.stages.label_records import (
     EXACT_LOSS,
     BasisLabels,
     ClusterLabel,
     TagRecord,
     TransferredLabel,
 )
-from experiments.run.run import Run
-from experiments.run.stages.clusters import load_clusters, load_observation
 from polca_edit.allocation.allocate import Projections, allocate, project
 from polca_edit.artifacts import load_record, save_record
 from polca_edit.basis.record import Basis

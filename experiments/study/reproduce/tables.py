@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from experiments.report.formats import decimal
 from experiments.report.tables import Column, Table, table
-from experiments.reproduce.claims import JudgedClaim
-from experiments.reproduce.measure import ReproductionSettings
-from experiments.reproduce.published import CARRY, SECOND_ORDER_RMSE, TOP_THREE
-from experiments.reproduce.rivals import QuadratureRow, SecondOrderError
-from experiments.reproduce.rows import BasisRow, CarryScores, FeatureRow
+from experiments.study.reproduce.claims import JudgedClaim
+from experiments.study.reproduce.measure import ReproductionSettings
+from experiments.study.reproduce.published import CARRY, SECOND_ORDER_RMSE, TOP_THREE
+from experiments.study.reproduce.rivals import QuadratureRow, SecondOrderError
+from experiments.study.reproduce.rows import BasisRow, CarryScores, FeatureRow
 
 
 @dataclass(frozen=True)

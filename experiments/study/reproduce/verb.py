@@ -1,6 +1,6 @@
 """The paper's arithmetic tables beside ours, and every basis and rotation in one table.
 
-``python -m experiments.reproduce.verb --preset demo --seeds 1 --json FILE``
+``python -m experiments.study.reproduce.verb --preset demo --seeds 1 --json FILE``
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import typer
 
 from experiments.application import run_application, say, settings_from
 from experiments.config import load_config
-from experiments.reproduce.claims import judge_claims
-from experiments.reproduce.measure import ReproductionSettings
-from experiments.reproduce.seed import SeedTables, seed_tables
-from experiments.reproduce.tables import Reproduction, reproduction_tables
 from experiments.run.run import open_run
 from experiments.study.measured import Say
+from experiments.study.reproduce.claims import judge_claims
+from experiments.study.reproduce.measure import ReproductionSettings
+from experiments.study.reproduce.seed import SeedTables, seed_tables
+from experiments.study.reproduce.tables import Reproduction, reproduction_tables
 from experiments.study.results import publish, show
 from polca_edit.allocation.quadrature import FixedRule
 

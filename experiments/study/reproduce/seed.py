@@ -9,15 +9,21 @@ from dataclasses import dataclass, replace
 from typing import get_args
 
 from experiments.config import Rotation
-from experiments.reproduce.measure import Measured, ReproductionSettings, measure_bases, scoring_of
-from experiments.reproduce.rivals import (
+from experiments.run.run import Run
+from experiments.run.run_record import open_evaluate
+from experiments.run.stages.rotated import fit_rotation
+from experiments.run.stages.training import trained_series
+from experiments.study.carry import CARRY
+from experiments.study.measured import Say, second_order
+from experiments.study.reproduce.measure import Measured, ReproductionSettings, measure_bases, scoring_of
+from experiments.study.reproduce.rivals import (
     QuadratureRow,
     SecondOrderError,
     quadrature_rows,
     rival_rows,
     second_order_error,
 )
-from experiments.reproduce.rows import (
+from experiments.study.reproduce.rows import (
     BasisRow,
     FeatureRow,
     Paths,
@@ -26,12 +32,6 @@ from experiments.reproduce.rows import (
     carry_columns,
     loss_shares,
 )
-from experiments.run.run import Run
-from experiments.run.run_record import open_evaluate
-from experiments.run.stages.rotated import fit_rotation
-from experiments.run.stages.training import trained_series
-from experiments.study.carry import CARRY
-from experiments.study.measured import Say, second_order
 from polca_edit.allocation.allocate import allocate
 from polca_edit.basis.rotate import allocation_matrices
 

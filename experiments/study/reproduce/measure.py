@@ -6,9 +6,9 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-from experiments.reproduce.rows import Scoring
 from experiments.run.run import Run
 from experiments.study.measured import Say, fingerprints, kept_projections, on_select, projected
+from experiments.study.reproduce.rows import Scoring
 from polca_edit.allocation.adaptive import adaptive_plan
 from polca_edit.allocation.allocate import Projections
 from polca_edit.allocation.quadrature import FixedRule, NodeSlopes, fixed_plan, measure_nodes
