@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -50,6 +53,27 @@ def explain(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
+def unforeseen(error: Exception) -> str:
+    """One sentence for an error of a library: what it is, where it arose, and how to see the rest.
+
+    >>> unforeseen(KeyError("step"))
+    "an error that was not foreseen, KeyError: 'step'; set POLCA_EDIT_TRACEBACK=1 to see where, and report it"
+    """
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _OWN.search(frame.filename)]
+    place = f" in {frames[-1].name} ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    first = (str(error).strip().splitlines() or [""])[0][:300]
+    if "out of memory" in str(error) or isinstance(error, MemoryError):
+        return f"memory ran out{place}; lower batch_size, or use fewer vectors ({first or 'MemoryError'})"
+    return (
+        f"an error that was not foreseen{place}, {type(error).__name__}: {first}; "
+        "set POLCA_EDIT_TRACEBACK=1 to see where, and report it"
+    )
+
+
+#: Files of this package.
+_OWN = re.compile(r"[/\\](polca_edit|interventions|experiments)[/\\]")
+
+
 def single(function: Callable[..., Any], epilog: str | None = None) -> typer.Typer:
     """A typer application of one command."""
     made = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
@@ -72,3 +96,8 @@ def run_application(command: Any) -> None:
     except KeyboardInterrupt:
         typer.echo("polca-edit: stopped; run the same command again to go on", err=True)
         sys.exit(130)
+    except Exception as error:  # of a library, which no sentence of ours foresaw
+        if os.environ.get("POLCA_EDIT_TRACEBACK"):
+            raise
+        typer.echo(f"polca-edit: {unforeseen(error)}", err=True)
+        sys.exit(2)

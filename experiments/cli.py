@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import typer
 
 from experiments.application import run_application, single
+from experiments.signature import signature_alone
 
 app = typer.Typer(
     add_completion=False,
@@ -45,6 +46,11 @@ VERBS = {
     "open": Verb("verbs.pipeline:open_checkpoints", "Analyse Hugging Face checkpoints."),
     "english": Verb("verbs.pipeline:english", "The English experiment on a text."),
     "plan": Verb("verbs.cost:plan", "What a run would cost on this machine. Nothing is run."),
+    "doctor": Verb(
+        "verbs.doctor.verb:doctor",
+        "Open a checkpoint folder of any kind and say what was found.",
+        examples="Examples: `polca-edit doctor my-trainer-output` · `polca-edit doctor pythia-14m --json -`",
+    ),
     "report": Verb("verbs.records:report", "Draw report.html and the figures again from a run's records."),
     "inspect": Verb("verbs.records:inspect", "Print what a finished run found."),
     "label": Verb("verbs.records:label", "Label the clusters of a run from what their tokens share."),
@@ -120,6 +126,11 @@ STUDIES = {
         "A published claim put to the test: does grokking need the motion along 16 components?",
         examples="Example: `polca-edit study grokking --seeds 5 --json grokking.json`",
     ),
+    "removal": Verb(
+        "removal.undo.study:removal",
+        "Skills taken out in every way, all repaired alike: what it costs and how fast they come back.",
+        examples="Example: `polca-edit study removal --preset demo --seeds 1 --skills 10s,1s --json FILE`",
+    ),
 }
 
 studies = typer.Typer(
@@ -132,7 +143,10 @@ def _register(name: str, verb: Verb, group: typer.Typer = app, program: str = "p
     module, _, attribute = verb.function.partition(":")
 
     def call(context: typer.Context) -> None:
-        function = getattr(importlib.import_module(f"experiments.{module}"), attribute)
+        helped = "--help" in context.args
+        function = signature_alone(f"experiments.{module}", attribute) if helped else None
+        if function is None:
+            function = getattr(importlib.import_module(f"experiments.{module}"), attribute)
         command = typer.main.get_command(single(function, verb.examples))
         code = command.main(context.args, prog_name=f"{program} {name}", standalone_mode=False)
         if code:

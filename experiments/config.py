@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from experiments.tasks import resolved
 
 
 class Section(BaseModel):
@@ -57,6 +59,9 @@ class TextConfig(Section):
     evaluate_sequences: int = Field(128, ge=4)
     max_documents: int | None = Field(None, description="read at most this many documents")
     field: str = Field("text", description="text field of JSON lines and data sets")
+    separator: int | None = Field(
+        None, ge=0, description="id between documents of a flat id array; default the tokenizer's end of text"
+    )
     skip: int = Field(4, ge=0, description="first predictions of a sequence that are not scored")
     windows_per_document: int = Field(4, ge=1, description="sequences a document may lend to one split")
     deduplicate: bool = Field(True, description="leave out near-duplicate documents")
@@ -186,7 +191,8 @@ class DiscoverConfig(Section):
 class RunConfig(Section):
     """Everything a run depends on."""
 
-    task: Literal["arithmetic", "text"] = "arithmetic"
+    task: str = Field("arithmetic", description="a shipped task by name, or FILE.py:FUNCTION")
+    options: dict[str, Any] = Field({}, description="given to the task's build, by name")
     seed: int = Field(0, ge=0)
     device: str = "cpu"
     threads: int | None = Field(None, ge=1, description="torch threads; default all cores")
@@ -207,17 +213,41 @@ class RunConfig(Section):
     training: TrainingConfig = TrainingConfig()
     checkpoints: CheckpointsConfig | None = None
     bases: tuple[BasisConfig, ...] = (BasisConfig(), BasisConfig(kind="trajectory"))
+    window: tuple[int, int] | None = Field(
+        None, description="first and last step of the training that is observed and undone; default all"
+    )
     rule: Literal["first_order", "second_order", "trapezoid"] = "trapezoid"
     clusters: ClusterConfig = ClusterConfig()
     breakthrough_delta: int = Field(100, ge=1)
     damage: DamageConfig = DamageConfig()
     discover: DiscoverConfig = DiscoverConfig()
 
+    @field_validator("window", mode="before")
+    @classmethod
+    def _window(cls, window: Any) -> Any:
+        return parse_window(window) if isinstance(window, str) else window
+
+    @field_validator("task")
+    @classmethod
+    def _known_task(cls, task: str) -> str:
+        return resolved(task)
+
     @model_validator(mode="after")
     def _unique(self) -> RunConfig:
         labels = [basis.label for basis in self.bases]
         if len(set(labels)) != len(labels):
             raise ValueError(f"every basis needs its own name, got {labels}; set 'name'")
+        return self
+
+    @model_validator(mode="after")
+    def _window_was_recorded(self) -> RunConfig:
+        steps = self.training.recorded
+        if self.window is not None and self.checkpoints is None and not set(self.window) <= set(steps):
+            near = [min(steps, key=lambda step: abs(step - wanted)) for wanted in self.window]
+            raise ValueError(
+                f"window must start and end at recorded steps, {self.window[0]}:{self.window[1]} does not; "
+                f"the nearest are {near[0]}:{near[1]}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -259,6 +289,25 @@ class RunConfig(Section):
         return next(b for b in self.measured_bases() if b.span() == spec.span())
 
 
+def parse_window(text: str | None) -> tuple[int, int] | None:
+    """``S:E`` as two steps.
+
+    >>> parse_window("600:720")
+    (600, 720)
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if text is None:
+        return None
+    start, colon, end = text.partition(":")
+    if not (colon and start.strip().isdigit() and end.strip().isdigit()):
+        raise ValueError(f"--window must be two steps START:END, got '{text}'; for example 600:720")
+    if int(start) >= int(end):
+        raise ValueError(f"--window must end after it starts, got '{text}'; swap the two steps")
+    return int(start), int(end)
+
+
 #: Other names of presets.
 PRESET_ALIASES = {"english": "english-demo"}
 
@@ -279,7 +328,10 @@ def load_config(source: str | Path, overrides: dict[str, Any] | None = None) -> 
     if not Path(name).is_file():
         name = PRESET_ALIASES.get(name.removesuffix(".yaml"), name)
     if Path(name).is_file():
-        text = Path(name).read_text()
+        try:
+            text = Path(name).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"'{name}' must be a YAML file in UTF-8, it is not ({error})") from error
     elif name.removesuffix(".yaml") in preset_names():
         text = (resources.files("experiments") / "presets" / f"{name.removesuffix('.yaml')}.yaml").read_text()
     else:

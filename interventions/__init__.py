@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from interventions.edit_files import load_edit, save_edit
     from interventions.edits import Edit, applied, project_out, reverse, rollback, transplant
     from interventions.removal.remove import remove_skill
+    from interventions.removal.undo import Undo
     from polca_edit.clusters.hypotheses import Hypothesis
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "EvaluatedSplit",
     "Hypothesis",
     "TestSettings",
+    "Undo",
     "Verdict",
     "applied",
     "causal_test",
@@ -51,6 +53,7 @@ _HOMES = {
     "EvaluatedSplit": "interventions.damage",
     "Hypothesis": "polca_edit.clusters.hypotheses",
     "TestSettings": "interventions.causal.settings",
+    "Undo": "interventions.removal.undo",
     "Verdict": "interventions.causal.questions",
     "applied": "interventions.edits",
     "causal_test": "interventions.causal.test",

@@ -88,6 +88,12 @@ def rows_of(rows: Rows) -> Float[Tensor, "k N"]:
         ValueError: for rows that are not orthonormal (P_J would be no projection).
     """
     if isinstance(rows, Basis):
+        lengths = rows.rows.norm(dim=1)
+        if not bool(((lengths - 1).abs() <= 1e-3).all()):
+            raise ValueError(
+                f"rows of a basis must have length 1, '{rows.kind}' has {float(lengths.min()):.3g} to "
+                f"{float(lengths.max()):.3g}; orthonormalise them (torch.linalg.qr)"
+            )
         return rows.rows
     rows = rows[None] if rows.ndim == 1 else rows
     if len(rows):

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from interventions.edits import Edit
+from interventions.edits import Edit, from_delta
 from polca_edit.parameters import ParameterSpace
 
 #: Parts of the names of embedding tables, which PEFT keeps elsewhere; beginnings of output matrices' names.
@@ -183,3 +183,31 @@ def low_rank(edit: Edit, space: ParameterSpace, rank: int, module: nn.Module | N
     if left_out:
         rows.append(LowRank("(other)", 0, 1.0, left_out / total))
     return Adapter(rank, tensors, tuple(rows), bool(flipped))
+
+
+def adapter_edit(
+    adapter: Adapter, edit: Edit, space: ParameterSpace, module: nn.Module | None = None
+) -> Edit:
+    """The movement that merging an adapter makes, as an edit of the same weights: what of an edit it holds.
+
+    Args:
+        adapter: of the edit.
+        edit: it was made from.
+        space: its parameters.
+        module: the model, to tell which layers keep their weight as (in, out).
+    """
+    flipped = transposed_weights(space, module)
+    parts = []
+    for name, shape in zip(space.names, space.shapes, strict=True):
+        key = f"base_model.model.{name.removesuffix('.weight')}"
+        down, up = adapter.tensors.get(f"{key}.lora_A.weight"), adapter.tensors.get(f"{key}.lora_B.weight")
+        if down is None or up is None:
+            parts.append(torch.zeros(shape, dtype=edit.rows.dtype).flatten())
+        else:
+            parts.append(Factors(down, up, name in flipped).merged().flatten())
+    return from_delta(
+        edit.base,
+        torch.cat(parts),
+        f"{edit.operator}|adapter",
+        provenance={"rank": adapter.rank, **edit.provenance},
+    )

@@ -20,7 +20,7 @@ from cattrs.preconf.json import make_converter
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from polca_edit.checkpoints.files import write_json, write_tensors
+from polca_edit.checkpoints.files import require_digest, write_json, write_tensors
 
 Record = TypeVar("Record")
 
@@ -106,10 +106,21 @@ def load_record(kind: type[Record], path: Path) -> Record:
         raise ValueError(
             f"'{path}' must hold a {kind.__name__}, got {metadata.get('record')}; check the path"
         )
+    require_digest(path, tensors)
+    try:
+        return kind(**_values(kind, metadata, tensors))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"'{path}' must be a readable record ({error}); delete it and run that stage again"
+        ) from error
+
+
+def _values(kind: Any, metadata: dict[str, str], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Field values of a record from the two halves of its file."""
     values: dict[str, Any] = {}
     plain = json.loads(metadata["fields"])
     hints = typing.get_type_hints(kind)
-    for item in dataclasses.fields(kind):  # type: ignore[arg-type]
+    for item in dataclasses.fields(kind):
         stored = plain.get(item.name)
         if item.name in tensors:
             values[item.name] = tensors[item.name]
@@ -118,7 +129,7 @@ def load_record(kind: type[Record], path: Path) -> Record:
         elif item.name in plain and (stored is not None or item.default is dataclasses.MISSING):
             # An absent tensor is None whatever its annotation says.
             values[item.name] = None if stored is None else from_plain(hints[item.name], stored)
-    return kind(**values)
+    return values
 
 
 def _load_json(kind: type[Record], path: Path) -> Record:

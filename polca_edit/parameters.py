@@ -31,6 +31,16 @@ def parameter_slots(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield (f"{path}.{name}" if path else name), parameter
 
 
+def saved_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Floating-point buffers of a module's state dict (running statistics): no parameters, part of its loss.
+
+    >>> sorted(saved_buffers(nn.BatchNorm1d(2)))
+    ['running_mean', 'running_var']
+    """
+    kept = module.state_dict()
+    return {name: b for name, b in module.named_buffers() if name in kept and b.is_floating_point()}
+
+
 def _refuse_shared_memory(parameters: Mapping[str, nn.Parameter]) -> None:
     """A flat vector cannot hold two values for one memory cell (joint and split attention weights)."""
     sharing: dict[int, list[str]] = {}
@@ -166,7 +176,8 @@ class ParameterSpace:
         """One flat vector from named tensors; aliases are accepted where the canonical name is absent.
 
         Raises:
-            ValueError: for a missing, unknown or wrongly shaped parameter.
+            ValueError: for a missing, unknown, wrongly shaped or quantised parameter, or a tied one whose
+                aliases differ.
         """
         self._refuse_unknown(tensors)
         slots_of: dict[str, list[str]] = {}
@@ -174,17 +185,19 @@ class ParameterSpace:
             slots_of.setdefault(name, []).append(slot)
         parts = []
         for name, shape in zip(self.names, self.shapes, strict=True):
-            found = next((slot for slot in [name, *slots_of[name]] if slot in tensors), None)
-            if found is None:
+            found = [slot for slot in dict.fromkeys([name, *slots_of[name]]) if slot in tensors]
+            if not found:
                 raise ValueError(
                     f"every parameter must be present, '{name}' is missing; is this another model?"
                 )
-            tensor = tensors[found]
-            if tuple(tensor.shape) != shape:
-                got = tuple(tensor.shape)
-                raise ValueError(
-                    f"parameter '{name}' must have shape {shape}, got {got}; is this another model?"
-                )
+            tensor = tensors[found[0]]
+            _refuse_odd(name, tensor, shape)
+            for other in found[1:]:
+                if tensors[other] is not tensor and not torch.equal(tensors[other], tensor):
+                    raise ValueError(
+                        f"a tied parameter must have one value, '{found[0]}' and '{other}' differ; these "
+                        "weights are of an untied model, build it with tie_word_embeddings=False"
+                    )
             parts.append(tensor.detach().reshape(-1).to(dtype or tensor.dtype))
         return torch.cat(parts)
 
@@ -253,6 +266,20 @@ class ParameterSpace:
                 parameter.data = data
 
 
+def _refuse_odd(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """A wrong shape, and numbers that mean nothing without the scales of their quantisation."""
+    if tuple(tensor.shape) != shape:
+        raise ValueError(
+            f"parameter '{name}' must have shape {shape}, got {tuple(tensor.shape)}; is this another model?"
+        )
+    if not tensor.is_floating_point() or tensor.element_size() < 2:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"parameter '{name}' must be stored as floating-point numbers of at least 16 bits, got {kind}, "
+            "which means nothing without its scales; dequantise the model first"
+        )
+
+
 class _Bound(nn.Module):
     """Makes ``function(module, *inputs)`` a forward method, so that functional_call can swap weights."""
 
@@ -262,7 +289,29 @@ class _Bound(nn.Module):
         self.function = function
 
     def forward(self, *inputs: Any) -> Any:
-        return self.function(self.module, *inputs)
+        with _whole_embeddings(self.module):
+            return self.function(self.module, *inputs)
+
+
+@contextmanager
+def _whole_embeddings(module: nn.Module) -> Iterator[None]:
+    """Within the block no embedding has a ``padding_idx``.
+
+    It leaves the forward pass as it is and makes reverse mode leave out the derivative in that row, so that
+    a derivative would be true in forward mode and not in reverse mode.
+    """
+    padded = [
+        (part, part.padding_idx)
+        for part in module.modules()
+        if isinstance(part, nn.Embedding) and part.padding_idx is not None
+    ]
+    for part, _ in padded:
+        part.padding_idx = None
+    try:
+        yield
+    finally:
+        for part, index in padded:
+            part.padding_idx = index
 
 
 def call_with(

@@ -9,15 +9,16 @@ TrainerCallback, a Lightning callback (package ``lightning``, optional). All wri
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from polca_edit.checkpoints.files import SeriesFolder, SeriesIndex, write_tensors
-from polca_edit.parameters import ParameterSpace
+from polca_edit.parameters import ParameterSpace, saved_buffers
 from polca_edit.training import optimiser_tensors
 
 
@@ -80,7 +81,9 @@ class Recorder:
         self.rates: list[float] = []
         self.rate: float | None = None
         self.data_order: dict[str, object] = {}
+        self._held: tuple[int, Tensor] | None = None
         self._write_weights()
+        self._marks = self._marked()
 
     def step(self) -> None:
         """Note one optimiser step; call it after ``optimiser.step()``."""
@@ -104,6 +107,7 @@ class Recorder:
         if step <= self.count:
             raise ValueError(f"steps must increase, got {step} after {self.count}")
         self.count = step
+        self._marks = self._marked()
         if rate_is_current:
             self.note_rate()
         due = step % self.every == 0 if self.wanted is None else step in self.wanted
@@ -112,15 +116,41 @@ class Recorder:
         if step % self.state_every == 0:
             self._write_state()
 
+    def hold(self) -> None:
+        """Keep a copy of the weights in memory where this may be the last step and it is not recorded.
+
+        For loops whose end is told only after something else has changed the weights: the best checkpoint
+        loaded back, an average taken.
+        """
+        if self.count not in self.recorded and self._marks == self._marked():
+            self._held = self.count, self.space.read(self.module)
+
     def finish(self, **data_order: object) -> None:
-        """Write the last weights and state, and how the data were drawn (seed, sampler, batch size)."""
+        """Write the weights and state of the last step, and how the data were drawn (seed, sampler, batch).
+
+        Weights that were changed after the last step (the best checkpoint loaded back, an average) are not
+        those of any step: they are never written. Where the last step's are gone the series ends before it,
+        with a warning.
+        """
         self.data_order = dict(data_order)
-        if self.count not in self.recorded:
+        held = self._held is not None and self._held[0] == self.count
+        if self.count in self.recorded:
+            self._write_index()
+        elif held or self._marks == self._marked():
             self._write_weights()
         else:
             self._write_index()
-        if self.count:
+            warnings.warn(
+                f"the weights were changed after step {self.count}, so the series ends at step "
+                f"{self.recorded[-1]}; call finish() before loading or averaging weights",
+                stacklevel=2,
+            )
+        if self.count and self._marks == self._marked():
             self._write_state()
+
+    def _marked(self) -> tuple[tuple[int, int], ...]:
+        """Where each parameter's values lie and how often they were changed in place."""
+        return tuple((p.data_ptr(), p._version) for p in self.module.parameters())
 
     def _group(self, key: str) -> float | None:
         if self.optimiser is None:
@@ -129,8 +159,11 @@ class Recorder:
         return None if value is None else float(value)
 
     def _write_weights(self) -> None:
-        values = self.space.unflatten(self.space.read(self.module))
-        write_tensors(self.folder.weights(self.count), values)
+        held = self._held
+        theta = held[1] if held is not None and held[0] == self.count else self.space.read(self.module)
+        self._held = None
+        beside = saved_buffers(self.module)
+        write_tensors(self.folder.weights(self.count), {**self.space.unflatten(theta), **beside})
         self.recorded.append(self.count)
         self.rates.append(math.nan if self.rate is None else self.rate)
         self._write_index()
@@ -183,6 +216,20 @@ def trainer_callback(directory: Path | str, **settings: Any) -> Any:
                 self.recorder.optimiser = given.get("optimizer")
             self.recorder.reached(state.global_step + 1)
 
+        # The trainer may load the best checkpoint back before it says that training has ended. By then one
+        # of these has been called after the last step.
+        def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            if control.should_training_stop and self.recorder is not None:
+                self.recorder.hold()
+
+        def on_evaluate(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            if self.recorder is not None:
+                self.recorder.hold()
+
+        def on_epoch_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            if self.recorder is not None:
+                self.recorder.hold()
+
         def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
             assert self.recorder is not None
             seed = args.data_seed if args.data_seed is not None else args.seed
@@ -223,6 +270,9 @@ def lightning_callback(directory: Path | str, **settings: Any) -> Any:
             assert self.recorder is not None
             if trainer.global_step > self.recorder.count:
                 self.recorder.reached(trainer.global_step, rate_is_current=False)
+                # Other callbacks (weight averaging) may change the weights before the end is told.
+                if trainer.is_last_batch or trainer.should_stop or trainer.global_step == trainer.max_steps:
+                    self.recorder.hold()
 
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
             assert self.recorder is not None

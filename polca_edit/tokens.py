@@ -29,7 +29,7 @@ class TokenSet:
         inputs: (S, ...) what the token-loss function takes, one row per sequence.
         scored: (S, P) which prediction slots count.
         documents: (S,) document id of each sequence; splits never cut a document.
-        skills: skill name -> (M,) labels, empty where unknown.
+        skills: skill name -> (M,) booleans, empty where unknown.
         outputs: (S, P) the token id predicted at each slot, -1 where it has no meaning.
         features: name -> (M,) input features from which membership rules may be learnt; never a loss.
         contexts: per scored token a short text, or empty.
@@ -38,7 +38,7 @@ class TokenSet:
     inputs: Tensor
     scored: Bool[Tensor, "S P"]
     documents: Int[Tensor, " S"]
-    skills: Mapping[str, Bool[Tensor, " M"]] = field(default_factory=dict)
+    skills: Mapping[str, Tensor] = field(default_factory=dict)
     outputs: Int[Tensor, "S P"] | None = None
     features: Mapping[str, np.ndarray] = field(default_factory=dict)
     contexts: tuple[str, ...] = ()
@@ -52,8 +52,11 @@ class TokenSet:
         if self.count == 0:
             raise ValueError("a token set must score at least one token, got none; is the text empty?")
         for name, labels in self.skills.items():
-            if labels.shape != (self.count,):
-                raise ValueError(f"skill '{name}' needs {self.count} labels, got {tuple(labels.shape)}")
+            if labels.dtype != torch.bool or labels.shape != (self.count,):
+                raise ValueError(
+                    f"skill '{name}' needs {self.count} booleans, one per scored token, got "
+                    f"{tuple(labels.shape)} of {labels.dtype}; compare the labels (labels == value)"
+                )
         for name, values in self.features.items():
             if len(values) != self.count:
                 raise ValueError(f"feature '{name}' needs {self.count} values, got {len(values)}")
@@ -67,7 +70,8 @@ class TokenSet:
         *,
         documents: Int[Tensor, " S"] | None = None,
         scored: Tensor | None = None,
-        skills: Mapping[str, Bool[Tensor, " M"]] | None = None,
+        skills: Mapping[str, Tensor] | None = None,
+        padding: int | None = None,
     ) -> TokenSet:
         """Next-token prediction on rows of token ids: slot p predicts token p + 1.
 
@@ -80,6 +84,7 @@ class TokenSet:
             documents: (S,) document of each row; default one document a row.
             scored: (S, L-1) which predictions count; default all.
             skills: name -> (M,) labels of the scored tokens.
+            padding: id that fills rows up at their end, where neither it nor a negative id (-100) is scored.
 
         Returns:
             the set, with the features ``token`` and ``previous token`` (ids as text: they have no
@@ -94,6 +99,7 @@ class TokenSet:
                 "give one row per sequence"
             )
         ids = ids.cpu().long()
+        ids, filled = _without_padding(ids, padding)
         if scored is None:
             scored = torch.ones(ids.shape[0], ids.shape[1] - 1, dtype=torch.bool)
         if scored.shape != ids[:, 1:].shape:
@@ -101,6 +107,7 @@ class TokenSet:
                 f"scored must be (S, L-1) = {tuple(ids[:, 1:].shape)}, got {tuple(scored.shape)}; "
                 "slot p predicts token p + 1"
             )
+        scored = scored & ~filled[:, 1:]
         position = scored.nonzero()[:, 1]
         features = {
             "token": ids[:, 1:][scored].numpy().astype(str),
@@ -177,6 +184,18 @@ class TokenSet:
     def batches(self, batch_size: int) -> list[Tensor]:
         """Consecutive row indices, at most ``batch_size`` sequences each (the last may be shorter)."""
         return list(torch.arange(self.sequences).split(batch_size))
+
+
+def _without_padding(ids: Int[Tensor, "S L"], padding: int | None) -> tuple[Tensor, Tensor]:
+    """(ids that an embedding takes, which of them only fill a row up at its end)."""
+    filled = (ids < 0) if padding is None else (ids < 0) | (ids == padding)
+    filled = filled.flip(1).cumprod(1).flip(1).bool()
+    if bool((ids[~filled] < 0).any()):
+        raise ValueError(
+            f"ids below zero must stand at the end of rows, got {int(ids[~filled].min())} before a token; "
+            "give the inputs, not the labels"
+        )
+    return ids.masked_fill(ids < 0, 0), filled
 
 
 @dataclass(frozen=True)

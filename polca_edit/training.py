@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from polca_edit.checkpoints.files import SeriesFolder, SeriesIndex, read_weights, write_tensors
-from polca_edit.parameters import ParameterSpace
+from polca_edit.parameters import ParameterSpace, saved_buffers
 
 #: ``after_step(step, module, optimiser)`` runs after every optimiser step.
 AfterStep = Callable[[int, nn.Module, torch.optim.Optimizer], None]
@@ -141,7 +141,7 @@ class SeriesWriter:
         state_due = step > 0 and (step % self.state_every == 0 or last)
         if step in set(self.weight_steps) or state_due:
             values = self.space.unflatten(self.space.read(module))
-            write_tensors(self.folder.weights(step), values)
+            write_tensors(self.folder.weights(step), {**values, **saved_buffers(module)})
         if state_due:
             write_tensors(self.folder.state(step), optimiser_tensors(module, optimiser))
 

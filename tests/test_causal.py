@@ -108,6 +108,26 @@ def test_a_movement_that_no_loss_sees_is_inert() -> None:
     assert all(row.smallest_effect >= QUICK.damage_floor for row in table.rows)
 
 
+def test_a_tested_group_of_the_same_parent_is_not_off_target() -> None:
+    split, groups = world()
+    tokens = split.tokens
+    # Three quarters of it are skill0; its rest are the tokens of skill1 that the edit of the pair hurts.
+    mostly = groups["skill0"] & (torch.arange(tokens.count) % 4 == 0) | (
+        groups["skill1"] & (torch.arange(tokens.count) < 30)
+    )
+    other = groups["skill2"] & (torch.arange(tokens.count) < 200)
+    axes = torch.eye(16, dtype=torch.float64)[:8]
+
+    def pair(name: str, row: int, mask: Tensor) -> Hypothesis:
+        group = TokenGroup.labelled(name, mask, tokens)
+        return Hypothesis(name, axes[row][None], group, "own", "axes", (row,), span=axes)
+
+    pairs = [*pairs_of((0,)), pair("mostly skill0", 4, mostly), pair("part of skill2", 2, other)]
+    rows = {row.name: row for row in causal_test(split, pairs, QUICK, parents=groups).rows}
+    judged = set(rows["axis 0"].pooled.runs[0].others)
+    assert judged == {"skill1", "skill2", "skill3", "part of skill2"}
+
+
 def test_a_direction_that_every_skill_needs_is_shared() -> None:
     split, groups = world(coupled=True)
     mean = torch.zeros(1, 16, dtype=torch.float64)

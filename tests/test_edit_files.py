@@ -112,8 +112,10 @@ def test_apply_then_undo_gives_the_original_bytes(kind: str, model: Small, tmp_p
     edit, space = random_edit(model)
     save_edit(tmp_path / "edit", edit, space)
     file = load_edit(tmp_path / "edit")
-    survival = apply_edit(file, given, tmp_path / "edited")
-    assert survival.share == pytest.approx(1.0, abs=1e-6)
+    applied = apply_edit(file, given, tmp_path / "edited")
+    assert applied.norm == pytest.approx(edit.norm, rel=1e-4)
+    assert applied.reader == ("transformers" if kind == "huggingface" else "the reader of checkpoints")
+    assert applied.survival.share == pytest.approx(1.0, abs=1e-6)
     from polca_edit.checkpoints.files import read_weights, weight_files
 
     edited = read_weights(tmp_path / "edited" if given.is_dir() else tmp_path / "edited" / given.name)
@@ -258,7 +260,7 @@ def test_an_edit_that_moves_nothing_is_kept_applied_and_refused_as_adapter(
     assert (file.edit.rank, file.edit.norm) == (0, 0.0)
     assert torch.equal(file.edit.apply(theta), theta)
     save_file(model.state_dict(), tmp_path / "m.safetensors")
-    assert apply_edit(file, tmp_path / "m.safetensors", tmp_path / "out").share == 1.0
+    assert apply_edit(file, tmp_path / "m.safetensors", tmp_path / "out").survival.share == 1.0
     assert (tmp_path / "out" / "m.safetensors").read_bytes() == (tmp_path / "m.safetensors").read_bytes()
     moving, _ = random_edit(model)
     for still in (file.edit, moving.scaled(0.0)):
@@ -317,3 +319,56 @@ def test_the_verb_applies_undoes_and_warns(model: Small, tmp_path: Path) -> None
     assert (tmp_path / "b" / "m.safetensors").read_bytes() == (tmp_path / "m.safetensors").read_bytes()
     # Nothing that apply added stays behind.
     assert [path.name for path in (tmp_path / "b").iterdir()] == ["m.safetensors"]
+
+
+@pytest.mark.parametrize("keys", [["model", "state_dict"], ["state_dict", "model"]])
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module."])
+def test_apply_changes_the_right_tensors_of_nested_and_wrapped_files(keys, prefix, model, tmp_path) -> None:
+    edit, space = random_edit(model)
+    save_edit(tmp_path / "edit", edit, space)
+    state: dict = {prefix + name: value.clone() for name, value in model.state_dict().items()}
+    for key in reversed(keys):
+        state = {key: state, "epoch": 3}
+    torch.save(state, tmp_path / "m.pt")
+    applied = apply_edit(load_edit(tmp_path / "edit"), tmp_path / "m.pt", tmp_path / "out")
+    assert (applied.tensors, applied.reader) == (len(space.names), "the reader of checkpoints")
+    assert applied.norm == pytest.approx(edit.norm, rel=1e-5)
+    written = torch.load(tmp_path / "out" / "m.pt", weights_only=True)
+    assert written["epoch"] == 3
+    for key in keys:
+        written = written[key]
+    assert list(written) == [prefix + name for name in model.state_dict()]
+    found = space.flatten({name.removeprefix(prefix): value for name, value in written.items()})
+    torch.testing.assert_close(found, edit.apply(space.read(model)))
+
+
+def test_apply_finds_names_that_transformers_alone_translates(tmp_path: Path) -> None:
+    """Pythia's files say embed_out where the model of today says lm_head; the oracle is the library."""
+    from tiny_models import made, neox
+    from transformers import AutoModelForCausalLM
+
+    model = made(neox, 0)
+    model.save_pretrained(tmp_path / "neox")
+    path = tmp_path / "neox" / "model.safetensors"
+    held = load_file(path)
+    old = {name.replace("lm_head", "embed_out"): value for name, value in held.items()}
+    save_file(old, path, metadata={"format": "pt"})
+    edit, space = random_edit(model)
+    save_edit(tmp_path / "edit", edit, space)
+    applied = apply_edit(load_edit(tmp_path / "edit"), tmp_path / "neox", tmp_path / "out")
+    assert applied.reader == "transformers"
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(space.read(loaded), edit.apply(space.read(model)))
+    assert set(load_file(tmp_path / "out" / "model.safetensors")) == set(old)
+
+
+def test_an_edit_that_vanishes_in_rounding_is_an_error_and_leaves_nothing(model, tmp_path: Path) -> None:
+    space = ParameterSpace.from_module(model)
+    rounded = {k: v.bfloat16() for k, v in model.state_dict().items()}
+    theta = space.flatten(rounded, dtype=torch.float32)
+    tiny = from_delta(weights_fingerprint(theta), 1e-7 * torch.ones(space.size) * theta.sign(), "test")
+    save_edit(tmp_path / "edit", tiny, space)
+    save_file(rounded, tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match="vanishes"):
+        apply_edit(load_edit(tmp_path / "edit"), tmp_path / "m.safetensors", tmp_path / "out", cast=True)
+    assert not (tmp_path / "out").exists()

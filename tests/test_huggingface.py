@@ -19,17 +19,18 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from polca_edit.checkpoints.files import step_of
 from polca_edit.checkpoints.huggingface import PYTHIA_STEPS, HubRevisions, is_adapter
 from polca_edit.checkpoints.huggingface_models import (
     load_adapted,
     load_bridge,
     load_causal_lm,
-    load_tokenizer,
     ready_for_derivatives,
     vocabulary_and_context,
 )
-from polca_edit.checkpoints.opening import find_revisions, open_checkpoints, whole_revisions
+from polca_edit.checkpoints.opening import open_checkpoints
+from polca_edit.checkpoints.step_names import step_of
+from polca_edit.checkpoints.survey import find_revisions, whole_revisions
+from polca_edit.checkpoints.tokenizer_files import load_tokenizer
 from polca_edit.derivatives.objective import Objective
 from polca_edit.parameters import ParameterSpace
 from polca_edit.tokens import TokenSet, next_token_loss
@@ -300,7 +301,7 @@ class TestModels:
         torch.testing.assert_close(loss(module, given.inputs), next_token_loss(module, given.inputs))
         self.assert_slopes_are_right(module, loss, given, generator)
 
-    def test_what_has_no_derivative_is_reported_with_the_remedy(self, generator):
+    def test_without_forward_mode_reverse_mode_is_used_twice_and_said(self, generator):
         class OneWay(torch.autograd.Function):
             """Backward only, as hand-written kernels are."""
 
@@ -315,7 +316,28 @@ class TestModels:
         def loss(module, inputs):
             return OneWay.apply(next_token_loss(module, inputs))
 
-        with pytest.raises(ValueError, match="double_backward"):
+        model, given = gpt2(0), tokens(generator)
+        used, said = ready_for_derivatives(model, given.inputs, loss)
+        assert "reverse mode twice" in said
+        self.assert_slopes_are_right(model, used, given, generator)
+
+    def test_what_has_no_second_derivative_either_is_refused(self, generator):
+        class Once(torch.autograd.Function):
+            """A kernel whose backward pass cannot be differentiated."""
+
+            @staticmethod
+            def forward(ctx, x):
+                return x.clone()
+
+            @staticmethod
+            @torch.autograd.function.once_differentiable
+            def backward(ctx, gradient):
+                return gradient * 1.0
+
+        def loss(module, inputs):
+            return Once.apply(next_token_loss(module, inputs)).square()
+
+        with pytest.raises(ValueError, match="have neither"):
             ready_for_derivatives(gpt2(0), tokens(generator).inputs, loss)
 
     def test_a_folder_without_a_model_is_refused(self, tmp_path):

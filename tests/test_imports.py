@@ -140,10 +140,13 @@ LINES, FUNCTION, ARGUMENTS, FOLDER = 400, 60, 8, 15
 STARRED = {
     "polca_edit/artifacts.py",
     "polca_edit/recording.py",
+    "polca_edit/checkpoints/agreement.py",
     "polca_edit/checkpoints/files.py",
     "polca_edit/checkpoints/huggingface.py",
     "polca_edit/checkpoints/huggingface_models.py",
     "polca_edit/checkpoints/opening.py",
+    "polca_edit/checkpoints/survey.py",
+    "polca_edit/checkpoints/tokenizer_files.py",
     "interventions/edit_files.py",
 }
 #: Calls that read, write or ask for files: functions, and methods of paths.

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from experiments.cli import app
 from experiments.run.summary.write import summary_schema
-from polca_edit.checkpoints.files import step_of
+from polca_edit.checkpoints.step_names import step_of
 
 SIZES = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 0}
 SMALL = [

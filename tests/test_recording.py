@@ -102,6 +102,33 @@ class TestPlainLoop:
         with pytest.raises(ValueError, match="increase"):
             recorder.reached(3)
 
+    def test_weights_changed_after_the_last_step_are_not_those_of_a_step(self, tmp_path):
+        module = model()
+        recorder = Recorder(tmp_path / "c", module, every=2)
+        optimiser = torch.optim.SGD(module.parameters(), lr=0.1)
+        for step in range(1, 4):
+            update(module, optimiser, step)
+            recorder.step()
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.mul_(0.5)  # an average, or another checkpoint
+        with pytest.warns(UserWarning, match="changed after step 3.*ends at step 2"):
+            recorder.finish()
+        assert open_checkpoints(tmp_path / "c", recorder.space).steps == (0, 2)
+
+    def test_running_statistics_are_kept_and_a_model_with_others_is_refused(self, tmp_path):
+        module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+        recorder = Recorder(tmp_path / "c", module, every=1)
+        optimiser = torch.optim.SGD(module.parameters(), lr=0.1)
+        for step in range(1, 3):
+            update(module, optimiser, step)
+            recorder.step()
+        recorder.finish()
+        series = open_checkpoints(tmp_path / "c", module)
+        series[2]  # the model's own statistics
+        with pytest.raises(ValueError, match=r"1\.running_mean"):
+            series[0]
+
     def test_an_unknown_learning_rate_is_unknown(self, tmp_path):
         module = model()
         recorder = Recorder(tmp_path / "c", module, every=1)
@@ -163,6 +190,43 @@ class TestTransformersTrainer:
         index = json.loads((tmp_path / "series" / "series.json").read_text())
         assert index["data_order"]["seed"] == 5
         assert SeriesFolder(tmp_path / "series").state_steps() == [3, 6, 7]
+
+    @pytest.mark.parametrize("stop", ["steps", "early"])
+    def test_the_best_checkpoint_loaded_back_is_not_the_last_step(self, stop, tmp_path):
+        pytest.importorskip("accelerate", reason="transformers.Trainer needs the package 'accelerate'")
+        from oracles import tiny_gpt2
+        from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+
+        module = tiny_gpt2()
+        draw = torch.Generator().manual_seed(0)
+        rows = [{"input_ids": row, "labels": row} for row in torch.randint(0, 13, (8, 6), generator=draw)]
+        early = {"num_train_epochs": 9} if stop == "early" else {"max_steps": 5}
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path / "out"),
+            per_device_train_batch_size=4,
+            learning_rate=1e-2,
+            eval_strategy="steps",
+            eval_steps=1,
+            save_steps=1,
+            load_best_model_at_end=True,
+            metric_for_best_model="eval_loss",
+            greater_is_better=True,  # so that the best is the first
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+            **early,
+        )
+        callbacks = [trainer_callback(tmp_path / "series", every=3)]
+        callbacks += [EarlyStoppingCallback(3)] if stop == "early" else []
+        trainer = Trainer(module, arguments, train_dataset=rows, eval_dataset=rows, callbacks=callbacks)
+        trainer.train()
+        last = trainer.state.global_step
+        assert last == (4 if stop == "early" else 5)
+        series = open_checkpoints(tmp_path / "series", ParameterSpace.from_module(module))
+        assert series.steps[-1] == last
+        saved = {step: read_weights(tmp_path / "out" / f"checkpoint-{step}") for step in (1, last)}
+        assert torch.equal(series[-1], series.space.flatten(saved[last]))
+        assert torch.equal(flat(module), series.space.flatten(saved[1]))  # the best was loaded back
 
 
 class TestLightning:

@@ -202,3 +202,18 @@ def test_a_set_from_token_ids_with_its_own_slots_documents_and_skills():
 def test_ids_that_hold_no_next_token_are_refused(given, words):
     with pytest.raises(ValueError, match=words):
         TokenSet.from_ids(**given)
+
+
+class TestPaddedIds:
+    def test_negative_ids_at_the_end_are_never_scored_and_inside_are_refused(self):
+        tokens = TokenSet.from_ids(torch.tensor([[7, 8, 9, -100], [1, 2, -100, -100]]))
+        assert tokens.output_of.tolist() == [8, 9, 2]
+        assert int(tokens.inputs.min()) == 0
+        with pytest.raises(ValueError, match="at the end"):
+            TokenSet.from_ids(torch.tensor([[7, -100, 9]]))
+
+    def test_a_padding_id_is_never_scored_even_where_it_was_asked_for(self):
+        ids = torch.tensor([[7, 8, 0, 0], [1, 0, 2, 3]])
+        everything = torch.ones(2, 3, dtype=torch.bool)
+        tokens = TokenSet.from_ids(ids, scored=everything, padding=0)
+        assert tokens.output_of.tolist() == [8, 0, 2, 3]  # the 0 inside a row is text

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from experiments.config import parse_window
 from experiments.discover.stages import load_found
 from experiments.run.keys import signature_names
 from experiments.run.run import load_run
@@ -18,7 +19,6 @@ from experiments.run.summary.write import write_summary
 from experiments.verdicts.choose import choose, jaccard, select_shares, unseen_tokens
 from experiments.verdicts.records import CausalResult
 from experiments.verdicts.study import StudySettings, run_study, write_result
-from experiments.verdicts.verb import parse_window
 from interventions.causal.settings import TestSettings
 from interventions.damage import EvaluatedSplit
 from interventions.edits import project_out

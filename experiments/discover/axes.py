@@ -13,7 +13,8 @@ import torch
 from experiments.discover.records import AxesRecord, AxisRow, DiscoverSettings, FullAxis
 from experiments.discover.stages import load_found
 from experiments.discover.targets import Aim, aims_of, first_sequences, null_pools
-from experiments.run.keys import signature_names
+from experiments.run.groups import with_groups
+from experiments.run.keys import signature_names, window_suffix
 from experiments.run.run import Run, load_run
 from experiments.verdicts.choose import split_of, unseen_tokens
 from interventions.causal.statistics import Interval
@@ -38,11 +39,11 @@ def measure_span(place: Path, label: str, settings: DiscoverSettings, threads: i
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    run = load_run(place, say=lambda _: None)
+    run = with_groups(load_run(place, say=lambda _: None), settings.groups)
     if threads is not None:
         torch.set_num_threads(threads)
-    name = f"discover/axes-{label}"
-    upstream = [run.key(f"signatures:{n}") for n in signature_names(run.config)]
+    name = f"discover/axes-{label}{window_suffix(settings.window)}"
+    upstream = [run.key(f"signatures:{n}") for n in signature_names(run.config, settings.window)]
     own = replace(settings, bases=(label,))
     key = run.key_for(name, own, run.key(f"basis:{label}"), upstream)
     return run.directory.kept(name, key, AxesRecord, lambda: find_span(run, label, own), run.objective.passes)
@@ -67,7 +68,8 @@ def find_span(run: Run, label: str, settings: DiscoverSettings) -> AxesRecord:
     basis = load_record(Basis, run.directory.basis(label))
     search = split_of(run, run.task.splits.select, settings.window)
     unseen = split_of(run, unseen_tokens(run, settings.unseen), settings.window)
-    found = load_found(run, signature_names(run.config)[-1]) if signature_names(run.config) else None
+    names = signature_names(run.config, settings.window)
+    found = load_found(run, names[-1]) if names else None
     aims, skipped = aims_of(run, search, unseen, found, settings.targets)
     if not aims:
         return AxesRecord(torch.zeros(0, len(basis), dtype=torch.float64), (), skipped)

@@ -19,7 +19,7 @@ from experiments.discover.records import (
 )
 from experiments.discover.stages import cluster_rows, load_found, load_timeline
 from experiments.run.driver import run_stages
-from experiments.run.keys import signature_names, stage_names
+from experiments.run.keys import discovery_stages, signature_names, stage_names, window_suffix
 from experiments.run.run import Run
 from experiments.run.run_record import open_evaluate
 from experiments.verdicts.choose import unseen_tokens
@@ -27,7 +27,7 @@ from interventions.discovery.timeline import Timeline
 from polca_edit.artifacts import save_record
 
 #: Stages that discovery stands on.
-NEEDED = ("train", "basis", "signatures", "timeline")
+NEEDED = ("train", "basis")
 
 
 def discover(run: Run, settings: DiscoverSettings, *, workers: int = 1) -> DiscoverResult:
@@ -42,7 +42,7 @@ def discover(run: Run, settings: DiscoverSettings, *, workers: int = 1) -> Disco
         ValueError: for a basis the run does not have, or a run whose config leaves discovery out.
     """
     started = time.perf_counter()
-    names = signature_names(run.config)
+    names = signature_names(run.config, settings.window)
     if not names:
         raise ValueError("discovery needs partial undo edits, the config has discover.edits=0; run with more")
     known = [spec.label for spec in run.config.bases]
@@ -50,13 +50,13 @@ def discover(run: Run, settings: DiscoverSettings, *, workers: int = 1) -> Disco
     if missing is not None:
         raise ValueError(f"--basis must be one of {known} of '{run.directory.path}', got '{missing}'")
     stages = [name for name in stage_names(run.config) if name.partition(":")[0] in NEEDED]
-    run_stages(run, stages=stages)
+    run_stages(run, stages=[*stages, *discovery_stages(run.config, settings.window)])
     tokens = unseen_tokens(run, settings.unseen)
     upstream = {name: run.key(f"signatures:{name}") for name in names}
     opening = open_evaluate(run, DiscoverPlan(settings, tokens.fingerprint(), upstream), by="discover")
     spans = _spans(run.directory.path, settings, workers)
     found = [load_found(run, name) for name in names]
-    timeline = load_timeline(run)
+    timeline = load_timeline(run, settings.window)
     result = DiscoverResult(
         tuple(row for one in found for row in cluster_rows(run, one)),
         timeline_rows(timeline),
@@ -69,7 +69,7 @@ def discover(run: Run, settings: DiscoverSettings, *, workers: int = 1) -> Disco
         opening.exploratory,
         time.perf_counter() - started,
     )
-    save_record(discovery_file(run.directory.path), result)
+    save_record(discovery_file(run.directory.path, window_suffix(settings.window)), result)
     return result
 
 

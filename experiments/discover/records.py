@@ -187,6 +187,7 @@ class DiscoverSettings:
         part: select sequences on which free edits are fitted and axes cut by time and place.
         window: steps of the movement that is undone; None: the whole run.
         targets: only these skills; None: every known skill and every found cluster.
+        groups: file of token groups that join the labels.
     """
 
     bases: tuple[str, ...]
@@ -197,6 +198,7 @@ class DiscoverSettings:
     part: int = 64
     window: tuple[int, int] | None = None
     targets: tuple[str, ...] | None = None
+    groups: str | None = None
 
 
 @dataclass(frozen=True)
@@ -250,14 +252,14 @@ def cluster_file(directory: Path, name: str) -> Path:
     return directory / "discover" / f"clusters-{name}.json"
 
 
-def timeline_file(directory: Path) -> Path:
-    """Where the timeline of a run lies."""
-    return directory / "discover" / "timeline.json"
+def timeline_file(directory: Path, suffix: str = "") -> Path:
+    """Where the timeline of a run lies, or that of a window."""
+    return directory / "discover" / f"timeline{suffix}.json"
 
 
-def discovery_file(directory: Path) -> Path:
-    """Where a run keeps its result."""
-    return directory / "discovery.json"
+def discovery_file(directory: Path, suffix: str = "") -> Path:
+    """Where a run keeps its result, or that of a window."""
+    return directory / f"discovery{suffix}.json"
 
 
 def load_discovery(directory: Path) -> DiscoverResult | None:

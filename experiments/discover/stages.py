@@ -17,7 +17,7 @@ from experiments.discover.records import (
     cluster_file,
     timeline_file,
 )
-from experiments.run.keys import signature_names
+from experiments.run.keys import Window, signature_names, window_of, window_suffix
 from experiments.run.run import Run
 from experiments.run.stages.damage import evaluated
 from interventions.damage import EvaluatedSplit
@@ -57,14 +57,15 @@ def signature_settings(run: Run) -> SignatureSettings:
 def run_signatures(run: Run, stage: str) -> None:
     """Undo at random, cluster what is hurt alike; several bases are joined from their own stages."""
     name = stage.partition(":")[2]
+    plain, window = window_of(name)
     path = signatures_file(run, name)
     settings = signature_settings(run)
     rows = cluster_file(run.directory.path, name)
     with run.directory.stage(stage, run.key(stage), [path, rows], run.objective.passes):
-        split = evaluated(run, run.task.splits.select)
-        windows = window_record(run, split)
-        alone = name.split("+")
-        signed = _joined(run, alone) if len(alone) > 1 else _drawn(run, split, name, settings)
+        split = evaluated(run, run.task.splits.select, window)
+        windows = window_record(run, split, window)
+        alone = plain.split("+")
+        signed = _joined(run, alone, window) if len(alone) > 1 else _drawn(run, split, plain, settings)
         signed = replace(signed, windows=windows.changes.double().numpy(), spans=windows.spans)
         found = clustered(signed, name, settings)
         save_record(
@@ -87,9 +88,10 @@ def _drawn(run: Run, split: EvaluatedSplit, label: str, settings: SignatureSetti
     return signatures(split, {label: basis}, replace(settings.edits, pieces=0))
 
 
-def _joined(run: Run, labels: list[str]) -> Signatures:
+def _joined(run: Run, labels: list[str], window: Window) -> Signatures:
     """The edits of several bases side by side, as their stages left them."""
-    records = [load_record(SignatureRecord, signatures_file(run, label)) for label in labels]
+    names = [f"{label}{window_suffix(window)}" for label in labels]
+    records = [load_record(SignatureRecord, signatures_file(run, name)) for name in names]
     room = evaluated(run, run.task.splits.select).headroom.double().numpy()
     tables = [record.changes.double().numpy() for record in records]
     fewest = min(map(len, tables))
@@ -104,14 +106,15 @@ def _joined(run: Run, labels: list[str]) -> Signatures:
     )
 
 
-def window_record(run: Run, split: EvaluatedSplit) -> WindowRecord:
-    """Contiguous windows undone on select, measured once a run."""
-    name = "discover/windows"
-    pieces = run.config.discover.windows
-    depends = pieces, run.config.damage.reference
+def window_record(run: Run, split: EvaluatedSplit, window: Window = None) -> WindowRecord:
+    """Contiguous windows undone on select, those of all of training or those inside a window; once each."""
+    name = f"discover/windows{window_suffix(window)}"
+    series = run.observed(window)
+    pieces = min(run.config.discover.windows, len(series) - 1)
+    depends = pieces, run.config.damage.reference, *([] if window is None else [window])
 
     def compute() -> WindowRecord:
-        spans, changes = window_changes(split, pieces)
+        spans, changes = window_changes(split, pieces, series)
         return WindowRecord(torch.from_numpy(changes).float(), spans)
 
     return run.directory.kept(name, run.key_for(name, *depends), WindowRecord, compute, run.objective.passes)
@@ -120,7 +123,8 @@ def window_record(run: Run, split: EvaluatedSplit) -> WindowRecord:
 def load_found(run: Run, name: str, split: EvaluatedSplit | None = None) -> Found:
     """Interventional clusters of a finished stage; with a split they can become hypotheses."""
     record = load_record(SignatureRecord, signatures_file(run, name))
-    bases = {n: load_record(Basis, run.directory.basis(n)) for n in name.split("+")} if split else {}
+    plain, _ = window_of(name)
+    bases = {n: load_record(Basis, run.directory.basis(n)) for n in plain.split("+")} if split else {}
     return Found(
         name,
         record.labels,
@@ -147,29 +151,34 @@ def token_groups(tokens: TokenSet) -> dict[str, Tensor]:
 
 def run_timeline(run: Run, stage: str) -> None:
     """Undo every window in the final model: shares lost by each skill and each interventional cluster."""
-    path = timeline_file(run.directory.path)
+    _, window = window_of(stage)
+    path = timeline_file(run.directory.path, window_suffix(window))
     with run.directory.stage(stage, run.key(stage), [path], run.objective.passes):
-        split = evaluated(run, run.task.splits.select)
+        split, series = evaluated(run, run.task.splits.select, window), run.observed(window)
         groups = token_groups(split.tokens)
-        found = load_found(run, signature_names(run.config)[-1])
+        found = load_found(run, signature_names(run.config, window)[-1])
         groups |= {f"found {name}": mask for name, mask in found.clusters.items()}
-        known = known_losses(run, split)
-        settings = TimelineSettings(windows=run.config.discover.windows, seed=run.config.seed)
-        save_record(path, causal_timeline(split, None, groups, settings, losses=known))
+        known = known_losses(run, split, series.steps)
+        pieces = min(run.config.discover.windows, len(series) - 1)
+        settings = TimelineSettings(windows=pieces, seed=run.config.seed)
+        save_record(path, causal_timeline(split, series, groups, settings, losses=known))
 
 
-def known_losses(run: Run, split: EvaluatedSplit) -> Tensor | None:
+def known_losses(run: Run, split: EvaluatedSplit, steps: tuple[int, ...]) -> Tensor | None:
     """(T, M) exact losses of the select tokens where projections hold them; None where there are none."""
     path = run.directory.projections(run.config.measured_bases()[0].label)
     if not path.exists():
         return None
-    losses = load_record(Projections, path).losses
-    return losses if losses.shape == (len(split.series), split.tokens.count) else None
+    projections = load_record(Projections, path)
+    known = projections.steps.tolist()
+    at = [known.index(step) for step in steps if step in known]
+    whole = len(at) == len(steps) and projections.losses.shape[1] == split.tokens.count
+    return projections.losses[at] if whole else None
 
 
-def load_timeline(run: Run) -> Timeline:
+def load_timeline(run: Run, window: Window = None) -> Timeline:
     """The timeline of a finished stage."""
-    return load_record(Timeline, timeline_file(run.directory.path))
+    return load_record(Timeline, timeline_file(run.directory.path, window_suffix(window)))
 
 
 def cluster_rows(run: Run, found: Found) -> list[ClusterRow]:

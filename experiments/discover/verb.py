@@ -6,13 +6,20 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from experiments.application import console, say
 
+if TYPE_CHECKING:
+    from experiments.discover.records import AxisRow, DiscoverSettings
+    from experiments.run.run import Run
+
 Window = Annotated[str | None, typer.Option(help="Undo the movement of steps START:END only.")]
+Groups = Annotated[
+    Path | None, typer.Option(help="Token groups: .npz or JSON, name -> booleans over the select tokens.")
+]
 Json = Annotated[str | None, typer.Option("--json", help="Write the result to FILE, or - .")]
 Unseen = Annotated[int | None, typer.Option(help="Sequences drawn anew; 0: the evaluate split.")]
 
@@ -30,18 +37,20 @@ def discover(
 
     Examples: `polca-edit discover runs/demo` · `polca-edit discover runs/demo --basis hessian --json -`
     """
+    from experiments.config import parse_window
     from experiments.discover.discover import discover as run_discovery
     from experiments.discover.records import DiscoverSettings
     from experiments.report.chapters.discovery import print_discovery
+    from experiments.run.guard import existing
     from experiments.run.run import load_run
-    from experiments.verdicts.verb import parse_window
 
     run = load_run(directory, say)
     labels = tuple(basis or [spec.label for spec in run.config.measured_bases()])
     settings = DiscoverSettings(
         labels, _unseen(run.task.unseen is not None, unseen), nulls=nulls, window=parse_window(window)
     )
-    result = run_discovery(run, settings, workers=workers or min(os.cpu_count() or 1, len(labels)))
+    with existing(directory):
+        result = run_discovery(run, settings, workers=workers or min(os.cpu_count() or 1, len(labels)))
     if not _written(result, json_):
         print_discovery(result, console)
         say(f"Result: {directory / 'discovery.json'}; next: polca-edit report {directory}")
@@ -57,6 +66,7 @@ def axis(
     unseen: Unseen = None,
     nulls: Annotated[int, typer.Option(help="Random token sets that get the same search.")] = 39,
     window: Window = None,
+    groups: Groups = None,
     json_: Json = None,
 ) -> None:
     """Search the axis whose own undone movement takes one group, and save it as an edit.
@@ -64,41 +74,60 @@ def axis(
     Examples: `polca-edit axis runs/demo --target 10s --basis hessian` ·
     `polca-edit axis runs/demo --target carry@10s --window 600:720`
     """
-    from experiments.discover.axes import axis_basis, measure_span
-    from experiments.discover.records import DiscoverPlan, DiscoverSettings
+    from experiments.config import parse_window
+    from experiments.discover.records import DiscoverSettings
     from experiments.report.chapters.discovery import print_axes
-    from experiments.run.keys import signature_names
+    from experiments.run.groups import with_groups
+    from experiments.run.guard import existing
     from experiments.run.run import load_run
-    from experiments.run.run_record import open_evaluate
-    from experiments.verdicts.choose import split_of, unseen_tokens
-    from experiments.verdicts.verb import parse_window
     from interventions.discovery.axes import AxisSettings
-    from interventions.edit_files import save_edit
-    from interventions.edits import project_out
 
-    run = load_run(directory, say)
+    run = with_groups(load_run(directory, say), groups, say)
     labels = tuple(basis or [spec.label for spec in run.config.measured_bases()])
     settings = DiscoverSettings(
-        labels, _unseen(run.task.unseen is not None, unseen), nulls=nulls, window=parse_window(window)
+        labels,
+        _unseen(run.task.unseen is not None, unseen),
+        nulls=nulls,
+        window=parse_window(window),
+        groups=None if groups is None else str(groups.absolute()),
     )
     searched = replace(settings.axis, refine=refine, rank=rank, limit=limit)
     assert isinstance(searched, AxisSettings)
     settings = replace(settings, axis=searched, targets=(target,))
-    upstream = {name: run.key(f"signatures:{name}") for name in signature_names(run.config)}
+    with existing(directory):
+        rows = _axes(run, settings, target)
+    if not _written(rows, json_, key="axes"):
+        print_axes(rows, console)
+
+
+def _axes(run: Run, settings: DiscoverSettings, target: str) -> list[AxisRow]:
+    """The rows of one target's axis in every span; each axis is saved as an edit."""
+    from experiments.discover.axes import axis_basis, measure_span
+    from experiments.discover.records import DiscoverPlan
+    from experiments.run.driver import run_stages
+    from experiments.run.keys import discovery_stages, signature_names, window_suffix
+    from experiments.run.run_record import open_evaluate
+    from experiments.verdicts.choose import split_of, unseen_tokens
+    from interventions.edit_files import save_edit
+    from interventions.edits import project_out
+
+    directory = run.directory.path
+    run_stages(run, stages=discovery_stages(run.config, settings.window))
+    upstream = {n: run.key(f"signatures:{n}") for n in signature_names(run.config, settings.window)}
     tokens = unseen_tokens(run, settings.unseen).fingerprint()
     open_evaluate(run, DiscoverPlan(settings, tokens, upstream), by="axis")
     rows = []
-    for label in labels:
+    for label in settings.bases:
         record = measure_span(directory, label, settings, None)
         for name, why in record.skipped.items():
             raise ValueError(f"'{name}' has no axis in basis '{label}': {why}; take another target")
         rows += [found.row for found in record.axes]
         split = split_of(run, run.task.splits.select, settings.window)
         edit = project_out(split, axis_basis(run, label, record, target), axis=target, basis=label)
-        file = directory / "edits" / f"axis-{label}-{target.replace(' ', '-').replace('@', '-')}"
+        named = target.replace(" ", "-").replace("@", "-")
+        file = directory / "edits" / f"axis-{label}-{named}{window_suffix(settings.window)}"
         say(f"Edit: {save_edit(file, edit, run.task.space)}")
-    if not _written(rows, json_, key="axes"):
-        print_axes(rows, console)
+    return rows
 
 
 def blocking(
@@ -115,11 +144,13 @@ def blocking(
     """
     from experiments.discover.blocking import BlockingSettings, blocking_study
     from experiments.report.chapters.discovery import print_blocking
+    from experiments.run.guard import existing
     from experiments.run.run import load_run
 
     run = load_run(directory, say)
     settings = BlockingSettings(basis, tuple(target), branches)
-    result = blocking_study(run, settings, workers=workers or (os.cpu_count() or 1))
+    with existing(directory):
+        result = blocking_study(run, settings, workers=workers or (os.cpu_count() or 1))
     if not _written(result, json_):
         print_blocking(result, console)
         say(f"Result: {directory / 'blocking.json'}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -13,11 +13,13 @@ import typer
 from safetensors import safe_open
 from torch import Tensor
 
+from experiments.removal.stored import Applied, Survival, parameter_names, read_back
 from interventions.edit_files import EditFile, load_edit, save_adapter
 from interventions.edits import weights_fingerprint
 from interventions.lora import Adapter, low_rank
 from polca_edit.artifacts import checksum, load_record, to_plain
 from polca_edit.checkpoints.files import (
+    inner_state,
     read_weights,
     weight_files,
     write_atomically,
@@ -62,21 +64,6 @@ class UndoRecord:
     files: tuple[ChangedFile, ...]
     added: tuple[str, ...] = ()
     schema: str = "polca-edit/undo/1"
-
-
-@dataclass(frozen=True)
-class Survival:
-    """How much of an edit is left after rounding to the stored dtype.
-
-    Attributes:
-        share: <kept, planned> / |planned|^2 over all weights.
-        error: |kept - planned| / |planned|.
-        dtypes: dtypes that were cast to.
-    """
-
-    share: float
-    error: float
-    dtypes: tuple[str, ...]
 
 
 def edited_tensors(
@@ -137,10 +124,7 @@ def _write_like(source: Path, target: Path, changed: Mapping[str, Tensor]) -> No
         write_tensors(target, {name: changed.get(name, value) for name, value in tensors.items()}, metadata)
         return
     state = torch.load(source, map_location="cpu", weights_only=True)
-    inner = state
-    for key in ("model", "state_dict", "model_state_dict"):
-        if isinstance(state.get(key), dict):
-            inner = state[key]
+    inner = inner_state(state, source)
     for name in list(inner):
         if name in changed:
             inner[name] = changed[name]
@@ -162,11 +146,12 @@ def apply_edit(
     cast: bool = False,
     source: str = "edit",
     adapter: Adapter | None = None,
-) -> Survival:
+) -> Applied:
     """Copy the model to ``out`` with the edit in it, and keep the original weight files for ``undo``.
 
     A subtraction does not restore floating-point weights, so the undo record keeps every changed
-    file as it was, with checksums of both versions.
+    file as it was, with checksums of both versions. What was written is read back with the loader that will
+    be used (transformers for a folder with a config.json), and must be what was planned.
 
     Args:
         file: edit and its space.
@@ -178,12 +163,39 @@ def apply_edit(
         adapter: written beside the weights.
 
     Raises:
-        ValueError: for a wrong model, a missing ``cast`` or an ``out`` that exists.
+        ValueError: for a wrong model, a missing ``cast``, an ``out`` that exists, or an edit of which nothing
+            arrives in the files.
     """
-    files = weight_files(model)
     tensors = read_weights(model)
-    changed, survival = edited_tensors(file, tensors, dose, cast)
+    names = parameter_names(file.space, tensors, model)
+    known = {slot: tensors[stored] for stored, slot in names.items()}
+    moved, survival = edited_tensors(file, known, dose, cast)
+    changed = {stored: moved[slot] for stored, slot in names.items() if slot in moved}
+    if not changed and file.edit.norm * abs(dose) > 0:
+        raise ValueError(
+            f"an edit must change the model, this one (norm {file.edit.norm * abs(dose):.3g}) vanishes "
+            "when it is rounded to the stored dtype; apply it to float32 weights"
+        )
     _make_empty(out)
+    try:
+        records = _write_edited(model, out, changed)
+        if adapter is not None:
+            save_adapter(out / ADAPTER, adapter)
+        target = out if model.is_dir() else out / model.name
+        applied = read_back(file.space, target, {**known, **moved}, known, survival)
+        added = () if adapter is None else (ADAPTER,)
+        edit, total = file.edit, dose * file.edit.dose
+        record = UndoRecord(source, edit.operator, total, edit.base, survival.share, tuple(records), added)
+        write_json(out / UNDO / "undo.json", to_plain(record))
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)
+        raise
+    return replace(applied, tensors=len(changed))
+
+
+def _write_edited(model: Path, out: Path, changed: Mapping[str, Tensor]) -> list[ChangedFile]:
+    """Everything of the model in ``out``, the changed tensors in their files, the originals for undo."""
+    files = weight_files(model)
     if model.is_dir():
         for path in sorted(model.rglob("*")):
             if path.is_file() and path not in files:
@@ -200,19 +212,7 @@ def apply_edit(
         shutil.copyfile(path, out / UNDO / name)
         _write_like(path, out / name, changed)
         records.append(ChangedFile(name, checksum(path), checksum(out / name)))
-    if adapter is not None:
-        save_adapter(out / ADAPTER, adapter)
-    record = UndoRecord(
-        source,
-        file.edit.operator,
-        dose * file.edit.dose,
-        file.edit.base,
-        survival.share,
-        tuple(records),
-        () if adapter is None else (ADAPTER,),
-    )
-    write_json(out / UNDO / "undo.json", to_plain(record))
-    return survival
+    return records
 
 
 def undo_edit(file: EditFile, model: Path, out: Path) -> list[str]:
@@ -269,10 +269,17 @@ def apply(
         typer.echo(f"restored {', '.join(restored) or 'nothing'} in {out}")
         return
     adapter = None if lora is None else low_rank(file.edit.scaled(dose), file.space, lora)
-    survival = apply_edit(file, model, out, dose=dose, cast=cast, source=edit.stem, adapter=adapter)
+    if file.edit.norm == 0.0:
+        raise ValueError(f"'{edit}' moves nothing, so there is no edit to apply; make the edit again")
+    applied = apply_edit(file, model, out, dose=dose, cast=cast, source=edit.stem, adapter=adapter)
+    survival = applied.survival
     typer.echo(
         f"{out}: {file.edit.operator}, dose {dose:g}, "
         f"norm {file.edit.norm * abs(dose):.4g}, rank {file.edit.rank}"
+    )
+    typer.echo(
+        f"  {applied.tensors} tensors changed, by up to {applied.largest:.3g} (length {applied.norm:.4g}), "
+        f"read back with {applied.reader}"
     )
     if survival.share < SURVIVAL:
         typer.echo(

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from experiments.config import RunConfig, load_config
-from experiments.removal.skills import GROUPS, arithmetic_logits, assign_groups, skill_rule
+from experiments.removal.skills import GROUPS, assign_groups, skill_rule
 from experiments.run.run import Run, open_run
 from experiments.run.stages.training import trained_series, training_settings
 from experiments.tasks import arithmetic
@@ -22,6 +22,7 @@ from experiments.tasks.arithmetic import (
     data_of,
     first_and_second,
     first_and_second_of,
+    output_logits,
     token_set,
 )
 from interventions.damage import EvaluatedSplit
@@ -175,7 +176,7 @@ def open_bed(
     config = settings.config.model_copy(update={"seed": seed})
     run = open_run(config, folder / f"seed-{seed}", say)
     trained_series(run)
-    bed = Bed(settings, run, Predictor(run.objective, arithmetic_logits))
+    bed = Bed(settings, run, Predictor(run.objective, output_logits))
     say(f"  seed {seed}: {len(bed.thetas)} checkpoints, {len(bed.vectors.rows)} vectors with their curvature")
     return bed
 

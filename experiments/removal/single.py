@@ -12,7 +12,7 @@ from torch import Tensor
 
 from experiments.removal.bed import Bed, retrain_without
 from experiments.removal.found import Choice, Effort, Found, Setting, Tried, Work, best_of, scaled, tried
-from experiments.removal.skills import arithmetic_logits
+from experiments.tasks.arithmetic import output_logits
 from interventions.removal import rivals
 from interventions.removal.grouped import Shares
 from interventions.removal.problem import RemovalProblem
@@ -127,7 +127,7 @@ def _ablated(
         space.substituted(module, problem.theta),
         replaced_activations(module, {ablation.hook: ablation.function()}),
     ):
-        return arithmetic_logits(module, tokens.inputs)[tokens.scored]
+        return output_logits(module, tokens.inputs)[tokens.scored]
 
 
 def _places(bed: Bed) -> list[tuple[str, int | None]]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -11,13 +11,26 @@ import torch
 import typer
 from torch import Tensor
 
-from experiments.removal.skills import GROUPS, SKILL_GROUPS, arithmetic_logits, assign_groups, skill_rule
+from experiments.config import parse_window
+from experiments.removal.undo.records import Removal, RemovalFile, RemovalPlan
+from experiments.removal.undo.remove import (
+    UndoOptions,
+    adapted,
+    axis_undo,
+    repair_batches,
+    returned,
+    said_first,
+    told,
+    undo_of,
+    with_timeline,
+)
 from experiments.report.page import write_report
+from experiments.run.groups import with_groups
+from experiments.run.guard import existing
 from experiments.run.machine import hardware, versions
 from experiments.run.run import Run, load_run
 from experiments.run.run_record import open_evaluate
 from experiments.run.stages.clusters import ClusterRecord
-from experiments.tasks.arithmetic import data_of
 from interventions.damage import EvaluatedSplit
 from interventions.edit_files import save_edit
 from interventions.edits import Edit
@@ -27,10 +40,7 @@ from interventions.removal.grouped import (
     LogitFunction,
     Predictor,
     labelled,
-    next_token_logits,
 )
-from interventions.removal.measures import Judgement
-from interventions.removal.optimise import FitSettings
 from interventions.removal.problem import Limits, RemovalProblem
 from interventions.removal.remove import (
     BUDGETS,
@@ -49,6 +59,7 @@ from interventions.removal.spans import (
     span_of_rows,
     stacked_displacements,
 )
+from interventions.removal.undo import UNDO_LIMITS, Undo
 from polca_edit.artifacts import load_record, to_plain
 from polca_edit.basis.record import Basis
 from polca_edit.checkpoints.files import write_json
@@ -56,17 +67,22 @@ from polca_edit.clusters.membership import fit_rule
 from polca_edit.seeds import generator_for
 from polca_edit.tokens import TokenSet
 
+Batches = Callable[[int], TokenSet]
+#: Sequences of a repair batch.
+REPAIR_SEQUENCES = 64
+
 # -- what is removed -------------------------------------------------------------------------------
 
 
 def skill_groups(run: Run, skill: str) -> GroupRule:
-    """Groups of a named skill: digit and carry for sums, skill against the rest elsewhere.
+    """Groups of a named skill: those of the task's partition, or the skill against all others.
 
     Raises:
         ValueError: for a skill the run does not know.
     """
-    if run.task.name == "arithmetic" and skill in SKILL_GROUPS:
-        return skill_rule(skill)
+    partition = run.task.partition
+    if partition is not None and skill in partition.skills:
+        return partition.rule(skill)
     known = run.task.splits.select.skills
     if skill not in known:
         raise ValueError(f"a skill must be one this run labels, got '{skill}'; known are {sorted(known)}")
@@ -74,7 +90,7 @@ def skill_groups(run: Run, skill: str) -> GroupRule:
 
 
 def cluster_groups(run: Run, cluster: str) -> GroupRule:
-    """Members of one cluster by its rule on input features; everyone else by digit and carry, or one group.
+    """Members of one cluster by its rule on input features; everyone else by partition, or one group.
 
     No skill label decides membership, and the rule never sees a loss, so it holds on any tokens.
 
@@ -93,11 +109,12 @@ def cluster_groups(run: Run, cluster: str) -> GroupRule:
     if not vector < len(labels) or not bool((labels[vector] == index).any()):
         raise ValueError(f"cluster {cluster} does not exist in this run; see 'polca-edit inspect'")
     rule = fit_rule(run.task.splits.select, labels[vector] == index, seed=run.config.seed)
-    sums = run.task.name == "arithmetic"
-    rest = GROUPS if sums else ("(rest)",)
+    partition = run.task.partition
+    rest = ("(rest)",) if partition is None else partition.names
 
     def assign(tokens: TokenSet) -> Tensor:
-        groups = assign_groups(tokens) + 1 if sums else torch.ones(tokens.count, dtype=torch.long)
+        ones = torch.ones(tokens.count, dtype=torch.long)
+        groups = ones if partition is None else partition.assign(tokens) + 1
         groups[rule.assign(tokens)] = 0
         return groups
 
@@ -105,26 +122,40 @@ def cluster_groups(run: Run, cluster: str) -> GroupRule:
 
 
 def fit_stream(run: Run, size: int) -> Callable[[int], TokenSet]:
-    """Batches for the fit: fresh sums off select and evaluate, or draws from curvature and select."""
-    sums = data_of(run.config) if run.task.name == "arithmetic" else None
+    """Batches for the fit: new sequences that training may see, or draws from curvature and select."""
+    fresh = run.task.fresh
     parts = (run.task.splits.curvature, run.task.splits.select)
 
     def batch(step: int) -> TokenSet:
         generator = generator_for(run.config.seed, "removal fit", step)
-        if sums is not None:
-            return sums.allowed(size, generator)
+        if fresh is not None:
+            return fresh(size, generator)
         part = parts[step % 2]
         return part.select(torch.randperm(part.sequences, generator=generator)[:size])
 
     return batch
 
 
-def edit_span(run: Run, basis: str | None) -> Span:
-    """All recorded displacements and Hessian vectors by groups of neurons, or one stored basis."""
+def edit_span(run: Run, basis: str | None, window: tuple[int, int] | None = None) -> Span:
+    """All recorded displacements and Hessian vectors by groups of neurons, or one stored basis.
+
+    Args:
+        run: with checkpoints.
+        basis: name of a stored basis.
+        window: steps of the displacements that are taken; Hessian vectors are left out then.
+    """
     if basis is not None:
         return span_of_rows(load_record(Basis, run.directory.basis(basis)).rows, f"basis {basis}")
-    checkpoints = run.checkpoints()
+    checkpoints = run.observed(window)
     rows = stacked_displacements([checkpoints[index].clone() for index in range(len(checkpoints))])
+    if window is not None:
+        return span_by_tensor(
+            rows,
+            run.task.space,
+            f"movement of steps {window[0]} to {window[1]} by groups of neurons",
+            block=BLOCK,
+            per_block=LEADING,
+        )
     stored = [run.directory.basis(b.label) for b in run.config.bases if b.kind == "hessian"]
     rows = torch.cat([rows, *(load_record(Basis, path).rows for path in stored if path.exists())])
     return span_by_tensor(
@@ -135,102 +166,32 @@ def edit_span(run: Run, basis: str | None) -> Span:
 # -- removing ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class RemovalPlan:
-    """What ``remove`` will look at on the evaluate split, written down before it is opened.
+def logits_of(run: Run) -> LogitFunction:
+    """The task's logits.
 
-    Attributes:
-        targets: skills or clusters, in order.
-        limits: bounds asked for.
-        budget: of every fit.
-        span: where edits may lie.
-        evaluate_tokens: fingerprint of the split.
+    Raises:
+        ValueError: for a task without.
     """
-
-    targets: tuple[str, ...]
-    limits: Limits
-    budget: Budget
-    span: str
-    evaluate_tokens: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Removal(Judgement):
-    """One removal as the result file and the report have it; the judgement is of the evaluate split.
-
-    Attributes:
-        skill: what was removed.
-        span: kind of span.
-        rank: its coordinates.
-        norm: length of the movement.
-        dose: chosen on select.
-        setting: chosen on select.
-        passes: sequences through the model.
-        together: what the edit of all skills does to this one, where several were removed.
-    """
-
-    skill: str
-    span: str
-    rank: int
-    norm: float
-    dose: float
-    setting: FitSettings
-    passes: float
-    together: Judgement | None = None
-
-    @classmethod
-    def of(cls, result: RemovalResult, together: Judgement | None) -> Removal:
-        """Of a judged result."""
-        assert result.judged is not None
-        return cls(
-            **vars(result.judged),
-            skill=result.skill,
-            span=result.span,
-            rank=result.rank,
-            norm=result.edit.norm,
-            dose=result.dose,
-            setting=result.setting,
-            passes=result.passes,
-            together=together,
+    if run.task.logits is None:
+        raise ValueError(
+            f"removal measures accuracy and KL, task '{run.task.name}' gives no logits; return 'logits' in "
+            "its TaskDefinition"
         )
-
-
-@dataclass(frozen=True)
-class RemovalFile:
-    """``edits/NAME.result.json``.
-
-    Attributes:
-        removals: in order.
-        plan: written before the evaluate split was opened.
-        exploratory: whether another plan had opened the split before.
-        missed: sentences, one for every bound that was asked for and not met.
-        versions: of packages.
-        hardware: of the machine.
-        seed: of the run.
-    """
-
-    removals: tuple[Removal, ...]
-    plan: RemovalPlan
-    exploratory: bool
-    missed: tuple[str, ...]
-    versions: Mapping[str, str]
-    hardware: Mapping[str, object]
-    seed: int
+    return run.task.logits
 
 
 def removed(
-    run: Run, rules: Sequence[GroupRule], plan: RemovalPlan, span: Span
+    run: Run, rules: Sequence[GroupRule], plan: RemovalPlan, how: Span | Undo, batch: Batches | None
 ) -> tuple[Edit, list[Removal]]:
     """Every target removed in order and judged on the evaluate split, which the caller has opened."""
-    logits: LogitFunction = arithmetic_logits if run.task.name == "arithmetic" else next_token_logits
-    splits, batch = run.task.splits, fit_stream(run, plan.budget.sequences)
+    logits, splits = logits_of(run), run.task.splits
     split = EvaluatedSplit(run.objective, run.checkpoints(), splits.select)
 
     def one(place: EvaluatedSplit, rule: GroupRule) -> RemovalResult:
         return remove_skill(
             place,
             rule,
-            span,
+            how,
             logits=logits,
             batch=batch,
             limits=plan.limits,
@@ -239,14 +200,60 @@ def removed(
         )
 
     edit, results = remove_in_order(split, rules, one)
+    if len(results) == 1:  # with its own provenance
+        edit = results[0].edit
     predictor = Predictor(run.objective, logits)
+    fits = batch or fit_stream(run, plan.budget.sequences)
     together = [
-        judged_edit(RemovalProblem(GroupedSplit(split, predictor, rule), batch), edit, splits.evaluate)
+        judged_edit(RemovalProblem(GroupedSplit(split, predictor, rule), fits), edit, splits.evaluate)
         if len(rules) > 1
         else None
         for rule in rules
     ]
     return edit, [Removal.of(*pair) for pair in zip(results, together, strict=True)]
+
+
+def _how(
+    run: Run, rules: Sequence[GroupRule], options: UndoOptions, budget: Budget, basis: str | None
+) -> tuple[Span | Undo, Batches | None]:
+    """Where an edit may lie or what is undone, and its batches; what undoing costs is said first."""
+    fits = fit_stream(run, budget.sequences)
+    if options.method == "span":
+        if len(options.windows) > 1 or (basis is not None and options.windows):
+            raise ValueError("--basis and --window both say where to search, got several; give one of them")
+        return edit_span(run, basis, parse_window(next(iter(options.windows), None))), fits
+    if len(rules) > 1:
+        raise ValueError(
+            f"--method {options.method} takes out one skill at a time, got {len(rules)}; give one --skill"
+        )
+    (rule,) = rules
+    undo = undo_of(run, options)
+    batch = repair_batches(run, rule, fits, REPAIR_SEQUENCES) if options.steps else None
+    if options.method == "axis":
+        undo = axis_undo(run, rule, logits_of(run), undo, basis)
+    undo = with_timeline(run, rule, logits_of(run), undo)
+    for sentence in said_first(run, rule.skill, undo, data=batch is not None):
+        typer.echo(f"  {sentence}")
+    return undo, batch
+
+
+def _afterwards(
+    run: Run,
+    rule: GroupRule,
+    edit: Edit,
+    removal: Removal,
+    how: Undo,
+    batch: Batches | None,
+    options: UndoOptions,
+) -> Removal:
+    """The result with an attack and an adapter measured, where they were asked for and can be."""
+    split = EvaluatedSplit(run.objective, run.checkpoints(), run.task.splits.evaluate)
+    judged = GroupedSplit(split, Predictor(run.objective, logits_of(run)), rule)
+    back = (
+        returned(judged, edit, batch, how, options.relearn) if options.relearn and batch is not None else None
+    )
+    held = adapted(run, judged, edit, options.lora)[1] if options.lora else None
+    return replace(removal, returned=back, adapter=held)
 
 
 def remove(
@@ -260,37 +267,104 @@ def remove(
         str | None,
         typer.Option(help="Search this basis's span only (default: all recorded movement)."),
     ] = None,
-    target: Annotated[float, typer.Option(min=0.0, max=1.0, help="Damage wanted, share of headroom.")] = 0.99,
-    off: Annotated[float, typer.Option(min=0.0, help="Damage allowed to any other group.")] = 0.005,
-    kl: Annotated[float, typer.Option(min=0.0, help="KL to the original allowed, nats.")] = 0.05,
+    method: Annotated[
+        str, typer.Option(help="span (a fit), or undo training: return, rollback, axis.")
+    ] = "span",
+    window: Annotated[
+        list[str] | None,
+        typer.Option(help="Steps START:END to search or undo; undone windows are chosen by default."),
+    ] = None,
+    repair: Annotated[int, typer.Option(min=0, help="Training steps without the skill after undoing.")] = 60,
+    relearn: Annotated[int, typer.Option(min=0, help="Steps of an attack that is measured.")] = 0,
+    lora: Annotated[int | None, typer.Option(min=1, help="Measure the edit's part of this rank.")] = None,
+    target: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Damage wanted, share of headroom (.99; undoing .9)."),
+    ] = None,
+    off: Annotated[
+        float | None, typer.Option(min=0.0, help="Damage allowed to any other group (.005; undoing .02).")
+    ] = None,
+    kl: Annotated[
+        float | None, typer.Option(min=0.0, help="KL to the original allowed, nats (.05; undoing 1).")
+    ] = None,
+    groups: Annotated[
+        Path | None, typer.Option(help="Token groups: .npz or JSON, name -> booleans over the select tokens.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Edit file (default RUN/edits/NAME).")] = None,
 ) -> None:
     """Find an edit that removes one skill, and judge it on the evaluate split.
 
     The edit is written in any case; where it misses a bound, the command says which and ends with 1.
     """
-    if bool(skill) == (cluster is not None):
-        raise ValueError("give either --skill NAME or --cluster BASIS:VECTOR:CLUSTER")
-    if budget not in BUDGETS:
-        raise ValueError(f"--budget must be one of {', '.join(BUDGETS)}, got '{budget}'")
-    opened = load_run(run)
-    if cluster is not None:
-        rules = [cluster_groups(opened, cluster)]
-    else:
-        rules = [skill_groups(opened, name) for name in skill or []]
+    options = UndoOptions(method, tuple(window or ()), repair, relearn, lora)
+    chosen = _budget(budget)
+    opened = with_groups(load_run(run), groups, typer.echo)
+    logits_of(opened)
+    rules = _rules(opened, skill or [], cluster)
+    how, batch = _how(opened, rules, options, chosen, basis)
     names = tuple(rule.skill for rule in rules)
-    span, tokens = edit_span(opened, basis), opened.task.splits.evaluate.fingerprint()
-    plan = RemovalPlan(names, Limits(target, off, kl), BUDGETS[budget], span.kind, tokens)
-    opening = open_evaluate(opened, plan, by="remove")
-    edit, removals = removed(opened, rules, plan, span)
-    path = out or run / "edits" / "+".join(n.replace(":", "-").replace("@", "-at-") for n in names)
-    record = _written(opened, path, edit, removals, plan, opening.exploratory)
-    if path.parent == run / "edits" and (run / "summary.json").exists():
-        write_report(opened.directory, lambda _: None)
+    plan = _plan(opened, names, _limits(method, target, off, kl), chosen, how, options)
+    path = out or run / "edits" / _file_name(names)
+    with existing(run):
+        opening = open_evaluate(opened, plan, by="remove")
+        edit, removals = removed(opened, rules, plan, how, batch)
+        if isinstance(how, Undo):
+            removals = [_afterwards(opened, rules[0], edit, removals[0], how, batch, options)]
+        record = _written(opened, path, edit, removals, plan, opening.exploratory)
+        _reported(opened, path)
+    for sentence in record.missed:
+        typer.echo(f"polca-edit: {sentence}", err=True)
     if record.missed:
-        for sentence in record.missed:
-            typer.echo(f"polca-edit: {sentence}", err=True)
         raise typer.Exit(1)
+
+
+def _reported(run: Run, path: Path) -> None:
+    """The run's report with the edit in it, where the edit lies in the run."""
+    place = run.directory.path
+    if path.parent == place / "edits" and (place / "summary.json").exists():
+        write_report(run.directory, lambda _: None)
+
+
+def _budget(name: str) -> Budget:
+    if name not in BUDGETS:
+        raise ValueError(f"--budget must be one of {', '.join(BUDGETS)}, got '{name}'")
+    return BUDGETS[name]
+
+
+def _file_name(names: Sequence[str]) -> str:
+    """A skill or cluster by a name that files may have; several joined by ``+``."""
+    return "+".join(name.replace(":", "-").replace("@", "-at-") for name in names)
+
+
+def _rules(run: Run, skills: Sequence[str], cluster: str | None) -> list[GroupRule]:
+    """Groups of what was asked for."""
+    if bool(skills) == (cluster is not None):
+        raise ValueError("give either --skill NAME or --cluster BASIS:VECTOR:CLUSTER")
+    if cluster is not None:
+        return [cluster_groups(run, cluster)]
+    return [skill_groups(run, name) for name in skills]
+
+
+def _limits(method: str, target: float | None, off: float | None, kl: float | None) -> Limits:
+    """Bounds that were asked for, else those of the method."""
+    usual = Limits() if method == "span" else UNDO_LIMITS
+    return Limits(
+        usual.target if target is None else target,
+        usual.off if off is None else off,
+        usual.kl if kl is None else kl,
+    )
+
+
+def _plan(
+    run: Run, names: tuple[str, ...], limits: Limits, budget: Budget, how: Span | Undo, options: UndoOptions
+) -> RemovalPlan:
+    tokens = run.task.splits.evaluate.fingerprint()
+    if isinstance(how, Span):
+        return RemovalPlan(names, limits, budget, how.kind, tokens)
+    windows = tuple(str(window) for window in how.windows)
+    return RemovalPlan(
+        names, limits, budget, "recorded movement", tokens, options.method, windows, options.steps
+    )
 
 
 def _written(
@@ -309,6 +383,8 @@ def _written(
     )
     write_json(written.with_suffix(".result.json"), to_plain(record))
     for removal in removals:
+        for sentence in told(removal.undone, removal.returned, removal.adapter):
+            typer.echo(f"  {sentence}")
         typer.echo(
             f"{removal.skill}: target {removal.target_share:.1%} of headroom, worst other group "
             f"{removal.worst_off_share:+.2%}, accuracy {removal.accuracy:.1%} (chance "

@@ -33,12 +33,9 @@ from experiments.report.style import Drawing, colours, theme_css
 from experiments.report.tables import Cell, Column, Table, table
 from experiments.report.view import NAMED_F1, RunView, read_run
 from experiments.run.store import RunDirectory
+from experiments.tasks import TASKS
 from polca_edit.checkpoints.files import write_atomically
 
-TASKS = {
-    "arithmetic": "adding two three-digit numbers (the four digits of the answer are scored)",
-    "text": "predicting the next token of a text",
-}
 #: Vectors of all bases together in the first map.
 MOST_ROWS = 40
 STAGES = ("train", "basis", "projections", "clusters", "damage", "evaluate")
@@ -128,7 +125,8 @@ def environment() -> Environment:
 
 def subtitle(view: RunView) -> str:
     """Task, size and seed."""
-    task = TASKS.get(view.summary.task, f"task '{view.summary.task}'")
+    known = TASKS.get(view.summary.task)
+    task = f"task '{view.summary.task}'" if known is None else known.about
     return f"{task} · {count(view.summary.model.parameters)} parameters · seed {view.summary.seed}"
 
 

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from experiments.config import RunConfig
+from experiments.tasks import TASKS, own_task
+from experiments.tasks.source import own_source
 from polca_edit.artifacts import checksum, from_plain, key_of, to_plain
 from polca_edit.checkpoints.files import write_json
 
@@ -33,15 +35,18 @@ def input_paths(config: RunConfig) -> list[Path]:
 
 
 def task_source(task: str) -> str:
-    """SHA-256 of the module that makes the task's data and loss.
+    """SHA-256 of the code that makes the task's data and loss.
 
     Raises:
-        ValueError: for a task without a module.
+        ValueError: for a file of the user's own that is missing.
     """
-    found = importlib.util.find_spec(f"experiments.tasks.{task}")
-    if found is None or found.origin is None:
-        raise ValueError(f"a task must be a module of experiments.tasks, '{task}' is none")
-    return checksum(Path(found.origin))
+    own = own_task(task)
+    name = "tasks.own" if own is not None else TASKS[task].module
+    found = importlib.util.find_spec(f"experiments.{name}")
+    assert found is not None
+    assert found.origin is not None
+    code = checksum(Path(found.origin))
+    return code if own is None else key_of(code, own_source(own.file))
 
 
 def files_of(path: Path) -> Iterator[Path]:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from experiments.discover.stages import run_signatures, run_timeline
-from experiments.run.keys import stage_names
+from experiments.run.keys import stage_names, window_of
 from experiments.run.run import Run
 from experiments.run.run_record import write_run_record
 from experiments.run.stages.bases import run_basis
@@ -44,6 +44,6 @@ def run_stages(run: Run, redo: Sequence[str] = (), stages: Sequence[str] | None 
         if run.directory.finished(stage, run.key(stage)):
             run.say(f"  {stage:<24} done before, kept")
             continue
-        BODIES[stage.partition(":")[0]](run, stage)
+        BODIES[window_of(stage.partition(":")[0])[0]](run, stage)
         run.say(f"  {stage:<24} {time.perf_counter() - started:7.1f} s")
     write_run_record(run)

@@ -190,7 +190,7 @@ def _open_once(directory: str, threads: int) -> tuple[Run, Checkpoints, list[Bas
         torch.set_num_threads(threads)
         run = load_run(Path(directory), lambda text: None)
         bases = [load_record(Basis, run.directory.basis(b.label)) for b in run.config.measured_bases()]
-        _OPEN[directory] = run, run.checkpoints(), bases
+        _OPEN[directory] = run, run.observed(), bases
     return _OPEN[directory]
 
 

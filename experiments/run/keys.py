@@ -10,10 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 from experiments.config import BasisConfig, RunConfig
+from experiments.tasks import own_task
 from polca_edit.artifacts import key_of
 
 #: Raised when stage bodies change so that results of earlier code no longer stand.
 SCHEMA = 2
+Window = tuple[int, int] | None
 #: Settings that are paths; their contents stand for them.
 PATHS = {
     "model": ("path",),
@@ -32,29 +34,59 @@ def stage_names(config: RunConfig) -> list[str]:
         *(f"basis:{basis.label}" for basis in config.bases if basis.rotated),
         *(f"clusters:{label}" for label in labels),
         *(f"damage:{label}" for label in labels),
-        *(f"signatures:{name}" for name in signature_names(config)),
-        *(["timeline"] if config.discover.edits else []),
+        *discovery_stages(config),
         "evaluate",
     ]
 
 
-def signature_names(config: RunConfig) -> list[str]:
+def discovery_stages(config: RunConfig, window: Window = None) -> list[str]:
+    """Stages of discovery, of the run's own movement or of a window's, which is kept beside it."""
+    names = [f"signatures:{name}" for name in signature_names(config, window)]
+    return [*names, f"timeline{window_suffix(window)}"] if names else []
+
+
+def window_suffix(window: Window) -> str:
+    """How a window is written at the end of a stage's name; nothing for the run's own movement."""
+    return "" if window is None else f"@{window[0]}-{window[1]}"
+
+
+def window_of(name: str) -> tuple[str, Window]:
+    """A name without its window, and the window.
+
+    >>> window_of("hessian+trajectory@20-60"), window_of("timeline")
+    (('hessian+trajectory', (20, 60)), ('timeline', None))
+    """
+    plain, at, ends = name.partition("@")
+    start, _, end = ends.partition("-")
+    return plain, (int(start), int(end)) if at else None
+
+
+def signature_names(config: RunConfig, window: Window = None) -> list[str]:
     """Bases whose movement is undone for interventional clusters: each alone, and all of them together."""
     if not config.discover.edits:
         return []
     measured = [basis.label for basis in config.measured_bases()]
-    return [*measured, "+".join(measured)] if len(measured) > 1 else measured
+    names = [*measured, "+".join(measured)] if len(measured) > 1 else measured
+    return [f"{name}{window_suffix(window)}" for name in names]
 
 
 def data_key(config: RunConfig, contents: str) -> str:
     """Hash of what decides a run's weights and its splits."""
-    settings = config.model_dump(mode="json")
+    settings, own = config.model_dump(mode="json"), own_task(config.task)
     sections: dict[str, Any] = {}
     for name in ("task", "seed", "model", config.task, "training", "checkpoints"):
-        value = settings[name]
+        value = settings.get(name)
         if isinstance(value, dict):
-            value = {key: own for key, own in value.items() if key not in PATHS.get(name, ())}
+            value = {key: part for key, part in value.items() if key not in PATHS.get(name, ())}
         sections[name] = value
+    if own is not None:
+        sections.pop(config.task, None)
+        sections["task"] = own.function
+    # Only where they are given: keys of runs without them stay as they are.
+    if config.options:
+        sections["options"] = settings["options"]
+    if config.window is not None:
+        sections["window"] = settings["window"]
     return key_of(SCHEMA, sections, contents)
 
 
@@ -97,11 +129,12 @@ def stage_key(config: RunConfig, contents: str, stage: str) -> str:
     if kind == "damage":
         return key_of("damage", upstream(f"clusters:{label}"), settings["damage"])
     if kind == "signatures":
-        bases = [(name, basis_key(config, contents, spec(name))) for name in label.split("+")]
-        own = [settings["discover"], settings["damage"]["reference"]]
+        names, window = window_of(label)
+        bases = [(name, basis_key(config, contents, spec(name))) for name in names.split("+")]
+        own = [settings["discover"], settings["damage"]["reference"], *([] if window is None else [window])]
         return key_of("signatures", bases, data_key(config, contents), own)
-    if kind == "timeline":
-        found = [upstream(f"signatures:{name}") for name in signature_names(config)]
+    if window_of(kind)[0] == "timeline":
+        found = [upstream(f"signatures:{name}") for name in signature_names(config, window_of(kind)[1])]
         return key_of("timeline", found, settings["discover"])
     every = [upstream(f"clusters:{basis.label}") for basis in config.bases]
     return key_of("evaluate", every, settings["damage"])

@@ -97,7 +97,7 @@ def transferred_labels(run: Run, basis: str, tokens: TokenSet) -> list[Transferr
     """
     settings = ClusterSettings(**run.config.clusters.model_dump())
     projections = project(
-        run.objective, run.checkpoints(), [load_record(Basis, run.directory.basis(basis))], tokens
+        run.objective, run.observed(), [load_record(Basis, run.directory.basis(basis))], tokens
     )[0]
     both = cluster_both(
         load_observation(run, basis).allocation.projected_loss(),

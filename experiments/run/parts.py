@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,11 +10,10 @@ from typing import TypeVar
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file
 from torch import Tensor
 
 from polca_edit.artifacts import load_record, save_record
-from polca_edit.checkpoints.files import write_tensors
+from polca_edit.checkpoints.files import read_weights, write_tensors
 from polca_edit.derivatives.objective import PassCount
 
 Record = TypeVar("Record")
@@ -29,26 +27,48 @@ class Spent:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class Noted:
+    """What was spent when a part was about to be written.
+
+    Attributes:
+        part: file of that part, relative to the folder.
+        now: with it.
+        before: without it, which holds where the process was killed before the file was there.
+    """
+
+    part: str
+    now: Spent
+    before: Spent
+
+
 class Ledger:
     """What a stage's finished parts cost, kept beside them so that a resumed run adds up the same.
 
     Cost noted by an interrupted try becomes the carried cost of this one; what is spent between making
-    the ledger and a note belongs to the parts noted.
+    the ledger and a note belongs to the parts noted. A part is noted before it is written.
     """
 
     def __init__(self, parts: Path, passes: PassCount) -> None:
         if (parts / "spent.json").exists():
-            os.replace(parts / "spent.json", parts / "cost.json")
+            noted = load_record(Noted, parts / "spent.json")
+            save_record(parts / "cost.json", noted.now if (parts / noted.part).exists() else noted.before)
+            (parts / "spent.json").unlink()
         self._parts, self._passes = parts, passes
         self._carried = carried_cost(parts) or Spent()
         self._first, self._started = passes.as_dict(), time.perf_counter()
+        self._before = self._carried
 
-    def note(self) -> None:
-        """Write down all that was spent so far."""
+    def note(self, part: Path) -> None:
+        """Write down all that was spent so far, before the part that it was spent for is written."""
         now, carried = self._passes.as_dict(), self._carried
         passes = {kind: carried.passes.get(kind, 0.0) + now[kind] - self._first[kind] for kind in now}
         seconds = carried.seconds + time.perf_counter() - self._started
-        save_record(self._parts / "spent.json", Spent(passes, seconds))
+        spent = Spent(passes, seconds)
+        save_record(
+            self._parts / "spent.json", Noted(str(part.relative_to(self._parts)), spent, self._before)
+        )
+        self._before = spent
 
 
 def carried_cost(parts: Path) -> Spent | None:
@@ -80,8 +100,8 @@ def kept_parts(
                 yield load_record(kind, path)
                 continue
             result = function(index)
+            ledger.note(path)
             save_record(path, result)
-            ledger.note()
             yield result
 
     return mapped
@@ -102,12 +122,12 @@ def kept_products(
         path = folder / f"product-{count:05d}.safetensors"
         count += 1
         if path.exists():
-            stored: Tensor = load_file(path)["image"]
+            stored = read_weights(path)["image"]
             # A copy: sums over memory that is aligned otherwise differ in the last digit.
             return stored.to(vector).clone()
         image = product(vector)
+        ledger.note(path)
         write_tensors(path, {"image": image})
-        ledger.note()
         return image
 
     return kept

@@ -112,6 +112,7 @@ def open_evaluate(run: Run, plan: object, by: str = "run") -> Opening:
         openings.append(Opening(digest, bool(openings), by))
     else:
         openings[known] = replace(openings[known], times=openings[known].times + 1)
+    run.directory.unseal()
     write_json(_plan_file(run.directory, by, digest), {**values, "sha256": digest})
     save_record(run.directory / "run.json", replace(record, evaluate_openings=tuple(openings)))
     return openings[-1 if known is None else known]

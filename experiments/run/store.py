@@ -11,17 +11,19 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
 from experiments.run.machine import peak_rss_bytes
 from experiments.run.parts import carried_cost
-from polca_edit.artifacts import checksum, load_record, save_record
+from polca_edit.artifacts import checksum, key_of, load_record, save_record
 from polca_edit.checkpoints.files import write_json
 from polca_edit.derivatives.objective import PassCount
 
 Record = TypeVar("Record")
+#: List of checksums that a verb leaves behind (:mod:`experiments.run.guard`).
+SEAL = "seal.json"
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class StageRecord:
         passes: sequences through the model by kind.
         peak_rss_bytes: peak memory of the process when it ended.
         files: output path (relative) -> SHA-256.
+        digest: hash of all that, by which a damaged record is known.
     """
 
     stage: str
@@ -43,6 +46,16 @@ class StageRecord:
     passes: Mapping[str, float] = field(default_factory=dict)
     peak_rss_bytes: int = 0
     files: Mapping[str, str] = field(default_factory=dict)
+    digest: str = ""
+
+    def sealed(self) -> StageRecord:
+        """With the hash of everything else in it."""
+        return replace(self, digest=key_of(replace(self, digest="")))
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is what was written; records of earlier versions have no hash."""
+        return not self.digest or self == self.sealed()
 
 
 @dataclass(frozen=True)
@@ -101,13 +114,63 @@ class RunDirectory:
         """Record of a stage, None if it is not finished or its record cannot be read."""
         path = self.stage_file(stage)
         try:
-            return load_record(StageRecord, path) if path.exists() else None
+            record = load_record(StageRecord, path) if path.exists() else None
         except ValueError:
             return None
+        return record if record is None or record.whole else None
 
     def stage_records(self) -> list[StageRecord]:
-        """Records of all finished stages."""
-        return [load_record(StageRecord, p) for p in sorted((self.path / "stages").glob("*.json"))]
+        """Records of all finished stages.
+
+        Raises:
+            ValueError: for a record that is damaged.
+        """
+        found = []
+        for path in sorted((self.path / "stages").glob("*.json")):
+            record = load_record(StageRecord, path)
+            if not record.whole:
+                raise ValueError(f"'{path}' is not what was written; delete it and run that stage again")
+            found.append(record)
+        return found
+
+    def require_whole(self) -> None:
+        """Compare every file of every finished stage with its checksum.
+
+        Raises:
+            ValueError: for the first file that is another than its stage wrote.
+        """
+        for record in self.stage_records():
+            for name, value in record.files.items():
+                if (self.path / name).exists() and checksum(self.path / name) != value:
+                    raise ValueError(
+                        f"'{self.path / name}' is not what stage {record.stage} wrote (damaged or edited); "
+                        "polca-edit run with the same config repairs it"
+                    )
+
+    def forget_damaged(self) -> list[str]:
+        """Take away the records of stages whose files, or that themselves, are damaged: they are run again.
+
+        Returns:
+            the stages' record files.
+        """
+        forgotten = []
+        for path in sorted((self.path / "stages").glob("*.json")):
+            try:
+                record = load_record(StageRecord, path)
+                whole = record.whole and all(
+                    not (self.path / name).exists() or checksum(self.path / name) == value
+                    for name, value in record.files.items()
+                )
+            except ValueError:
+                whole = False
+            if not whole:
+                path.unlink()
+                forgotten.append(path.name)
+        return forgotten
+
+    def unseal(self) -> None:
+        """Take the list of checksums away before anything is written."""
+        (self.path / SEAL).unlink(missing_ok=True)
 
     def finished(self, stage: str, key: str) -> bool:
         """Whether the stage ended with this key and its files are still what it wrote."""
@@ -180,6 +243,7 @@ class RunDirectory:
         if self._stale(stage, key, parts):
             for path in [*outputs, *([parts] if parts else [])]:
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        self.unseal()
         self.stage_file(stage).unlink(missing_ok=True)
         if parts is not None:
             parts.mkdir(parents=True, exist_ok=True)
@@ -210,7 +274,8 @@ class RunDirectory:
             members = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
             files.update({str(p.relative_to(self.path)): checksum(p) for p in members})
         record = StageRecord(stage, key, seconds, dict(passes), peak_rss_bytes(), files)
-        save_record(self.stage_file(stage), record)
+        self.unseal()
+        save_record(self.stage_file(stage), record.sealed())
 
     def _stale(self, stage: str, key: str, parts: Path | None) -> bool:
         if parts is not None and (parts / "key.json").exists():

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from experiments.config import RunConfig
-from experiments.tasks.task import DATA_ORDER, BatchLoss, Task, training_generator
+from experiments.tasks.task import DATA_ORDER, BatchLoss, Partition, Task, training_generator
 from interventions.causal.control import Planted
 from polca_edit.models import TransformerShape, build_native_bridge, build_small_transformer
 from polca_edit.parameters import ParameterSpace
@@ -24,6 +24,16 @@ from polca_edit.tokens import Splits, TokenSet
 
 PLACES = ("1000s", "100s", "10s", "1s")
 SKILLS = (*PLACES, "carry", "carry@100s", "carry@10s")
+#: Output digit, split by whether a carry comes in; the 1s place never has one.
+GROUPS = tuple(f"{place}{suffix}" for place in PLACES for suffix in ("", "+carry"))[:7]
+SKILL_GROUPS = {
+    "1000s": ("1000s", "1000s+carry"),
+    "100s": ("100s", "100s+carry"),
+    "10s": ("10s", "10s+carry"),
+    "1s": ("1s",),
+    "carry@100s": ("100s+carry",),
+    "carry@10s": ("10s+carry",),
+}
 PLUS, EQUALS = 10, 11
 LENGTH = 12
 PAPER_SHAPE = TransformerShape(
@@ -119,6 +129,13 @@ def plant_rule(tokens: TokenSet) -> Planted:
     member[:, -1] = chosen
     changed = replace(tokens, inputs=inputs, outputs=inputs[:, -4:].clone())
     return Planted(changed, member[tokens.scored])
+
+
+def assign_groups(tokens: TokenSet) -> Int[Tensor, " M"]:
+    """Index into :data:`GROUPS` from place and carry, which are functions of the two summands."""
+    place = torch.from_numpy(tokens.features["place"])
+    carry = torch.from_numpy(tokens.features["carry in"])
+    return 2 * place + carry
 
 
 @dataclass(frozen=True)
@@ -285,4 +302,7 @@ def build(config: RunConfig, tokenizer: object = None) -> Task:
         unseen=None if opened else unseen,
         parents=PLACES,
         plant=plant_rule,
+        logits=output_logits,
+        partition=Partition(GROUPS, assign_groups, SKILL_GROUPS),
+        fresh=data.allowed,
     )

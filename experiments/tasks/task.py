@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from jaxtyping import Int
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from experiments.config import RunConfig
+from experiments.tasks import TASKS, own_task
 from interventions.causal.control import Plant
+from interventions.removal.grouped import GroupRule, LogitFunction
 from polca_edit.checkpoints.opening import open_checkpoints
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.derivatives.objective import Objective
@@ -54,8 +57,39 @@ def training_generator(seed: int, step: int, branch: int = 0) -> torch.Generator
 
 
 @dataclass(frozen=True)
+class Partition:
+    """Groups that share every token out among them, finer than skills, for the bounds of a removal.
+
+    Attributes:
+        names: of the groups.
+        assign: token set -> (M,) index of each token's group, from inputs alone.
+        skills: skill -> the groups it is made of.
+    """
+
+    names: tuple[str, ...]
+    assign: Callable[[TokenSet], Int[Tensor, " M"]]
+    skills: Mapping[str, tuple[str, ...]]
+
+    def rule(self, skill: str) -> GroupRule:
+        """The groups with those of one skill as target.
+
+        Raises:
+            ValueError: for an unknown skill.
+        """
+        if skill not in self.skills:
+            raise ValueError(f"a skill must be one of {sorted(self.skills)}, got '{skill}'")
+        return GroupRule(
+            self.names, tuple(name in self.skills[skill] for name in self.names), self.assign, skill
+        )
+
+
+@dataclass(frozen=True)
 class Task:
-    """Model, data and loss of a run.
+    """Model, data and loss of a run: what ``build(config, tokenizer)`` of every task returns.
+
+    The first seven are needed. What else a task has opens verbs: ``training`` lets ``run`` train and
+    ``blocking`` train again, ``unseen`` and ``plant`` give a causal test new tokens and its positive
+    control, ``logits`` gives removal its KL and accuracy. A verb whose part is missing says so.
 
     Attributes:
         name: task name.
@@ -74,6 +108,13 @@ class Task:
             causal test; None where the task does not know how.
         tags: gold part-of-speech tags of the select tokens, where the text has them.
         tokenizer: what was trained on the text, None where there is none of its own.
+        logits: (module, inputs) -> (B, P, V) logits of every slot; the token loss is their cross-entropy on
+            ``outputs`` of the tokens.
+        partition: groups of the tokens for the bounds of a removal; None takes the skills.
+        fresh: (count, generator) -> labelled sequences that training may see, for the fits of a removal;
+            None draws from the curvature and select splits.
+        fingerprint: hash of data and initial weights, where code and settings do not decide them.
+        notes: sentences for whoever starts a run: order of checkpoints, text kept, training rows left out.
     """
 
     name: str
@@ -89,6 +130,11 @@ class Task:
     plant: Plant | None = None
     tags: GoldTags | None = None
     tokenizer: Tokenizer | None = None
+    logits: LogitFunction | None = None
+    partition: Partition | None = None
+    fresh: Callable[[int, torch.Generator], TokenSet] | None = None
+    fingerprint: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def batch_loss(self) -> BatchLoss | None:
@@ -104,7 +150,7 @@ class Task:
             return None
         return open_checkpoints(
             given.directory,
-            self.space,
+            self.module,
             names=given.pattern,
             step_pattern=given.step_pattern,
             reference=given.reference,
@@ -119,7 +165,7 @@ class Task:
 
 
 def build_task(config: RunConfig, tokenizer: Tokenizer | None = None) -> Task:
-    """Model and data of a config, made by the module of the task's name.
+    """Model and data of a config, made by the module or the file that the task's name says.
 
     Args:
         config: the run.
@@ -128,7 +174,8 @@ def build_task(config: RunConfig, tokenizer: Tokenizer | None = None) -> Task:
     Raises:
         ValueError: for data that cannot be read or is too small.
     """
-    task: Task = importlib.import_module(f"experiments.tasks.{config.task}").build(config, tokenizer)
+    module = "tasks.own" if own_task(config.task) else TASKS[config.task].module
+    task: Task = importlib.import_module(f"experiments.{module}").build(config, tokenizer)
     task.module.to(device_of(config))
     return task
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -19,19 +19,21 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from experiments.config import RunConfig, TextConfig
-from experiments.tasks.corpus import read_documents, read_tagged, read_token_ids
+from experiments.tasks.corpus import read_corpus, read_documents, read_tagged, read_token_ids
 from experiments.tasks.task import DATA_ORDER, BatchLoss, Task, training_generator
+from interventions.removal.grouped import next_token_logits
 from polca_edit.checkpoints.huggingface import is_adapter
 from polca_edit.checkpoints.huggingface_models import (
     load_adapted,
     load_bridge,
     load_causal_lm,
-    load_tokenizer,
     ready_for_derivatives,
     vocabulary_and_context,
 )
-from polca_edit.checkpoints.opening import find_revisions, open_checkpoints
+from polca_edit.checkpoints.opening import open_checkpoints
 from polca_edit.checkpoints.series import Checkpoints
+from polca_edit.checkpoints.survey import survey, whole_revisions
+from polca_edit.checkpoints.tokenizer_files import FolderTokenizer, load_tokenizer
 from polca_edit.models import TransformerShape, build_native_bridge, build_small_transformer
 from polca_edit.parameters import ParameterSpace
 from polca_edit.text.conllu import GoldTags, gold_tags, token_tags
@@ -61,6 +63,7 @@ class EnglishData:
         digest: SHA-256 of all token ids, held-out ones included.
         tags: gold tags of the select tokens, where a tagged probe was read.
         tokenizer: None for text that came as ids.
+        notes: see :class:`Tokenised`.
     """
 
     splits: Splits
@@ -72,6 +75,7 @@ class EnglishData:
     digest: str
     tags: GoldTags | None = None
     tokenizer: Tokenizer | None = None
+    notes: tuple[str, ...] = ()
 
     def batch(self, step: int, branch: int = 0) -> Int[Tensor, "B L"]:
         """The batch of one optimiser step, a pure function of (seed, branch, step)."""
@@ -95,12 +99,14 @@ class Tokenised:
         held_out: documents that neither tokenizer nor model may see, in drawing order.
         strings: text of each token id.
         tokenizer: None for text that came as ids.
+        notes: how much of the text was kept, and what was switched off.
     """
 
     documents: list[np.ndarray]
     held_out: list[int]
     strings: tuple[str, ...]
     tokenizer: Tokenizer | None
+    notes: tuple[str, ...] = ()
 
 
 def sampling_of(config: TextConfig) -> Sampling:
@@ -110,7 +116,7 @@ def sampling_of(config: TextConfig) -> Sampling:
 
 def tokenise(
     config: TextConfig,
-    tokenizer: Tokenizer | None,
+    tokenizer: Tokenizer | FolderTokenizer | None,
     vocabulary: int,
     generator: torch.Generator,
 ) -> Tokenised:
@@ -129,33 +135,43 @@ def tokenise(
         raise ValueError("task 'text' needs a text, got none; pass --text FILE or set text.file")
     sampling = sampling_of(config)
     wanted = 0 if config.probe else config.select_sequences + config.evaluate_sequences
+    folder = tokenizer if isinstance(tokenizer, FolderTokenizer) else None
+    own = tokenizer.tokenizer if isinstance(tokenizer, FolderTokenizer) else tokenizer
     if config.file.endswith(".npy"):
-        ids = read_token_ids(config.file, limit=config.max_documents)
+        default = None if folder is None else folder.separator
+        separator = default if config.separator is None else config.separator
+        ids = read_token_ids(
+            config.file,
+            separator=separator,
+            padding=None if folder is None else folder.padding,
+            limit=config.max_documents,
+        )
+        note = f"text: {sum(map(len, ids)):,} token ids in {len(ids):,} documents"
         held_out = hold_out([len(i) for i in ids], wanted, sampling, generator) if wanted else []
-        strings = token_strings(tokenizer) if tokenizer else tuple(f" {i}" for i in range(vocabulary))
+        strings = token_strings(own) if own else tuple(f" {i}" for i in range(vocabulary))
     else:
-        documents = read_documents(
+        read = read_corpus(
             config.file, field=config.field, limit=config.max_documents, unique=config.deduplicate
         )
+        documents, note = read.documents, read.sentence()
         lengths = [len(d.text) // CHARACTERS_PER_TOKEN for d in documents]
         held_out = hold_out(lengths, wanted, sampling, generator) if wanted else []
         hidden = set(held_out)
-        if tokenizer is None:
-            seen = (d.text for i, d in enumerate(documents) if i not in hidden)
-            tokenizer = train_tokenizer(seen, vocabulary)
-        ids = encode_documents(tokenizer, [d.text for d in documents])
-        strings = token_strings(tokenizer)
+        if own is None:
+            own = train_tokenizer((d.text for i, d in enumerate(documents) if i not in hidden), vocabulary)
+        ids = encode_documents(own, [d.text for d in documents])
+        strings = token_strings(own)
     largest = max((int(i.max()) for i in ids if len(i)), default=0)
     if largest >= vocabulary:
         raise ValueError(
             f"token ids must be below the vocabulary of {vocabulary}, got {largest}; "
             "set text.vocabulary, or use the model's own tokenizer"
         )
-    return Tokenised(ids, held_out, strings, tokenizer)
+    return Tokenised(ids, held_out, strings, own, (note, *(folder.notes if folder else ())))
 
 
 def text_data(
-    config: RunConfig, tokenizer: Tokenizer | None = None, vocabulary: int | None = None
+    config: RunConfig, tokenizer: Tokenizer | FolderTokenizer | None = None, vocabulary: int | None = None
 ) -> EnglishData:
     """Data of a text config: read, split by document, tokenise, cut.
 
@@ -196,6 +212,7 @@ def text_data(
         digest.hexdigest(),
         tags,
         found.tokenizer,
+        found.notes,
     )
 
 
@@ -314,41 +331,47 @@ def _task(
         },
         open_checkpoints=None if open_checkpoints is None else partial(open_checkpoints, space),
         tags=data.tags,
+        logits=next_token_logits,
+        notes=data.notes,
     )
 
 
 def _huggingface_task(config: RunConfig) -> Task:
     """A Hugging Face model: its own tokenizer, its checkpoints where the config names some."""
     path, given = Path(config.model.path or "."), config.checkpoints
-    revisions = (
-        []
+    found = (
+        None
         if given is None
-        else find_revisions(given.directory, names=given.pattern, step_pattern=given.step_pattern)
+        else survey(given.directory, names=given.pattern, step_pattern=given.step_pattern)
     )
-    adapted = bool(revisions) and is_adapter(revisions[-1].path)
-    if adapted:
-        module = load_adapted(path, revisions[-1].path)
+    last = None
+    if given is not None and found is not None:
+        last = whole_revisions(found.revisions, skip_damaged=given.skip_damaged)[-1].path
+    adapted = last is not None and is_adapter(last)
+    if last is not None and adapted:
+        module = load_adapted(path, last)
     else:
         module = load_bridge(path) if config.model.hooks else load_causal_lm(path)
     vocabulary, context = vocabulary_and_context(module)
-    if config.text.n_ctx > context:
+    if context is not None and config.text.n_ctx > context:
         raise ValueError(
             f"text.n_ctx must be at most the model's context of {context}, got {config.text.n_ctx}; lower it"
         )
-    tokenizer = load_tokenizer(path) or (load_tokenizer(revisions[-1].path) if revisions else None)
+    tokenizer = load_tokenizer(path) or (load_tokenizer(last) if last else None)
     if tokenizer is None and not (config.text.file or "").endswith(".npy"):
         raise ValueError(
             f"'{path}' must hold a tokenizer.json to read text with, it does not; save the tokenizer there "
             "or give token ids as an .npy file"
         )
     data = text_data(config, tokenizer, vocabulary)
-    token_loss, _ = ready_for_derivatives(module, data.splits.select.inputs[:2])
+    token_loss, ready = ready_for_derivatives(module, data.splits.select.inputs[:2])
 
-    def opened(space: ParameterSpace) -> Checkpoints:
+    @cache  # one series a task, so that each checkpoint's loss is compared once
+    def opened(_: ParameterSpace) -> Checkpoints:
         assert given is not None
         return open_checkpoints(
             given.directory,
-            space,
+            module,
             names=given.pattern,
             step_pattern=given.step_pattern,
             reference=given.reference,
@@ -356,4 +379,7 @@ def _huggingface_task(config: RunConfig) -> Task:
             load=load_bridge if config.model.hooks and not adapted else None,
         )
 
-    return _task(config, data, module, token_loss, opened if revisions else None)
+    task = _task(config, data, module, token_loss, opened if found else None)
+    notes = [found.sentence()] if found else []
+    notes += [] if ready == "ready" else [f"derivatives: {ready}"]
+    return replace(task, notes=(*notes, *task.notes))

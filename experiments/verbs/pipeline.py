@@ -19,7 +19,39 @@ Redo = Annotated[
     list[str] | None, typer.Option("--redo", help="Run this stage again, e.g. --redo clusters:hessian.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the stages that would run, then stop.")]
+Task = Annotated[str | None, typer.Option(help="Your own task, FILE.py:FUNCTION, or a shipped one by name.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda.")]
+
+
+def config_for(config: str | None, task: str | None) -> str:
+    """The config that is meant where only a task was given.
+
+    Raises:
+        ValueError: where nothing says what to run.
+    """
+    from experiments.config import preset_names
+    from experiments.tasks import own_task
+
+    if config is not None:
+        return config
+    if task is None:
+        raise ValueError(f"give a config file, a preset of {preset_names()}, or --task FILE.py:FUNCTION")
+    if own_task(task) is not None:
+        return "own"
+    if task in preset_names():
+        return task
+    raise ValueError(
+        f"task '{task}' has no preset of its name; give a config as well, one of {preset_names()}"
+    )
+
+
+def default_out(config: str, task: str | None) -> Path:
+    """``runs/NAME``, of the user's file where there is one."""
+    from experiments.tasks import own_task
+
+    own = own_task(task) if task is not None else None
+    return Path("runs") / (Path(config).stem if own is None else own.file.stem)
+
 
 #: Preset of the English experiment by its short name.
 ENGLISH_PRESETS = {"demo": "english-demo", "mini": "english-mini", "paper": "english-paper"}
@@ -42,6 +74,7 @@ def execute(
     from experiments.report.labels import print_labels
     from experiments.report.page import write_report
     from experiments.run.driver import run_stages
+    from experiments.run.guard import writing
     from experiments.run.keys import stage_names
     from experiments.run.labels import write_labels
     from experiments.run.run import open_run
@@ -56,15 +89,16 @@ def execute(
     if dry_run:
         say(f"{out}: would run {', '.join(names)}, summary, report")
         return None
-    opened = open_run(resolved, out, say)
-    say(
-        f"polca-edit: task {opened.task.name}, {opened.task.space.size:,} parameters, "
-        f"seed {resolved.seed}, into {out}"
-    )
-    run_stages(opened, redo or ())
-    labels = write_labels(opened) if opened.task.name == "text" else {}
-    summary = write_summary(opened)
-    page = write_report(opened.directory, say)
+    with writing(out, repairs=True):
+        opened = open_run(resolved, out, say)
+        say(
+            f"polca-edit: task {opened.task.name}, {opened.task.space.size:,} parameters, "
+            f"seed {resolved.seed}, into {out}"
+        )
+        run_stages(opened, redo or ())
+        labels = write_labels(opened) if opened.task.name == "text" else {}
+        summary = write_summary(opened)
+        page = write_report(opened.directory, say)
     say(f"  {'total':<24} {time.perf_counter() - started:7.1f} s")
     print_summary(opened.directory, console)
     print_labels(labels, console)
@@ -81,7 +115,10 @@ def demo(seed: Seed = None, out: Out = None, set_: Set = None, dry_run: DryRun =
 
 
 def run(
-    config: Annotated[str, typer.Argument(help="Config file, or a preset by name.")],
+    config: Annotated[
+        str | None, typer.Argument(help="Config file, or a preset by name; --task alone takes 'own'.")
+    ] = None,
+    task: Task = None,
     out: Out = None,
     seed: Seed = None,
     text: Annotated[
@@ -89,6 +126,9 @@ def run(
     ] = None,
     checkpoints: Annotated[
         str | None, typer.Option(help="Open these checkpoints instead of training.")
+    ] = None,
+    window: Annotated[
+        str | None, typer.Option(help="Observe and undo the training of steps START:END only.")
     ] = None,
     device: Device = None,
     engine: Annotated[str | None, typer.Option(help="Where derivative work runs: local or ray.")] = None,
@@ -103,18 +143,22 @@ def run(
 
     Examples: `polca-edit run mini --seed 1` ·
     `polca-edit run english.yaml --text corpus.jsonl.gz` ·
-    `polca-edit run mine.yaml --checkpoints runs/other/checkpoints`
+    `polca-edit run mine.yaml --checkpoints runs/other/checkpoints` ·
+    `polca-edit run --task my_task.py:build --set training.steps=600`
     """
+    named = config_for(config, task)
     overrides = settings_from(
         set_,
+        task=task,
         seed=seed,
         text__file=text,
         checkpoints__directory=checkpoints,
+        window=window,
         device=device,
         engine=engine,
         engine_address=address,
     )
-    execute(config, out or Path("runs") / Path(config).stem, overrides, redo, dry_run)
+    execute(named, out or default_out(named, task), overrides, redo, dry_run)
 
 
 def open_overrides(
@@ -145,10 +189,11 @@ def open_overrides(
     """
     from experiments.config import load_config
     from polca_edit.checkpoints.huggingface import base_of_adapter, is_adapter
-    from polca_edit.checkpoints.opening import find_revisions, whole_revisions
+    from polca_edit.checkpoints.survey import survey, whole_revisions
 
-    revisions = find_revisions(folder, names=names, step_pattern=step_pattern)
-    last = whole_revisions(revisions, skip_damaged=skip_damaged)[-1].path
+    found = survey(folder, names=names, step_pattern=step_pattern)
+    revisions = whole_revisions(found.revisions, skip_damaged=skip_damaged)
+    last = revisions[-1].path
     adapted = is_adapter(last)
     model = base or (base_of_adapter(last) if adapted else last)
     if model is None:

@@ -17,9 +17,12 @@ def report(directory: Annotated[Path, typer.Argument(help="A run directory.")]) 
     Example: `polca-edit report runs/demo`
     """
     from experiments.report.page import write_report
+    from experiments.run.guard import existing
     from experiments.run.store import RunDirectory
 
-    say(f"Report: {write_report(RunDirectory(directory), say)}")
+    with existing(directory):
+        RunDirectory(directory).require_whole()
+        say(f"Report: {write_report(RunDirectory(directory), say)}")
 
 
 def inspect(
@@ -31,9 +34,11 @@ def inspect(
     Example: `polca-edit inspect runs/demo --json | jq .cost`
     """
     from experiments.report.answers import print_summary
+    from experiments.run.guard import check
     from experiments.run.store import RunDirectory
     from experiments.run.summary.write import summary_values
 
+    check(directory)
     if json_:
         typer.echo(json.dumps(summary_values(directory), indent=1, sort_keys=True))
     else:
@@ -56,6 +61,7 @@ def label(
     """
     from experiments.report.labels import print_labels, transferred_table
     from experiments.report.page import write_report
+    from experiments.run.guard import existing
     from experiments.run.labels import transferred_labels, write_labels
     from experiments.run.run import load_run
     from experiments.run.summary.write import write_summary
@@ -68,12 +74,14 @@ def label(
         other = transfer_tokens(run.config, transfer, sequences, run.task.tokenizer)
         rows = [row for b in run.config.bases for row in transferred_labels(run, b.label, other)]
         found = {"text": transfer, "rows": to_plain(rows)}
-        write_json(run.directory.path / "labels" / "transfer.json", found)
+        with existing(directory):
+            write_json(run.directory.path / "labels" / "transfer.json", found)
         console.print(transferred_table(rows).terminal())
         return
-    labels = write_labels(run)
-    write_summary(run)
-    page = write_report(run.directory, typer.echo)
+    with existing(directory):
+        labels = write_labels(run)
+        write_summary(run)
+        page = write_report(run.directory, typer.echo)
     if json_:
         typer.echo(json.dumps(to_plain(labels), indent=1, sort_keys=True))
     else:

@@ -136,10 +136,7 @@ def select_shares(
 
 def split_of(run: Run, tokens: TokenSet, window: tuple[int, int] | None = None) -> EvaluatedSplit:
     """The run's movement, or that of a window, on some tokens."""
-    split = evaluated(run, tokens)
-    return (
-        split if window is None else EvaluatedSplit(split.loss, split.series, tokens, window, split.reference)
-    )
+    return evaluated(run, tokens, window)
 
 
 def unseen_tokens(run: Run, sequences: int) -> TokenSet:

@@ -12,7 +12,7 @@ from interventions.causal.questions import Verdict
 from interventions.causal.settings import TestSettings
 from interventions.causal.statistics import Interval
 
-SCHEMA = 2
+SCHEMA = 3
 #: From here on a leakage stands for a target that lost nothing.
 NO_LEAK = 1e5
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from experiments.run.groups import with_groups
 from experiments.run.keys import signature_names
 from experiments.run.machine import hardware, versions
 from experiments.run.run import Run, load_run
@@ -48,6 +49,7 @@ class StudySettings:
         bases: names; every run must have them.
         unseen: sequences drawn anew; zero takes the evaluate split.
         window: (first, last) step of the movement that is undone.
+        groups: file of token groups that join the labels.
         test: draws and thresholds.
         control: plant a rule and its twin in every run.
     """
@@ -57,6 +59,7 @@ class StudySettings:
     window: tuple[int, int] | None = None
     test: TestSettings = TestSettings()
     control: bool = True
+    groups: str | None = None
 
 
 def run_study(
@@ -76,7 +79,7 @@ def run_study(
         ValueError: for runs of different configs, or a basis that a run does not have.
     """
     started = time.perf_counter()
-    runs = [load_run(place, say=lambda _: None) for place in places]
+    runs = [with_groups(load_run(place, say=lambda _: None), settings.groups, say) for place in places]
     _same_config(runs)
     seeds = tuple(run.config.seed for run in runs)
     chosen = [_chosen(run, settings) for run in runs]
@@ -180,7 +183,7 @@ def measure_basis(place: Path, label: str, settings: StudySettings) -> KeptEvide
     """One basis of one run, read back where it was measured before with the same key."""
     from tqdm import tqdm
 
-    run = load_run(place, say=lambda _: None)
+    run = with_groups(load_run(place, say=lambda _: None), settings.groups)
     name, key = _place(run, label, settings)
 
     def compute() -> KeptEvidence:
@@ -226,7 +229,7 @@ def _measure(
 
 def measure_control(place: Path, settings: StudySettings) -> ControlRow | None:
     """A planted rule and its twin in a run's final model; None where the task cannot plant one."""
-    run = load_run(place, say=lambda _: None)
+    run = with_groups(load_run(place, say=lambda _: None), settings.groups)
     if run.task.plant is None or settings.unseen == 0 or not settings.control:
         return None
     key = run.key_for(

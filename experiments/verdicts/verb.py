@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -13,26 +14,15 @@ import typer
 from experiments.application import console, say
 
 
-def parse_window(text: str | None) -> tuple[int, int] | None:
-    """``S:E`` as two steps.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    if text is None:
-        return None
-    start, colon, end = text.partition(":")
-    if not (colon and start.strip().isdigit() and end.strip().isdigit()):
-        raise ValueError(f"--window must be two steps START:END, got '{text}'; for example 600:720")
-    return int(start), int(end)
-
-
 def causal_test(
     runs: Annotated[list[Path], typer.Argument(help="Run directories, several seeds of one config.")],
     basis: Annotated[list[str] | None, typer.Option(help="Basis to test; repeat. Default: all.")] = None,
     unseen: Annotated[int | None, typer.Option(help="Sequences drawn anew; 0: the evaluate split.")] = None,
     window: Annotated[str | None, typer.Option(help="Undo the movement of steps START:END only.")] = None,
-    rotations: Annotated[int, typer.Option(help="Rotations of each span (S, P); at least 20.")] = 39,
+    groups: Annotated[
+        Path | None, typer.Option(help="Token groups: .npz or JSON, name -> booleans over the select tokens.")
+    ] = None,
+    rotations: Annotated[int, typer.Option(min=20, help="Rotations of each span (S, P).")] = 39,
     draws: Annotated[int, typer.Option(help="Random edits per movement (N).")] = 39,
     seed: Annotated[int, typer.Option(help="Seed of every draw.")] = 0,
     workers: Annotated[int | None, typer.Option(help="Processes; default one per core.")] = None,
@@ -48,7 +38,10 @@ def causal_test(
     Examples: `polca-edit test runs/demo` ·
     `polca-edit test runs/demo runs/demo-1 --basis hessian --out studies/demo --json -`
     """
+    from experiments.config import parse_window
     from experiments.report.chapters.verdicts import print_verdicts
+    from experiments.run.groups import with_groups
+    from experiments.run.guard import existing
     from experiments.run.run import load_run
     from experiments.run.summary.records import TestedFile
     from experiments.run.summary.write import write_summary
@@ -58,16 +51,27 @@ def causal_test(
 
     if len(runs) > 1 and out is None:
         raise ValueError("a study of several runs needs a folder of its own; pass --out studies/NAME")
-    first = load_run(runs[0], say=lambda _: None)
+    if groups is not None and len(runs) > 1:
+        raise ValueError("--groups belong to the tokens of one run, got several runs; test them one by one")
+    first = with_groups(load_run(runs[0], say=lambda _: None), groups)
     labels = tuple(basis or [spec.label for spec in first.config.bases])
     wanted = unseen if unseen is not None else (1000 if first.task.unseen is not None else 0)
-    settings = StudySettings(labels, wanted, parse_window(window))
+    given = None if groups is None else str(groups.absolute())
+    settings = StudySettings(labels, wanted, parse_window(window), groups=given)
+    if first.task.plant is None or wanted == 0:
+        why = "the task plants no rule" if first.task.plant is None else "it needs sequences drawn anew"
+        say(f"  left out: the positive control, {why}")
+    if first.task.unseen is None:
+        say("  the task draws no unseen sequences: tested on its evaluate split")
     test = TestSettings(rotations=rotations, random_draws=draws, seed=seed)
     settings = replace(settings, test=test)
-    result = run_study(runs, settings, workers=workers or min(os.cpu_count() or 1, 8), say=say)
-    write_result(result, out or runs[0])
-    if out is None:
-        write_summary(first)
+    with ExitStack() as held:
+        for place in runs:
+            held.enter_context(existing(place))
+        result = run_study(runs, settings, workers=workers or min(os.cpu_count() or 1, 8), say=say)
+        write_result(result, out or runs[0])
+        if out is None:
+            write_summary(first)
     if json_ == "-":
         typer.echo(json.dumps(to_plain(result), indent=1, sort_keys=True))
         return

@@ -178,13 +178,16 @@ class Bench:
         return best if best is not None and held[best] >= 0.5 else None
 
     def off_target(self, members: Bits, parent: str | None) -> dict[str, Bits]:
-        """Other parents and other tested groups, none of them with tokens of the group or its parent."""
+        """Other parents and tested groups of other parents, none with tokens of the group or its parent.
+
+        A tested group of the same parent is not off target: what it holds besides that parent are tokens
+        of other parents, which are judged whole.
+        """
         own = members | self.parents[parent] if parent is not None else members
-        groups = {
-            name: mask & ~own
-            for name, mask in (*self.parents.items(), *self.tested.items())
-            if name != parent
-        }
+        groups = {name: mask & ~own for name, mask in self.parents.items() if name != parent}
+        for name, mask in self.tested.items():
+            if parent is None or self.parent_of(mask) != parent:
+                groups.setdefault(name, mask & ~own)
         if not self.parents:
             groups["all other tokens"] = ~members
         return {name: mask for name, mask in groups.items() if mask.sum() >= self.settings.least}

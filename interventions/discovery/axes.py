@@ -149,7 +149,9 @@ def axis_target(
         raise ValueError(
             f"a target must hold some tokens and not all, '{name}' holds {members.sum()} of {len(members)}"
         )
-    rest = None if parent is None else parent.numpy().astype(bool) & ~members
+    rest = None
+    if parent is not None:
+        rest = named_groups({"parent": parent}, tokens.count)["parent"].numpy() & ~members
     own = members if rest is None else members | rest
     groups = named_groups(others, tokens.count) if others is not None else {}
     apart = {key: mask.numpy().astype(bool) & ~own for key, mask in groups.items()}

@@ -21,6 +21,7 @@ from interventions.damage import EvaluatedSplit
 from interventions.discovery.windows import Window, equal_windows
 from interventions.edits import Edit, Movement, displace, rollback
 from polca_edit.basis.record import Basis
+from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.seeds import generator_for
 
 #: Pairs of tokens whose distances are compared between halves of the edits.
@@ -103,14 +104,17 @@ def partial_undo_edits(
         yield displace(split, basis, -(dose * chosen * along), "partial_undo")
 
 
-def window_changes(split: EvaluatedSplit, pieces: int) -> tuple[tuple[Window, ...], NDArray[np.float64]]:
+def window_changes(
+    split: EvaluatedSplit, pieces: int, series: Checkpoints | None = None
+) -> tuple[tuple[Window, ...], NDArray[np.float64]]:
     """Damage of every contiguous window of training undone whole; two checkpoints are held at a time.
 
     Args:
         split: final model and tokens.
         pieces: equal pieces of training.
+        series: whose intervals they are cut from; default the split's own.
     """
-    series = split.series
+    series = split.series if series is None else series
     at = series.steps.index
     cuts = equal_windows(series.steps, pieces) if pieces else []
     spans = [Window(a.start, b.end) for i, a in enumerate(cuts) for b in cuts[i:]]

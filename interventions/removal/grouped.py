@@ -76,6 +76,11 @@ class Predictor:
     logits: LogitFunction
     passes: float = 0.0
 
+    @property
+    def spent(self) -> float:
+        """Passes of this predictor and of its objective's losses and gradients."""
+        return self.passes + self.loss.passes.forward + 2 * self.loss.passes.backward
+
     def at(
         self, theta: Float[Tensor, " N"], tokens: TokenSet, *, differentiable: bool = False
     ) -> Float[Tensor, "M V"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -12,7 +13,9 @@ from torch import Tensor
 from interventions.removal.grouped import GroupedSplit, token_nll
 from interventions.removal.problem import RemovalProblem
 from interventions.removal.relabelling import fit_relabelling
+from interventions.removal.tuning import MaskedBatches, label_loss, tuned
 from polca_edit.tokens import TokenSet
+from polca_edit.training import TrainingSettings
 
 
 def chance(answers: Int[Tensor, " M"], classes: int) -> float:
@@ -166,17 +169,19 @@ class RelearningPoint:
         step: fine-tuning steps.
         target_share: damage of the skill still there, over its headroom, not capped.
         accuracy: of the skill's tokens.
+        loss: mean loss of the skill's tokens, nats.
     """
 
     step: int
     target_share: float
     accuracy: float
+    loss: float = math.nan
 
 
 def relearn(
     judged: GroupedSplit,
     start: Float[Tensor, " N"],
-    batch: Callable[[int], tuple[TokenSet, Tensor]],
+    batch: MaskedBatches,
     steps: int,
     *,
     learning_rate: float,
@@ -187,24 +192,33 @@ def relearn(
     Args:
         judged: tokens the skill is watched on, with the original weights and the reference.
         start: weights after the edit.
-        batch: step -> (tokens, (m,) which of them are trained on).
+        batch: step -> (tokens, (m,) which of them are trained on), steps from 1.
         steps: fine-tuning steps.
         learning_rate: constant, AdamW without decay.
         every: spacing of the points.
     """
-    predictor = judged.predictor
-    theta = start.clone().requires_grad_()
-    optimiser = torch.optim.AdamW([theta], lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    points = []
-    for step in range(steps + 1):
-        if step % every == 0:
-            shares = judged.shares_at(theta.detach())
-            points.append(RelearningPoint(step, shares.target, shares.target_accuracy))
-        if step == steps:
-            break
-        tokens, trained = batch(step)
-        losses = token_nll(predictor.at(theta, tokens, differentiable=True), tokens.output_of)
-        value = losses[trained].sum() / trained.sum().clamp_min(1)
-        (theta.grad,) = torch.autograd.grad(value, [theta])
-        optimiser.step()
+    points: list[RelearningPoint] = []
+    before, room = float(judged.split.before[judged.target].double().mean()), judged.target_headroom
+    answers = judged.tokens.output_of[judged.target]
+
+    def watch(theta: Tensor) -> dict[str, float]:
+        logits = judged.predictor.at(theta, judged.tokens)[judged.target]
+        loss = float(token_nll(logits, answers).double().mean())
+        right = float((logits.argmax(-1) == answers).double().mean())
+        at = min(len(points) * every, steps)
+        points.append(RelearningPoint(at, (loss - before) / room, right, loss))
+        return {}
+
+    settings = TrainingSettings(steps, learning_rate, weight_decay=0.0, warmup=0)
+    tuned(judged.predictor, start, label_loss(judged.predictor, batch), settings, every=every, watch=watch)
     return points
+
+
+def chance_loss(answers: Int[Tensor, " M"]) -> float:
+    """Loss of the best constant prediction: the entropy of the answers' shares, nats.
+
+    >>> round(chance_loss(torch.tensor([0, 1, 2, 3])), 4)
+    1.3863
+    """
+    shares = torch.bincount(answers).double() / len(answers)
+    return float(-(shares[shares > 0] * shares[shares > 0].log()).sum())

@@ -28,7 +28,7 @@ from interventions.edits import Edit, from_delta
 from interventions.removal.grouped import LEAST_HEADROOM, mean_by_group, token_kl, token_nll
 from interventions.removal.problem import Limits, RemovalProblem
 from interventions.removal.relabelling import Refit, fit_relabelling
-from interventions.removal.spans import Span
+from interventions.removal.spans import Movable, Span
 from polca_edit.tokens import TokenSet
 
 
@@ -230,7 +230,7 @@ def batch_at(problem: RemovalProblem, step: int, moved: Float[Tensor, " N"]) -> 
 
 def fit(
     problem: RemovalProblem,
-    span: Span,
+    span: Movable,
     loss: Loss,
     settings: FitSettings,
     steps: int,

@@ -27,6 +27,7 @@ from interventions.removal.optimise import FitSettings, constrained, edit_of
 from interventions.removal.problem import Limits, RemovalProblem, score
 from interventions.removal.searches import DOSE_MARGIN, match_dose
 from interventions.removal.spans import Span
+from interventions.removal.undo import UNDO_LIMITS, Undo, Undone, undo_skill
 from polca_edit.seeds import generator_for
 from polca_edit.tokens import TokenSet
 
@@ -73,28 +74,30 @@ class RemovalResult:
         skill: what was removed.
         span: kind of span it lies in.
         rank: coordinates that were free.
-        setting: chosen on the split.
+        setting: chosen on the split; None where movement was undone.
         dose: multiple of the fitted movement, chosen on the split.
         shares: damage on the split it was chosen on.
         passes: sequences through the model, a forward with its backward counting three.
         judged: the same edit on tokens that chose nothing, where they were given.
+        undone: windows and repair, where movement was undone.
     """
 
     edit: Edit
     skill: str
     span: str
     rank: int
-    setting: FitSettings
+    setting: FitSettings | None
     dose: float
     shares: Shares
     passes: float
     judged: Judgement | None = None
+    undone: Undone | None = None
 
 
 def remove_skill(
     split: EvaluatedSplit,
     target: Target,
-    span: Span,
+    how: Span | Undo,
     *,
     logits: LogitFunction = next_token_logits,
     batch: Callable[[int], TokenSet] | None = None,
@@ -102,21 +105,23 @@ def remove_skill(
     budget: Budget | None = None,
     unseen: TokenSet | None = None,
 ) -> RemovalResult:
-    """Find the edit inside a span of recorded movement that takes one skill out and spares the rest.
+    """Find an edit that takes one skill out and spares the rest.
 
-    Coordinates are fitted by a constrained optimisation (see :mod:`interventions.removal.optimise`) with
-    a few settings; setting and dose are chosen on the split's tokens.
+    Inside a span, coordinates are fitted by a constrained optimisation (see
+    :mod:`interventions.removal.optimise`) with a few settings; setting and dose are chosen on the split's
+    tokens. By undoing, the movement that taught the skill is taken back and the rest repaired without the
+    skill's data (see :mod:`interventions.removal.undo`); windows are chosen on the split's tokens.
 
     Args:
         split: model, weights, reference and the tokens that choose; never those that judge.
         target: label of the skill in the tokens' ``skills``, (M,) mask of the split's tokens, or a
             :class:`~interventions.removal.grouped.GroupRule`, which also says whose bounds are kept.
-        span: where the edit may lie, see :mod:`interventions.removal.spans`.
+        how: where the edit may lie, see :mod:`interventions.removal.spans`, or how movement is undone.
         logits: (module, inputs) -> (B, P, V) logits of the token loss.
         batch: step -> tokens that are fitted on, a pure function of the step; by default draws from the
-            split's own sequences.
+            split's own sequences. Undoing repairs with it; without it there is no repair.
         limits: damage wanted of the target and allowed elsewhere.
-        budget: steps and settings, ``BUDGETS["medium"]`` by default.
+        budget: steps and settings of a fit in a span, ``BUDGETS["medium"]`` by default.
         unseen: tokens that judge the edit.
 
     Raises:
@@ -126,6 +131,8 @@ def remove_skill(
     Example:
         >>> found = remove_skill(split, "10s", span, unseen=tokens)  # doctest: +SKIP
         >>> found.judged.target_share, found.judged.worst_off_share  # doctest: +SKIP
+        >>> back = remove_skill(split, "10s", Undo("return"), batch=batch)  # doctest: +SKIP
+        >>> back.undone.forecast.sentences()  # doctest: +SKIP
     """
     budget = budget or BUDGETS["medium"]
     if isinstance(target, Tensor) and (unseen is not None or batch is not None):
@@ -135,7 +142,14 @@ def remove_skill(
         )
     tokens, rule = _grouped(split.tokens, target)
     select = GroupedSplit(split.on(tokens), Predictor(split.loss, logits), rule)
+    if isinstance(how, Undo):
+        return _undone(select, how, batch, limits or UNDO_LIMITS, unseen)
     problem = RemovalProblem(select, batch or draws(tokens, budget.sequences), limits or Limits())
+    return _fitted(problem, how, budget, unseen)
+
+
+def _fitted(problem: RemovalProblem, span: Span, budget: Budget, unseen: TokenSet | None) -> RemovalResult:
+    """Settings tried briefly, the best one in full, at the dose that reaches the goal on select."""
 
     def trial(setting: FitSettings) -> float:
         found = constrained(problem, span, setting, budget.trial_steps)
@@ -146,7 +160,32 @@ def remove_skill(
     dose, shares = match_dose(problem, final.delta, problem.limits.target + DOSE_MARGIN)
     edit = edit_of(problem, dose * final.delta, "removal", span=span.kind, rank=span.rank)
     result = RemovalResult(
-        edit, rule.skill, span.kind, span.rank, best, dose, shares, problem.predictor.passes
+        edit, problem.rule.skill, span.kind, span.rank, best, dose, shares, problem.predictor.passes
+    )
+    return result if unseen is None else replace(result, judged=judged_edit(problem, edit, unseen))
+
+
+def _undone(
+    select: GroupedSplit,
+    undo: Undo,
+    batch: Callable[[int], TokenSet] | None,
+    limits: Limits,
+    unseen: TokenSet | None,
+) -> RemovalResult:
+    problem, before = RemovalProblem(select, batch or draws(select.tokens, 1), limits), select.predictor.spent
+    _ = problem.headroom  # a skill that was never learned is refused before anything is done
+    edit, record, shares = undo_skill(problem, undo, repair=batch is not None)
+    kind = "all recorded movement" if undo.rows is None else "movement inside a span"
+    result = RemovalResult(
+        edit,
+        select.rule.skill,
+        kind,
+        edit.rows.shape[1] if undo.rows is None else len(undo.rows),
+        None,
+        1.0,
+        shares,
+        problem.predictor.spent - before,
+        undone=record,
     )
     return result if unseen is None else replace(result, judged=judged_edit(problem, edit, unseen))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -21,6 +22,18 @@ from polca_edit.parameters import ParameterSpace
 #: Weights in each group of rows of a removal's span, and leading recorded rows kept in each group. More
 #: rows (up to the 112 recorded ones) cost more and were no better on select (demo model).
 BLOCK, LEADING = 1024, 36
+
+
+@runtime_checkable
+class Movable(Protocol):
+    """Where an edit may lie: coordinates, and the movement they stand for."""
+
+    @property
+    def rank(self) -> int:
+        """Number of coordinates."""
+
+    def move(self, z: Float[Tensor, " k"]) -> Float[Tensor, " N"]:
+        """The movement with coordinates z; differentiable."""
 
 
 @dataclass(frozen=True)

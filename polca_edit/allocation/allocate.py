@@ -14,6 +14,7 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from tqdm import tqdm
 
 from polca_edit.basis.record import Basis
 from polca_edit.checkpoints.series import Checkpoints
@@ -223,14 +224,34 @@ def project(
         tokens: where derivatives are taken.
         mapped: runs the checkpoints; pass a caching map to resume.
         derivative_scale: see :func:`slopes_at`.
+
+    Raises:
+        ValueError: for a basis whose rows are not orthonormal, or a series that is too short.
     """
     checkpoints.require()
+    for basis in bases:
+        _require_orthonormal(basis)
 
     def at(index: int) -> CheckpointSlopes:
         return slopes_at(objective, checkpoints, bases, tokens, index, derivative_scale=derivative_scale)
 
-    slopes = list(mapped(at, range(len(checkpoints))))
+    count = len(checkpoints)
+    bar = tqdm(mapped(at, range(count)), total=count, desc="projections", disable=None, leave=False)
+    slopes = list(bar)
     return [assemble(checkpoints, basis, number, slopes) for number, basis in enumerate(bases)]
+
+
+def _require_orthonormal(basis: Basis) -> None:
+    """Row by row against the rows before it, so that rows on disk are never all in memory."""
+    for number in range(len(basis)):
+        products = basis.rows[: number + 1] @ basis.rows[number]
+        products[number] -= 1
+        error = float(products.abs().max())
+        if not error <= 1e-2:
+            raise ValueError(
+                f"rows of a basis must be orthonormal, row {number} of '{basis.kind}' misses by {error:.3g}; "
+                "orthonormalise them (torch.linalg.qr), or parts would be counted twice"
+            )
 
 
 def assemble(

@@ -7,9 +7,9 @@ spacing. Nothing here unpickles: torch files are read with ``weights_only=True``
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,52 +20,43 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from polca_edit.checkpoints.step_names import WEIGHT_SUFFIXES, step_of
+
+#: Key of the metadata of safetensors files written here.
+DIGEST = "polca_edit_sha256"
+
 SERIES_SCHEMA = "polca-edit/series/1"
 
-WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
-#: Names under which one file holds all weights of a folder, in order of preference.
-WEIGHT_NAMES = (
+#: Names under which one file holds all weights of a folder, in the order in which transformers takes
+#: them: an adapter where there is one, then one file before its shards, safetensors before torch files.
+MODEL_FILES = (
     "model.safetensors",
-    "adapter_model.safetensors",
+    "model.safetensors.index.json",
     "pytorch_model.bin",
-    "adapter_model.bin",
-    "model.pt",
+    "pytorch_model.bin.index.json",
 )
-INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-#: Stems of torch files that lie beside the weights in a Trainer's folder.
-OTHER_STEMS = {"optimizer", "scheduler", "training_args", "rng_state", "scaler"}
-
-#: How a step is written in the names of files, folders and revisions, most specific first.
-STEP_PATTERNS = (
-    r"checkpoint[-_](\d+)",
-    r"(?:global[-_]?)?step[-_=]?(\d+)",
-    r"iter(?:ation)?[-_]?(\d+)",
-    r"ckpt[-_]?(\d+)",
-    r"(\d+)(?!.*\d)",
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+#: Beginnings of names of torch files that lie beside the weights in a Trainer's folder.
+OTHER_STEMS = ("optimizer", "scheduler", "training_args", "rng_state", "scaler")
+#: Keys under which training loops keep the state dict of the model.
+STATE_KEYS = (
+    "model",
+    "state_dict",
+    "model_state_dict",
+    "model_state",
+    "module",
+    "network",
+    "net",
+    "weights",
 )
-
-
-def step_of(name: str, pattern: str | None = None) -> int | None:
-    """Optimiser steps named by a checkpoint file, folder or revision, None where there is no number.
-
-    >>> [step_of(n) for n in ("checkpoint-500", "step1000-tokens4B", "stage1-step20-tokens1B", "7.pt")]
-    [500, 1000, 20, 7]
-
-    Args:
-        name: for example ``checkpoint-500``, ``step1000-tokens4B`` or ``runs/step30.pt``.
-        pattern: regular expression whose first group is the step; default :data:`STEP_PATTERNS`.
-    """
-    stem = Path(name).name
-    for suffix in WEIGHT_SUFFIXES:
-        stem = stem.removesuffix(suffix)
-    for candidate in (pattern,) if pattern is not None else STEP_PATTERNS:
-        found = re.search(candidate, stem)
-        if found:
-            return int(found.group(1))
-    return None
 
 
 # -- reading ---------------------------------------------------------------------------------------
+
+
+def is_weight_file(path: Path) -> bool:
+    """Whether a file may hold a model's weights, by its name."""
+    return path.is_file() and path.suffix in WEIGHT_SUFFIXES and not path.stem.startswith(OTHER_STEMS)
 
 
 def weight_files(path: Path | str) -> list[Path]:
@@ -80,13 +71,12 @@ def weight_files(path: Path | str) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise ValueError(f"a checkpoint must exist, '{path}' does not; check the path")
-    for name in INDEX_NAMES:
+    adapted = (path / "adapter_config.json").exists()
+    order = (*ADAPTER_FILES, *MODEL_FILES) if adapted else (*MODEL_FILES, *ADAPTER_FILES)
+    for name in (*order, "model.pt"):
         if (path / name).exists():
-            return _shards(path / name)
-    for name in WEIGHT_NAMES:
-        if (path / name).exists():
-            return [path / name]
-    found = sorted(p for p in path.iterdir() if p.suffix in WEIGHT_SUFFIXES and p.stem not in OTHER_STEMS)
+            return _shards(path / name) if name.endswith(".index.json") else [path / name]
+    found = sorted(p for p in path.iterdir() if is_weight_file(p))
     if len(found) != 1:
         raise ValueError(
             f"'{path}' must hold model.safetensors, pytorch_model.bin, their shards or exactly one weight "
@@ -152,6 +142,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             weights: dict[str, Tensor] = load_file(path)
+            require_digest(path, weights)
             return weights
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
@@ -161,12 +152,85 @@ def _read_file(path: Path) -> dict[str, Tensor]:
             f"'{path}' must hold tensors only (weights_only), got {type(error).__name__}; "
             "save model.state_dict()"
         ) from error
-    for key in ("model", "state_dict", "model_state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"'{path}' must be a state dict of tensors; save model.state_dict()")
+    return inner_state(state, path)
+
+
+def inner_state(state: Any, path: Path) -> dict[str, Tensor]:
+    """The state dict inside whatever a training loop saved: the very dictionary, so that it can be edited.
+
+    Dictionaries are entered by :data:`STATE_KEYS`, at any depth, while exactly one of the keys is there.
+
+    Raises:
+        ValueError: if there is none, or more than one could be meant.
+    """
+    where: list[str] = []
+    while isinstance(state, dict):
+        held = [key for key in STATE_KEYS if isinstance(state.get(key), dict)]
+        if not held:
+            break
+        if len(held) > 1:
+            raise ValueError(
+                f"'{path}' must hold one state dict, got {held}{_inside(where)}; save the one that is "
+                "meant alone"
+            )
+        where.append(held[0])
+        state = state[held[0]]
+    if isinstance(state, dict):
+        for name in [name for name in state if str(name).endswith("_extra_state")]:
+            del state[name]
+    odd = [name for name, v in state.items() if not isinstance(v, Tensor)] if isinstance(state, dict) else []
+    if not isinstance(state, dict) or odd or not state:
+        found = f"'{odd[0]}' is a {type(state[odd[0]]).__name__}" if odd else "it holds no tensor"
+        raise ValueError(
+            f"'{path}' must be a state dict of tensors, {found}{_inside(where)}; save model.state_dict()"
+        )
     return state
+
+
+def _inside(keys: list[str]) -> str:
+    return f" inside '{'/'.join(keys)}'" if keys else ""
+
+
+def stored_header(path: Path | str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name -> (dtype, shape) of every stored tensor, from headers alone where the format has them.
+
+    Dtypes are written as torch writes them (``float32``, ``bfloat16``, ``int8``).
+
+    Raises:
+        ValueError: if nothing readable is there.
+    """
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for file in weight_files(path):
+        if file.suffix == ".safetensors":
+            try:
+                with safe_open(file, framework="pt") as handle:
+                    for name in handle.keys():  # noqa: SIM118
+                        part = handle.get_slice(name)
+                        kind = part.get_dtype()
+                        found[name] = (_DTYPES.get(kind, kind), tuple(part.get_shape()))
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"'{file}' cannot be read ({error}); copy it again") from error
+        else:
+            for name, tensor in _read_file(file).items():
+                found[name] = (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+    return found
+
+
+#: safetensors' names of dtypes -> torch's.
+_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
 
 
 # -- writing ---------------------------------------------------------------------------------------
@@ -192,6 +256,29 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, lambda part: part.write_text(text))
 
 
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of named tensors: names, types, shapes and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        if tensor.numel():
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def require_digest(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Compare tensors with the hash that :func:`write_tensors` left in their file, where it has one.
+
+    Raises:
+        ValueError: if they are not what was written.
+    """
+    with safe_open(path, framework="pt") as handle:
+        noted = (handle.metadata() or {}).get(DIGEST)
+    if noted is not None and noted != digest_of(tensors):
+        raise ValueError(f"'{path}' is damaged: its tensors are not what was written; make or copy it again")
+
+
 def _order_header(path: Path) -> None:
     """Sort the metadata of a safetensors file in place: the library writes its keys in random order."""
     with open(path, "r+b") as handle:
@@ -210,12 +297,13 @@ def _order_header(path: Path) -> None:
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Atomically write a safetensors file."""
+    """Atomically write a safetensors file, with a hash of its tensors among the metadata."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    noted = {**(metadata or {}), DIGEST: digest_of(plain)}
 
     def write(part: Path) -> None:
-        save_file(plain, part, metadata=dict(metadata) if metadata else None)
-        if metadata and len(metadata) > 1:
+        save_file(plain, part, metadata=noted)
+        if len(noted) > 1:
             _order_header(part)
 
     write_atomically(path, write)

@@ -1,4 +1,4 @@
-"""What files of Hugging Face models hold: revisions on the hub, spellings of names, logs, adapters."""
+"""What files of Hugging Face models hold: revisions on the hub, logs, adapters."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -57,21 +58,6 @@ class HubRevisions:
         return Path(folder)
 
 
-def spellings(space: ParameterSpace) -> dict[str, str]:
-    """Other names that files use for a parameter -> its slot name.
-
-    Files of base models leave out the first component (``transformer.``, ``gpt_neox.``), adapter
-    files leave out the adapter's name (``.default``). A spelling that two slots share is dropped.
-    """
-    table: dict[str, str | None] = {}
-    for slot, _ in space.aliases:
-        for other in {slot.partition(".")[2], slot.replace(".default.", "."), slot.replace(".default", "")}:
-            if other and other != slot:
-                table[other] = None if other in table and table[other] != slot else slot
-    slots = {slot for slot, _ in space.aliases}
-    return {other: slot for other, slot in table.items() if slot is not None and other not in slots}
-
-
 def logged_rates(folder: Path) -> dict[int, float]:
     """Optimiser step -> learning rate as the Trainer logged them, empty where there is no log."""
     try:
@@ -84,23 +70,80 @@ def logged_rates(folder: Path) -> dict[int, float]:
 
 # -- adapters ---------------------------------------------------------------------------------------
 
+#: Initialisations of LoRA that leave the pretrained weights alone and start with B at zero.
+PLAIN_STARTS = (True, None, "gaussian", "kaiming")
+#: Those that move part of the pretrained weights into A and B, the same way each time.
+SPLIT_STARTS = ("pissa", "olora")
 
-def adapter_reference(space: ParameterSpace, theta: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """Adapter weights at which the model is the pretrained one: every LoRA B matrix is zero.
 
-    The A matrices are taken from ``theta``, because their values do not matter while B is zero.
+def adapter_settings(folder: Path | str) -> dict[str, Any]:
+    """What ``adapter_config.json`` says.
 
     Raises:
-        ValueError: if the space holds parameters that are not LoRA matrices.
+        ValueError: if it is missing or no JSON object.
     """
-    odd = [name for name in space.names if "lora_" not in name]
-    if odd:
-        raise ValueError(f"the reference of an adapter is known for LoRA only, got '{odd[0]}'; record step 0")
+    path = Path(folder) / "adapter_config.json"
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"an adapter folder must hold a readable adapter_config.json, '{folder}' does not ({error})"
+        ) from error
+    if not isinstance(values, dict):
+        raise ValueError(f"'{path}' must be a JSON object, got {type(values).__name__}; save it again")
+    return values
+
+
+def adapter_reference(
+    space: ParameterSpace, theta: Float[Tensor, " N"], start: AdapterStart | None = None
+) -> Float[Tensor, " N"]:
+    """Adapter weights at which the model is the pretrained one.
+
+    Plain LoRA starts with every B matrix zero; its A matrices are taken from ``theta``, because their values
+    do not matter while B is zero. PiSSA and OLoRA move a part of the pretrained weights into A and B: they
+    start where a new adapter of the same settings does, and so do magnitudes (DoRA) and saved modules.
+
+    Args:
+        space: the adapter's parameters.
+        theta: its first recorded weights.
+        start: a new adapter of the same settings; None where the model was not built from the base.
+
+    Raises:
+        ValueError: if the space holds parameters whose start is not known.
+    """
+    if start is not None and start.scheme in SPLIT_STARTS:
+        return start.theta.clone()
+    if start is not None and start.scheme not in PLAIN_STARTS:
+        raise ValueError(
+            f"the start of an adapter must be known, init_lora_weights '{start.scheme}' draws it anew each "
+            "time; save it converted to plain LoRA, or record step 0"
+        )
     parts = space.unflatten(theta.clone())
+    odd = [name for name in space.names if "lora_" not in name or "magnitude" in name]
+    if odd and start is None:
+        raise ValueError(f"the reference of an adapter is known for LoRA only, got '{odd[0]}'; record step 0")
+    first = {} if start is None else space.unflatten(start.theta)
     for name in parts:
-        if "lora_B" in name or "lora_embedding_B" in name:
+        if name in odd:
+            parts[name] = first[name]
+        elif "lora_B" in name or "lora_embedding_B" in name:
             parts[name] = torch.zeros_like(parts[name])
     return space.flatten(parts)
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterStart:
+    """Where an adapter's training began.
+
+    Attributes:
+        base: folder of the pretrained model.
+        theta: (N,) parameters of a new adapter of the same settings.
+        scheme: ``init_lora_weights`` of the settings.
+    """
+
+    base: Path
+    theta: Float[Tensor, " N"]
+    scheme: object
 
 
 def is_adapter(folder: Path | str) -> bool:
@@ -110,6 +153,5 @@ def is_adapter(folder: Path | str) -> bool:
 
 def base_of_adapter(folder: Path | str) -> str | None:
     """The pretrained model an adapter names, if it is a local folder."""
-    config = json.loads((Path(folder) / "adapter_config.json").read_text())
-    named = config.get("base_model_name_or_path")
-    return named if named and Path(named).is_dir() else None
+    named = adapter_settings(folder).get("base_model_name_or_path")
+    return named if isinstance(named, str) and named and Path(named).is_dir() else None

@@ -7,24 +7,28 @@ weights are read one checkpoint at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from polca_edit.checkpoints.files import WEIGHT_SUFFIXES, SeriesFolder, damage_of, read_weights, step_of
+from polca_edit.checkpoints.agreement import Agreement, comparable, compare, library_loss, own_loss
+from polca_edit.checkpoints.files import SeriesFolder, read_weights
 from polca_edit.checkpoints.huggingface import (
+    AdapterStart,
     HubRevisions,
     adapter_reference,
     is_adapter,
     logged_rates,
-    spellings,
 )
 from polca_edit.checkpoints.huggingface_models import load_causal_lm
 from polca_edit.checkpoints.series import Checkpoints
-from polca_edit.parameters import ParameterSpace, parameter_slots
+from polca_edit.checkpoints.step_names import step_of
+from polca_edit.checkpoints.survey import Revision, by_step, find_revisions, whole_revisions
+from polca_edit.checkpoints.tensor_names import stored_names
+from polca_edit.parameters import ParameterSpace, parameter_slots, saved_buffers
 
 #: Weights already in memory: a state dict, or a flat vector (N,).
 Weights = Mapping[str, Tensor] | Tensor
@@ -39,21 +43,6 @@ Weights = Mapping[str, Tensor] | Tensor
 Source = (
     Path | str | HubRevisions | Mapping[int, Path | str | Weights] | Sequence[Path | str | Weights] | Tensor
 )
-
-
-@dataclass(frozen=True)
-class Revision:
-    """One checkpoint on disk.
-
-    Attributes:
-        name: file, folder or revision name.
-        step: optimiser steps.
-        path: file or folder that holds the weights.
-    """
-
-    name: str
-    step: int
-    path: Path
 
 
 def open_checkpoints(
@@ -81,108 +70,105 @@ def open_checkpoints(
         steps: for a list, the step of each entry; otherwise the steps to take (default all).
         names: shell pattern that file and folder names must match.
         step_pattern: regular expression whose first group is the step, where names say it otherwise
-            than :data:`~polca_edit.checkpoints.files.STEP_PATTERNS`.
-        reference: the pretrained model of a fine-tuning run; becomes step 0. LoRA adapters need
-            none: their step 0 has every B matrix zero.
+            than :data:`~polca_edit.checkpoints.step_names.STEP_PATTERNS`.
+        reference: the pretrained model of a fine-tuning run; becomes step 0. Adapters need none where the
+            model is that of :func:`~polca_edit.checkpoints.huggingface_models.load_adapted`.
         skip_damaged: leave incomplete checkpoints out instead of refusing.
         load: builds the module of a folder, where parameters are named otherwise than in the files
             (a TransformerLens bridge). By default tensors are read from the files by name, and where
             transformers renames them on loading, from the model it builds.
+
+    The loss of a folder with a config.json is compared with transformers' own when it is read first, where
+    the model is given and not only its space (:mod:`polca_edit.checkpoints.agreement`).
 
     Returns:
         the series, ordered by step; files are upcast to float32, flat vectors keep their dtype.
 
     Raises:
         ValueError: for a missing or damaged checkpoint, a name without a step, a step that occurs
-            twice, a recording of another model, or a reference beside a checkpoint of step 0.
+            twice, a recording of another model, or a reference beside a checkpoint of step 0; and, when a
+            checkpoint is read, for a parameter that is missing, unknown or quantised, buffers that are not
+            the model's, or a loss that is not its library's.
     """
-    space = model if isinstance(model, ParameterSpace) else ParameterSpace.from_module(model)
+    opened = _Opened.of(model, load)
     if isinstance(source, HubRevisions):
-        return _taken(_from_hub(source, space, load), steps)
-    files = partial(_from_files, space=space, reference=reference, skip_damaged=skip_damaged, load=load)
+        return _taken(_from_hub(source, opened), steps)
+    files = partial(_from_files, opened=opened, reference=reference, skip_damaged=skip_damaged)
     if isinstance(source, str | Path):
         if SeriesFolder(Path(source)).index.exists():
-            return _taken(_recorded(Path(source), space, skip_damaged), steps)
+            return _taken(_recorded(Path(source), opened, skip_damaged), steps)
         return _taken(files(find_revisions(source, names=names, step_pattern=step_pattern)), steps)
     if isinstance(source, Mapping):
-        given, entries = [int(step) for step in source], list(source.values())
-    else:
-        entries = list(source)
-        given, steps = _steps_of(entries, steps, step_pattern), None
+        return _taken(_listed(list(source), list(source.values()), opened, files), steps)
+    entries = list(source)
+    return _listed(_steps_of(entries, steps, step_pattern), entries, opened, files)
+
+
+def _listed(
+    given: Sequence[int],
+    entries: Sequence[Path | str | Weights],
+    opened: _Opened,
+    files: Callable[[Sequence[Revision]], Checkpoints],
+) -> Checkpoints:
+    """A series of entries with their steps."""
+    given = [int(step) for step in given]
     paths = [Path(entry) for entry in entries if isinstance(entry, str | Path)]
     if not paths:
-        return _taken(_in_memory(given, entries, space), steps)
+        return _in_memory(given, entries, opened)
     if len(paths) != len(entries):
         raise ValueError("checkpoints must be all on disk or all in memory, got both; read the files first")
     found = [Revision(path.name, step, path) for step, path in zip(given, paths, strict=True)]
-    return _taken(files(_by_step(found)), steps)
+    return files(by_step(found))
 
 
-def find_revisions(
-    directory: Path | str, *, names: str = "*", step_pattern: str | None = None
-) -> list[Revision]:
-    """Checkpoints under a directory, ordered by step.
+@dataclass(frozen=True, eq=False)
+class _Opened:
+    """What the readers of one series share.
 
-    Understood are a folder per checkpoint (Trainer output, local revisions), a hub cache of one
-    model (``refs/`` with one file per revision, ``snapshots/`` with the folders they name), and, where
-    no folder is named by step, weight files named by step.
-
-    Args:
-        directory: where to look.
-        names: shell pattern the names must match.
-        step_pattern: see :func:`~polca_edit.checkpoints.files.step_of`.
-
-    Raises:
-        ValueError: if nothing is there, or two checkpoints have the same step.
+    Attributes:
+        space: parameters.
+        module: the model they belong to, None where only the space is known.
+        buffers: what stands beside the parameters in the model's state dict.
+        load: see :func:`open_checkpoints`.
+        start: where an adapter began.
+        compared: names of checkpoints whose loss was found to be their own library's.
     """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise ValueError(f"a checkpoint directory must exist, '{directory}' does not; check the path")
-    if (directory / "key.json").exists():
-        raise ValueError(
-            f"a recording must have its series.json, that in '{directory}' was stopped early; "
-            "run it again to finish it"
-        )
-    named: list[tuple[str, Path]] = []
-    if (directory / "refs").is_dir() and (directory / "snapshots").is_dir():
-        for ref in sorted((directory / "refs").rglob(names)):
-            if ref.is_file():
-                named.append((ref.name, directory / "snapshots" / ref.read_text().strip()))
-    else:
-        named = [(path.name, path) for path in sorted(directory.glob(names))]
-    found = [
-        Revision(name, step, path)
-        for name, path in named
-        if (path.is_dir() or path.suffix in WEIGHT_SUFFIXES or not path.exists())
-        and (step := step_of(name, step_pattern)) is not None
-    ]
-    folders = [revision for revision in found if not revision.path.is_file()]
-    if not found:
-        raise ValueError(
-            f"'{directory}' must hold checkpoints named by step, found none matching '{names}'; "
-            "give the folder that contains them, or a pattern"
-        )
-    return _by_step(folders or found)
 
+    space: ParameterSpace
+    module: nn.Module | None
+    buffers: Mapping[str, Tensor]
+    load: Callable[[Path], nn.Module] | None
+    start: AdapterStart | None
+    compared: set[str] = field(default_factory=set)
 
-def whole_revisions(revisions: Sequence[Revision], *, skip_damaged: bool = False) -> list[Revision]:
-    """The readable ones.
+    @classmethod
+    def of(
+        cls, model: nn.Module | ParameterSpace, load: Callable[[Path], nn.Module] | None = None
+    ) -> _Opened:
+        if isinstance(model, ParameterSpace):
+            return cls(model, None, {}, load, None)
+        space, start = ParameterSpace.from_module(model), getattr(model, "adapter_start", None)
+        return cls(space, model, saved_buffers(model), load, start)
 
-    Args:
-        revisions: candidates.
-        skip_damaged: leave damaged ones out instead of refusing.
+    def refuse_other_buffers(self, tensors: Mapping[str, Tensor]) -> None:
+        """An error for a stored buffer that is not the model's: losses would be of neither checkpoint."""
+        for name, tensor in tensors.items():
+            own = self.buffers.get(name)
+            if own is not None and not torch.equal(own.cpu(), tensor.cpu().to(own.dtype)):
+                raise ValueError(
+                    f"buffers must be the same at every checkpoint, '{name}' is not the model's (running "
+                    "statistics move the loss without any parameter); freeze them in training, or leave the "
+                    "buffer out of the state dicts to hold it at the model's value"
+                )
 
-    Raises:
-        ValueError: naming every damaged checkpoint and what is wrong with it.
-    """
-    problems = {r.name: problem for r in revisions if (problem := damage_of(r.path)) is not None}
-    if problems and not skip_damaged:
-        listed = "; ".join(f"'{name}': {problem}" for name, problem in list(problems.items())[:5])
-        raise ValueError(
-            f"every checkpoint must be whole, {len(problems)} of {len(revisions)} are not ({listed}); "
-            "copy them again or leave them out with skip_damaged"
-        )
-    return [r for r in revisions if r.name not in problems]
+    def compare(self, name: str, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Once per checkpoint: its loss here beside that of the library whose format the folder has."""
+        owned = path.is_dir() and ((path / "config.json").exists() or (self.start and is_adapter(path)))
+        if name in self.compared or not owned or not comparable(self.module):
+            return
+        assert self.module is not None
+        compare(name, path, self.module, self.space, tensors, self.start).require()
+        self.compared.add(name)
 
 
 # -- steps ------------------------------------------------------------------------------------------
@@ -210,17 +196,6 @@ def _steps_of(entries: Sequence[object], steps: Sequence[int] | None, pattern: s
     return known
 
 
-def _by_step(revisions: Sequence[Revision]) -> list[Revision]:
-    ordered = sorted(revisions, key=lambda revision: revision.step)
-    for one, other in zip(ordered, ordered[1:], strict=False):
-        if one.step == other.step:
-            raise ValueError(
-                f"every checkpoint needs its own step, '{one.name}' and '{other.name}' both say {one.step}; "
-                "narrow the name pattern or give a step pattern"
-            )
-    return ordered
-
-
 def _taken(series: Checkpoints, steps: Sequence[int] | None) -> Checkpoints:
     if steps is None:
         return series
@@ -236,9 +211,8 @@ def _taken(series: Checkpoints, steps: Sequence[int] | None) -> Checkpoints:
 # -- sources ----------------------------------------------------------------------------------------
 
 
-def _in_memory(
-    steps: Sequence[int], weights: Sequence[Path | str | Weights], space: ParameterSpace
-) -> Checkpoints:
+def _in_memory(steps: Sequence[int], weights: Sequence[Path | str | Weights], opened: _Opened) -> Checkpoints:
+    space = opened.space
     order = sorted(range(len(steps)), key=lambda index: steps[index])
     kept = [entry for index in order if not isinstance(entry := weights[index], str | Path)]
     _refuse_live_weights([entry for entry in kept if isinstance(entry, Mapping)], space)
@@ -247,7 +221,10 @@ def _in_memory(
 
     def read(index: int) -> Mapping[str, Tensor]:
         entry = kept[index]
-        return space.unflatten(entry) if isinstance(entry, Tensor) else entry
+        if isinstance(entry, Tensor):
+            return space.unflatten(entry)
+        opened.refuse_other_buffers(entry)
+        return entry
 
     return Checkpoints(space, tuple(steps[index] for index in order), read, dtype=dtype)
 
@@ -263,7 +240,8 @@ def _refuse_live_weights(states: Sequence[Mapping[str, Tensor]], space: Paramete
         )
 
 
-def _recorded(directory: Path, space: ParameterSpace, skip_damaged: bool) -> Checkpoints:
+def _recorded(directory: Path, opened: _Opened, skip_damaged: bool) -> Checkpoints:
+    space = opened.space
     folder = SeriesFolder(directory)
     index = folder.read_index()
     if index.fingerprint not in (None, space.fingerprint()):
@@ -278,6 +256,12 @@ def _recorded(directory: Path, space: ParameterSpace, skip_damaged: bool) -> Che
             f"'{directory}' must hold every step of its index, {missing[:5]} are missing; copy it again"
         )
     kept = whole_revisions(every, skip_damaged=skip_damaged)
+
+    def read(number: int) -> Mapping[str, Tensor]:
+        tensors = read_weights(kept[number].path)
+        opened.refuse_other_buffers(tensors)
+        return tensors
+
     rates = None
     if index.learning_rates is not None:
         rate_at = dict(zip(index.steps, index.learning_rates, strict=True))
@@ -285,7 +269,7 @@ def _recorded(directory: Path, space: ParameterSpace, skip_damaged: bool) -> Che
     return Checkpoints(
         space,
         tuple(revision.step for revision in kept),
-        lambda i: read_weights(kept[i].path),
+        read,
         rates,
         index.weight_decay,
         str(directory),
@@ -294,11 +278,10 @@ def _recorded(directory: Path, space: ParameterSpace, skip_damaged: bool) -> Che
 
 def _from_files(
     revisions: Sequence[Revision],
-    space: ParameterSpace,
+    opened: _Opened,
     *,
     reference: Path | str | None,
     skip_damaged: bool,
-    load: Callable[[Path], nn.Module] | None,
 ) -> Checkpoints:
     chosen = whole_revisions(revisions, skip_damaged=skip_damaged)
     if reference is not None:
@@ -307,56 +290,76 @@ def _from_files(
                 f"the reference becomes step 0, but '{chosen[0].name}' is step 0 already; drop one"
             )
         chosen = [*whole_revisions([Revision("reference", 0, Path(reference))]), *chosen]
-    spelled = spellings(space)
 
     def read(index: int) -> Mapping[str, Tensor]:
         try:
-            return _named_weights(chosen[index].path, space, spelled, load)
+            return _read_checked(chosen[index].name, chosen[index].path, opened)
         except ValueError as error:
             raise ValueError(f"checkpoint '{chosen[index].name}': {error}") from error
 
     steps = tuple(revision.step for revision in chosen)
     rates = None
-    if load is None and chosen:
+    if opened.load is None and chosen:
         logged = {**({0: 0.0} if 0 in steps else {}), **logged_rates(chosen[-1].path)}
         rates = tuple(logged[step] for step in steps) if set(steps) <= set(logged) else None
     series = Checkpoints(
-        space, steps, read, rates, None, str(chosen[-1].path.parent) if chosen else "no files"
+        opened.space, steps, read, rates, None, str(chosen[-1].path.parent) if chosen else "no files"
     )
-    # An adapter's folder holds the movement alone; where all of it is LoRA the pretrained model is known.
-    lora = all("lora_" in name for name in space.names)
-    if chosen and steps[0] > 0 and lora and is_adapter(chosen[-1].path):
-        return _with_first(series, adapter_reference(space, series[0]))
+    if chosen and steps[0] > 0 and is_adapter(chosen[-1].path):
+        return _with_pretrained(series, opened)
     return series
 
 
-def _from_hub(
-    hub: HubRevisions, space: ParameterSpace, load: Callable[[Path], nn.Module] | None
-) -> Checkpoints:
+def _with_pretrained(series: Checkpoints, opened: _Opened) -> Checkpoints:
+    """An adapter's folder holds the movement alone; where its start is known, step 0 is the base."""
+    start = opened.start
+    if start is None and not all("lora_" in name for name in opened.space.names):
+        return series
+    first = adapter_reference(opened.space, series[0], start)
+    if start is not None and opened.module is not None and comparable(opened.module):
+        ours = own_loss(opened.module, opened.space, first)
+        Agreement("step 0, the pretrained model", ours, library_loss(start.base)).require()
+    return _with_first(series, first)
+
+
+def _from_hub(hub: HubRevisions, opened: _Opened) -> Checkpoints:
     ordered = sorted(hub.revisions.items(), key=lambda item: item[1])
-    spelled = spellings(space)
 
     def read(index: int) -> Mapping[str, Tensor]:
-        return _named_weights(hub.fetch(ordered[index][0]), space, spelled, load)
+        name = ordered[index][0]
+        return _read_checked(name, hub.fetch(name), opened)
 
-    return Checkpoints(space, tuple(step for _, step in ordered), read, source=hub.repository)
+    return Checkpoints(opened.space, tuple(step for _, step in ordered), read, source=hub.repository)
 
 
-def _named_weights(
-    path: Path,
-    space: ParameterSpace,
-    spelled: Mapping[str, str],
-    load: Callable[[Path], nn.Module] | None,
-) -> Mapping[str, Tensor]:
+def _read_checked(name: str, path: Path, opened: _Opened) -> Mapping[str, Tensor]:
+    tensors = _named_weights(path, opened)
+    opened.compare(name, path, tensors)
+    return tensors
+
+
+def read_checkpoint(path: Path | str, model: nn.Module | ParameterSpace) -> Mapping[str, Tensor]:
+    """One checkpoint's tensors under the names of a model, as every series reads them; no loss is compared.
+
+    Raises:
+        ValueError: for a parameter that is missing, unknown or quantised, or other buffers than the model's.
+    """
+    return _named_weights(Path(path), _Opened.of(model))
+
+
+def _named_weights(path: Path, opened: _Opened) -> Mapping[str, Tensor]:
     """A checkpoint's tensors under the names of the space."""
-    if load is not None:
-        return dict(parameter_slots(load(path)))
-    tensors = {spelled.get(name, name): tensor for name, tensor in read_weights(path).items()}
-    present = {name for slot, name in space.aliases if slot in tensors}
-    if len(present) == len(space.names) or not (path / "config.json").exists():
-        return tensors
-    # Releases of transformers rename parameters (embed_out, lm_head); its own loader knows how.
-    return dict(parameter_slots(load_causal_lm(path)))
+    if opened.load is not None:
+        return dict(parameter_slots(opened.load(path)))
+    stored = read_weights(path)
+    found = stored_names({name: tuple(tensor.shape) for name, tensor in stored.items()}, opened.space)
+    if found.complete:
+        opened.refuse_other_buffers({name: stored[held] for held, name in found.others.items()})
+        return found.renamed(stored)
+    if (path / "config.json").exists():
+        # Releases of transformers rename parameters (embed_out, lm_head); its own loader knows how.
+        return dict(parameter_slots(load_causal_lm(path)))
+    raise ValueError(f"{found.problem()}; is this another model?")
 
 
 def _with_first(checkpoints: Checkpoints, theta: Tensor) -> Checkpoints:

@@ -74,6 +74,34 @@ class Checkpoints:
             self.dtype,
         )
 
+    def within(self, window: tuple[int, int] | None) -> Checkpoints:
+        """The checkpoints from one step to another, both included; all of them without a window.
+
+        >>> space = ParameterSpace(("w",), ((1,),), (("w", "w"),))
+        >>> Checkpoints(space, (0, 10, 20, 30, 40), lambda i: {}).within((10, 30)).steps
+        (10, 20, 30)
+
+        Raises:
+            ValueError: for ends that were not recorded, in the wrong order, or fewer than three checkpoints.
+        """
+        if window is None:
+            return self
+        start, end = window
+        missing = [step for step in window if step not in self.steps]
+        if missing:
+            near = [min(self.steps, key=lambda step: abs(step - wanted)) for wanted in missing]
+            raise ValueError(
+                f"a window must start and end at recorded steps, {missing} are not; the nearest are {near}"
+            )
+        if start >= end:
+            raise ValueError(f"a window must end after it starts, got {start}:{end}; swap them")
+        chosen = [index for index, step in enumerate(self.steps) if start <= step <= end]
+        if len(chosen) < 3:
+            raise ValueError(
+                f"a window must hold at least three checkpoints, {start}:{end} holds {len(chosen)}; widen it"
+            )
+        return self.subset(chosen)
+
     def spaced(self, count: int) -> Checkpoints:
         """``count`` equally spaced checkpoints, the last one included and the first only among all.
 

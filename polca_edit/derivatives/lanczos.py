@@ -42,8 +42,11 @@ def inner_products(left: Float[Tensor, "a N"], right: Float[Tensor, "b N"]) -> F
 
     A float32 sum over millions of entries loses four digits, and a float64 copy of every vector costs
     more than the product. So blocks of 4096 entries are multiplied in the given precision and the
-    blocks' results are summed in float64.
+    blocks' results are summed in float64. Of two precisions the wider one counts.
     """
+    if left.dtype != right.dtype:
+        wider = torch.promote_types(left.dtype, right.dtype)
+        left, right = left.to(wider), right.to(wider)
     count = left.shape[1] // 4096
     whole = count * 4096
     total = (left[:, whole:].double() @ right[:, whole:].double().T).to(left.device)

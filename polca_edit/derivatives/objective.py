@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from polca_edit.derivatives.adjoint import AdjointRoute, AdjointUnavailable
 from polca_edit.derivatives.routes import TRACE_BREAK_EVEN, Route, Routes
+from polca_edit.derivatives.settled import require_settled, require_slots
 from polca_edit.derivatives.tracing import PointLinearization
 from polca_edit.parameters import ParameterSpace, call_with
 from polca_edit.tokens import TokenLossFunction, TokenSet
@@ -96,6 +97,7 @@ class Objective:
         self.passes = PassCount()
         self._routes = Routes(route, compiled)
         self._adjoint: AdjointRoute | None = None
+        self._settled = False
 
     # -- devices: the module's for the work, the caller's for what goes in and comes out -------------
 
@@ -125,6 +127,10 @@ class Objective:
     def _padded_batches(self, tokens: TokenSet) -> list[tuple[Tensor, Tensor, Tensor]]:
         """The same with equal shapes, the last batch padded with unscored repeats: one trace serves all."""
         size = min(self.batch_size, tokens.sequences)
+        require_settled(
+            self.module, self.token_loss, None if self._settled else self.placed(tokens.inputs[:2])
+        )
+        self._settled = True
         batches = []
         for rows in tokens.batches(size):
             padded = torch.cat([rows, rows[:1].expand(size - len(rows))])
@@ -140,7 +146,7 @@ class Objective:
         return result
 
     def _losses(self, weights: Sequence[Tensor], inputs: Tensor) -> Tensor:
-        return self.evaluate(self.token_loss, weights, inputs)
+        return require_slots(self.evaluate(self.token_loss, weights, inputs), inputs)
 
     def losses(self, theta: Float[Tensor, " N"], tokens: TokenSet) -> Float[Tensor, " M"]:
         """Exact loss of every scored token, in nats.

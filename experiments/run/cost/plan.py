@@ -121,7 +121,7 @@ def gap_warnings(config: RunConfig, steps: Sequence[int]) -> list[str]:
     listed = ", ".join(f"{a}-{b}" for a, b in wide[:12])
     return [
         f"{len(wide)} intervals are wider than half the training before them ({listed}); loss changes there "
-        "cannot be attributed by a trapezoid, use interior quadrature nodes or leave those steps out"
+        "cannot be attributed by a trapezoid, leave those steps out or record more"
     ]
 
 

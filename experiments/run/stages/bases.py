@@ -17,7 +17,6 @@ from experiments.run.parts import Ledger, kept_parts, kept_products, mapped_rows
 from experiments.run.run import Run
 from experiments.run.stages.rotated import turned
 from experiments.run.stages.training import trained_series
-from experiments.tasks import arithmetic
 from polca_edit.allocation.allocate import Projections
 from polca_edit.artifacts import load_record, save_record
 from polca_edit.basis import build
@@ -63,7 +62,7 @@ def basis_of(run: Run, spec: BasisConfig) -> Basis:
 def _run_measured(run: Run, spec: BasisConfig) -> None:
     path = run.directory.basis(spec.label)
     parts = run.directory.path / "basis" / f"{spec.label}.parts"
-    checkpoints = run.checkpoints()
+    checkpoints = run.observed()
     stage = f"basis:{spec.label}"
     with run.directory.stage(stage, run.basis_key(spec), [path], run.objective.passes, parts=parts):
         save_record(path, build_basis(run, spec, checkpoints, parts))
@@ -88,10 +87,15 @@ def _run_rotated(run: Run, stage: str, spec: BasisConfig) -> None:
 def build_basis(run: Run, spec: BasisConfig, checkpoints: Checkpoints, parts: Path) -> Basis:
     """The basis a config section asks for, by the one table of kinds."""
     mask = None if spec.include == ("*",) else run.task.space.mask(spec.include)
-    whole = spec.kind in build.FROM_THE_WHOLE_SERIES
+    if spec.steps is not None:
+        source = basis_checkpoints(run, checkpoints, spec)
+    elif spec.kind in build.FROM_THE_WHOLE_SERIES:
+        source = checkpoints
+    else:
+        source = odd_checkpoints(checkpoints)
     inputs = basis_inputs(
         run,
-        checkpoints if whole else odd_checkpoints(checkpoints),
+        source,
         EigenSettings(spec.per_checkpoint, spec.tolerance, spec.max_products, run.config.seed, mask),
     )
     if spec.kind != "hessian":
@@ -111,7 +115,7 @@ def basis_inputs(run: Run, checkpoints: Checkpoints, settings: EigenSettings) ->
         checkpoints,
         run.task.splits.curvature,
         settings,
-        arithmetic.output_logits if run.config.task == "arithmetic" else None,
+        run.task.logits,
         build.recorded_second_moments(folder, run.task.space, run.config.training.betas[1]),
     )
 

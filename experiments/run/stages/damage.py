@@ -25,8 +25,13 @@ from polca_edit.tokens import TokenSet
 Masks = Mapping[int, Tensor]
 
 
-def evaluated(run: Run, tokens: TokenSet) -> EvaluatedSplit:
+def evaluated(run: Run, tokens: TokenSet, window: tuple[int, int] | None = None) -> EvaluatedSplit:
     """The run's final weights and its reference on a split.
+
+    Args:
+        run: with checkpoints.
+        tokens: where losses are measured.
+        window: of the movement that is undone; default the config's, then from the reference to the end.
 
     Raises:
         ValueError: if the reference checkpoint does not exist or is the last one.
@@ -38,7 +43,8 @@ def evaluated(run: Run, tokens: TokenSet) -> EvaluatedSplit:
             f"damage.reference must be below {len(checkpoints) - 1}, got {index}; use an earlier checkpoint"
         )
     step = checkpoints.steps[index]
-    return EvaluatedSplit(run.objective, checkpoints, tokens, (step, checkpoints.steps[-1]), step)
+    window = window or run.config.window or (step, checkpoints.steps[-1])
+    return EvaluatedSplit(run.objective, checkpoints, tokens, window, step)
 
 
 def undo(place: EvaluatedSplit, row: Tensor, dose: float = 1.0) -> Edit:

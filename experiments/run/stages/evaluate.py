@@ -116,7 +116,8 @@ def run_evaluate(run: Run, stage: str) -> None:
         opening = open_evaluate(run, make_plan(run, ruled))
         place = evaluated(run, run.task.splits.evaluate)
         bases = {label: _evaluated_basis(run, place, label, found) for label, found in ruled.items()}
-        save_record(path, EvaluateRecord(opening, bases))
+        # How often is counted in run.json; a run that was stopped here is the same run.
+        save_record(path, EvaluateRecord(dataclasses.replace(opening, times=1), bases))
 
 
 def _evaluated_basis(

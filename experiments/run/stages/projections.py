@@ -19,7 +19,7 @@ def run_projections(run: Run, stage: str) -> None:
     """Project the select split; finished checkpoints survive an interruption."""
     labels = [basis.label for basis in run.config.measured_bases()]
     bases = [load_record(Basis, run.directory.basis(label)) for label in labels]
-    checkpoints, tokens = run.checkpoints(), run.task.splits.select
+    checkpoints, tokens = run.observed(), run.task.splits.select
     parts = run.directory.path / "projections" / "parts"
     outputs = [run.directory.projections(label) for label in labels]
     with run.directory.stage(stage, run.key(stage), outputs, run.objective.passes, parts=parts):
@@ -30,6 +30,8 @@ def run_projections(run: Run, stage: str) -> None:
             slopes = list(
                 tqdm(mapped(at, indices), total=len(indices), desc="projections", disable=None, leave=False)
             )
+        if run.objective.route_note:
+            run.say(f"  derivatives by route {run.objective.route_used}: {run.objective.route_note}")
         for number, (basis, path) in enumerate(zip(bases, outputs, strict=True)):
             projections = assemble(checkpoints, basis, number, slopes)
             save_record(path, _with_curvature(run, checkpoints, basis, projections))

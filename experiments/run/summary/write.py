@@ -61,6 +61,7 @@ def write_summary(run: Run) -> dict[str, Any]:
     """Collect all stage records into summary.json (validated) and tokens.parquet; its plain values."""
     values: dict[str, Any] = json.loads(json.dumps(to_plain(collect_summary(run))))
     jsonschema.validate(values, summary_schema())
+    run.directory.unseal()
     write_json(run.directory / "summary.json", values)
     write_token_table(run)
     return values
@@ -74,7 +75,7 @@ def collect_summary(run: Run) -> Summary:
         run.task.name,
         run.config.seed,
         ModelEntry(run.task.space.size),
-        TokenCounts(splits.select.count, splits.evaluate.count, len(run.checkpoints())),
+        TokenCounts(splits.select.count, splits.evaluate.count, len(run.observed())),
         _cost(run),
         PlanEntry(evaluated.opening.plan, evaluated.opening.exploratory),
         {spec.label: _analysis(run, spec.label, evaluated) for spec in run.config.bases},
@@ -128,7 +129,7 @@ def _tested(run: Run, label: str) -> tuple[tuple[VerdictEntry, ...], dict[str, s
 
 
 def _basis_entry(run: Run, basis: Basis, observation: Observation, change: LossChange) -> BasisEntry:
-    net, path = capture(basis.rows, run.checkpoints())
+    net, path = capture(basis.rows, run.observed())
     norms = observation.projections.step_norms.double().tolist()
     walk_net, walk_path = random_walk_capture(norms, len(basis))
     return BasisEntry(

@@ -1,0 +1,152 @@
+"""Which stretch of training to undo for a skill, and what will fall with it, said before it is undone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from interventions.discovery.timeline import LEAST, Timeline, TimelineSettings, causal_timeline
+from interventions.discovery.windows import Window, proposed_windows
+from interventions.removal.grouped import GroupedSplit
+from interventions.removal.spans import leading_rows
+
+#: Shares of a skill's fall still to come at both ends of the windows that are tried, narrowest first.
+FALLS = {"own": (0.9, 0.15), "wide": (0.98, 0.05)}
+#: A group that is predicted to lose this share of its headroom falls with the skill.
+FALLING = 0.1
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What the timeline says about removing a skill by undoing, before anything is trained.
+
+    Attributes:
+        skill: what is to be removed.
+        window: steps in which it was learned.
+        share: of the skill's own headroom lost when that window is undone in the final model.
+        falls: other group -> share of its headroom lost with it, before any repair.
+        descendants: groups learned later that fall with this window and not the other way round.
+        fraction: share of training that came after the window's start.
+    """
+
+    skill: str
+    window: Window
+    share: float
+    falls: Mapping[str, float]
+    descendants: tuple[str, ...]
+    fraction: float
+
+    def sentences(self) -> tuple[str, ...]:
+        """What will happen, in words."""
+        lost = {name: value for name, value in self.falls.items() if value >= FALLING}
+        named = ", ".join(f"{name} {value:.0%}" for name, value in sorted(lost.items(), key=lambda e: -e[1]))
+        begins = (
+            f"{self.skill} was learned in steps {self.window}; undoing them takes {self.share:.0%} of it"
+            f"{f' and with it, before repair: {named}' if named else ' and no other group'}"
+        )
+        after = (
+            f"{self.fraction:.0%} of training came after the window began; "
+            "that much retraining is the most a repair can need"
+        )
+        built = (
+            (f"{', '.join(self.descendants)} built on {self.skill} and must be taught again",)
+            if self.descendants
+            else ()
+        )
+        return (begins, *built, after)
+
+
+def group_masks(select: GroupedSplit) -> dict[str, Bool[Tensor, " M"]]:
+    """The skill under its own name, then every other group that has tokens."""
+    rule, groups = select.rule, select.groups
+    others = {
+        name: groups == index
+        for index, (name, target) in enumerate(zip(rule.names, rule.targets, strict=True))
+        if not target and bool((groups == index).any())
+    }
+    return {rule.skill: select.target, **others}
+
+
+def skill_timeline(select: GroupedSplit, *, points: int = 41, seed: int = 0) -> Timeline:
+    """Curves, own windows and what falls with each, for the skill and every other group.
+
+    Args:
+        select: tokens that choose.
+        points: checkpoints at which losses are measured, at most: one forward pass each.
+        seed: of the random movements beside the windows.
+    """
+    settings = TimelineSettings(
+        windows=1, doubling=False, random_draws=1, curve_points=points, resamples=100, shuffles=1, seed=seed
+    )
+    return causal_timeline(select.split, None, group_masks(select), settings)
+
+
+def forecast(timeline: Timeline, skill: str) -> Forecast:
+    """What undoing a skill's own window will do.
+
+    Raises:
+        ValueError: for a skill whose loss does not fall in the recorded steps.
+    """
+    own = timeline.own(skill)
+    if own is None or skill not in own.shares:
+        raise ValueError(
+            f"a skill must be learned in the recorded steps to be undone, '{skill}' is not; "
+            "use --method span, or record earlier checkpoints"
+        )
+    others = {name: value for name, value in own.shares.items() if name != skill}
+    later = tuple(d.skill for d in timeline.dependences if d.on == skill and d.holds)
+    first, last = timeline.steps[0], timeline.steps[-1]
+    fraction = (last - own.window.start) / max(last - first, 1)
+    return Forecast(skill, own.window, own.shares[skill], others, later, fraction)
+
+
+def candidate_windows(timeline: Timeline, skill: str) -> list[Window]:
+    """The skill's own window, a wider one, and one that begins a window's length earlier.
+
+    The own window begins when a tenth of the fall is done; what the skill is built from may be learned
+    before that.
+    """
+    curve, steps = np.array(timeline.curves[skill]), list(timeline.steps)
+    found = [proposed_windows(steps, {kind: curve}, falls).get(kind) for kind, falls in FALLS.items()]
+    windows = [replace(window, kind=kind) for window, kind in zip(found, FALLS, strict=True) if window]
+    own = windows[0]
+    earlier = [step for step in steps if step <= max(own.start - (own.end - own.start), steps[0])]
+    windows.append(Window(earlier[-1], own.end, "earlier"))
+    return list({(window.start, window.end): window for window in reversed(windows)}.values())[::-1]
+
+
+def with_descendants(timeline: Timeline, skill: str) -> list[Window]:
+    """The windows of the skill and of all that was built on it; overlapping ones are merged."""
+    own = timeline.own(skill)
+    later = [timeline.own(d.skill) for d in timeline.dependences if d.on == skill and d.share.low > LEAST]
+    learned = timeline.learned.get(skill) or 0
+    wanted = [own, *(e for e in later if e and (timeline.learned[e.window.kind] or 0) >= learned)]
+    return merged([effect.window for effect in wanted if effect is not None])
+
+
+def merged(windows: Sequence[Window]) -> list[Window]:
+    """Disjoint windows that cover the same steps, in order; no movement would be undone twice.
+
+    >>> [str(w) for w in merged([Window(40, 60), Window(0, 10), Window(50, 80)])]
+    ['0:10', '40:80']
+    """
+    found: list[Window] = []
+    for window in sorted(windows, key=lambda w: (w.start, w.end)):
+        if found and window.start <= found[-1].end:
+            found[-1] = replace(found[-1], end=max(found[-1].end, window.end))
+        else:
+            found.append(window)
+    return found
+
+
+def movement_rows(select: GroupedSplit, window: Window, rank: int) -> Tensor:
+    """(k, N) leading orthonormal directions of what was recorded inside a window."""
+    series = select.split.series
+    inside = [i for i, step in enumerate(series.steps) if window.start <= step <= window.end]
+    first = series[inside[0]].clone()
+    return leading_rows(torch.stack([series[i] - first for i in inside[1:]]), rank)
