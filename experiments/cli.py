@@ -123,6 +123,21 @@ VERBS = {
 
 #: ``polca-edit study NAME``.
 STUDIES = {
+    "causal": Verb(
+        "study.causal_seeds:causal_seeds",
+        "The causal tests of several seeds on one page: words by family, answers about bases, one figure.",
+        examples="Example: `polca-edit study causal runs/demo runs/demo-1 --json causal.json`",
+    ),
+    "groupings": Verb(
+        "study.groupings:groupings",
+        "Ways of grouping tokens against known skills: attribution, losses, gradients, noise, undoing.",
+        examples="Example: `polca-edit study groupings runs/demo runs/demo-1 --json groupings.json`",
+    ),
+    "errors": Verb(
+        "study.error_rates:error_rates",
+        "How often the causal test says yes on twins, and its power by simulation.",
+        examples="Example: `polca-edit study errors runs/demo --draws 60 --power 200 --json errors.json`",
+    ),
     "removal": Verb(
         "removal.undo.study:removal",
         "Skills taken out in every way, all repaired alike: what it costs and how fast they come back.",

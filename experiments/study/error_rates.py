@@ -1,6 +1,6 @@
 """How often the causal test says yes where yes is false, and where it is true.
 
-``python -m experiments.study.error_rates runs/demo ... --draws 60 --power 200 --json FILE``
+``polca-edit study errors runs/demo ... --draws 60 --power 200 --json FILE``
 
 Two kinds of twins on real runs, both through the chooser (select) and on unseen tokens: groups with shuffled
 labels, which no movement can be selective for, and random halves of a known skill, which no movement takes
@@ -20,7 +20,7 @@ import typer
 from scipy.stats import binom, binomtest
 from torch import Tensor
 
-from experiments.application import run_application, say
+from experiments.application import say
 from experiments.config import load_config
 from experiments.report.formats import share
 from experiments.report.tables import Table, table
@@ -218,7 +218,3 @@ def error_rates(
     show(tables)
     seeds = sorted({int(rate.seed) for rate in rates if rate.seed is not None})
     publish(json_, "error-rates/1", load_config(runs[0] / "config.yaml"), seeds, every, tables)
-
-
-if __name__ == "__main__":
-    run_application(error_rates)
