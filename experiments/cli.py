@@ -144,7 +144,7 @@ STUDIES = {
         examples="Example: `polca-edit study removal --preset demo --seeds 1 --skills 10s,1s --json FILE`",
     ),
     "grokking": Verb(
-        "study.grokking_verb:grokking_study",
+        "study.grokking.verb:grokking_study",
         "A published claim put to the test: does grokking need the motion along 16 components?",
         examples="Example: `polca-edit study grokking --seeds 5 --json grokking.json`",
     ),
