@@ -19,7 +19,7 @@ from experiments.report.tables import Table, table
 from experiments.run.machine import hardware, versions
 from experiments.run.store import RunDirectory
 from experiments.study.grokking import arms as grokking_arms
-from experiments.study.grokking import grokking_claim
+from experiments.study.grokking import claim as grokking_claim
 from experiments.study.grokking.claim import (
     ArmSummary,
     ClaimSettings,
