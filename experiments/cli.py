@@ -128,6 +128,11 @@ STUDIES = {
         "The causal tests of several seeds on one page: words by family, answers about bases, one figure.",
         examples="Example: `polca-edit study causal runs/demo runs/demo-1 --json causal.json`",
     ),
+    "discovery": Verb(
+        "study.discovery_seeds:discovery_seeds",
+        "Discovery in several seeds on one page: clusters, timeline, axes.",
+        examples="Example: `polca-edit study discovery runs/demo runs/demo-1 --json discovery.json`",
+    ),
     "groupings": Verb(
         "study.groupings:groupings",
         "Ways of grouping tokens against known skills: attribution, losses, gradients, noise, undoing.",
