@@ -213,10 +213,28 @@ STUDIES = {
         ("polca-edit study demo-table runs/demo runs/demo-1 --json demo-seeds.json",),
         next=_AFTER_A_STUDY,
     ),
-    "causal-seeds": Verb(
+    "causal": Verb(
         "study.causal_seeds:causal_seeds",
-        "The causal tests of several seeds side by side.",
-        ("polca-edit study causal-seeds runs/demo runs/demo-1 --json causal-demo.json",),
+        "The causal tests of several seeds on one page: words by family, answers about bases, one figure.",
+        ("polca-edit study causal runs/demo runs/demo-1 --json causal-demo.json",),
+        next=_AFTER_A_STUDY,
+    ),
+    "discovery": Verb(
+        "study.discovery_seeds:discovery_seeds",
+        "Discovery in several seeds on one page: clusters, timeline, axes.",
+        ("polca-edit study discovery runs/demo runs/demo-1 --json discovery-demo.json",),
+        next=_AFTER_A_STUDY,
+    ),
+    "groupings": Verb(
+        "study.groupings:groupings",
+        "Ways of grouping tokens against known skills: attribution, losses, gradients, noise, undoing.",
+        ("polca-edit study groupings runs/demo runs/demo-1 --json groupings-demo.json",),
+        next=_AFTER_A_STUDY,
+    ),
+    "errors": Verb(
+        "study.error_rates:error_rates",
+        "How often the causal test says yes on twins, and its power by simulation.",
+        ("polca-edit study errors runs/demo --draws 60 --power 200 --json error-rates.json",),
         next=_AFTER_A_STUDY,
     ),
     "paper-scale": Verb(
@@ -238,7 +256,7 @@ STUDIES = {
         next=_AFTER_A_STUDY,
     ),
     "grokking": Verb(
-        "study.grokking_verb:grokking_study",
+        "study.grokking.verb:grokking_study",
         "A published claim put to the test: does grokking need the motion along 16 components?",
         ("polca-edit study grokking --seeds 5 --json grokking.json",),
         next=_AFTER_A_STUDY,

@@ -1,6 +1,6 @@
 """The causal test of several seeds on one page: words by family, answers about bases, one map.
 
-``python -m experiments.study.causal_seeds runs/demo runs/demo-1 ... --json docs/results/causal-demo.json``
+``polca-edit study causal runs/demo runs/demo-1 ... --json docs/results/causal-demo.json``
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from experiments.application import run_application, say
+from experiments.application import say
 from experiments.config import load_config
 from experiments.report.chapters.verdicts import FAMILIES
 from experiments.report.figures.seeds import Map, seeds_figure
@@ -235,7 +235,3 @@ def causal_seeds(
         ]
         drawing = Drawing(json_.stem, "", seeds_figure(maps, len(results)))
         drawing.write_png(json_.with_suffix(".png"))
-
-
-if __name__ == "__main__":
-    run_application(causal_seeds)

@@ -1,6 +1,6 @@
 """Ways of grouping tokens on the paper's own measure: attribution, losses, gradients, perturbation, undoing.
 
-``python -m experiments.study.groupings runs/demo runs/demo-1 ... --json docs/results/groupings-demo.json``
+``polca-edit study groupings runs/demo runs/demo-1 ... --json docs/results/groupings-demo.json``
 
 Every way sees the select split only, and no label. Settings are the run's (or the paper's, where so named);
 none is fitted here.
@@ -22,7 +22,7 @@ from sklearn.cluster import SpectralClustering
 from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
-from experiments.application import run_application, say
+from experiments.application import say
 from experiments.config import load_config
 from experiments.discover.stages import load_found, signature_settings, token_groups, window_record
 from experiments.report.formats import decimal, share
@@ -311,7 +311,3 @@ def groupings(
     show(tables)
     seeds = sorted({row.seed for row in rows})
     publish(json_, "groupings/1", load_config(runs[0] / "config.yaml"), seeds, {"rows": rows}, tables)
-
-
-if __name__ == "__main__":
-    run_application(groupings)

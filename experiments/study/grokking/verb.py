@@ -18,8 +18,9 @@ from experiments.natural.kept import source_of
 from experiments.report.tables import Table, table
 from experiments.run.machine import hardware, versions
 from experiments.run.store import RunDirectory
-from experiments.study import grokking_arms, grokking_claim
-from experiments.study.grokking_claim import (
+from experiments.study.grokking import arms as grokking_arms
+from experiments.study.grokking import claim as grokking_claim
+from experiments.study.grokking.claim import (
     ArmSummary,
     ClaimSettings,
     SeedResult,
