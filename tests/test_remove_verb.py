@@ -10,7 +10,9 @@ import torch
 from typer.testing import CliRunner
 
 from experiments.application import single
-from experiments.removal.verb import RemovalFile, cluster_groups, fit_stream, remove, skill_groups
+from experiments.removal.targets import cluster_groups, fit_stream, skill_groups
+from experiments.removal.undo.records import RemovalFile
+from experiments.removal.verb import remove
 from experiments.run.run import load_run
 from experiments.run.run_record import read_run_record
 from experiments.run.stages.clusters import ClusterRecord
