@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from experiments.application import console, json_result, say, then
-from experiments.options import Bases, Directory, DryRun, Groups, Json, Nulls, Unseen, Window, Workers
+from experiments.verbs.options import Bases, Directory, DryRun, Groups, Json, Nulls, Unseen, Window, Workers
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,8 +11,6 @@ import typer
 
 from experiments.application import json_result, say, then
 from experiments.config import parse_window
-from experiments.options import DryRun, Groups, Json
-from experiments.removal.targets import cluster_groups, edit_span, fit_stream, skill_groups
 from experiments.removal.undo.records import Removal, RemovalFile, RemovalPlan
 from experiments.removal.undo.remove import (
     UndoOptions,
@@ -31,6 +29,8 @@ from experiments.run.run import Run, load_run
 from experiments.run.run_record import open_evaluate
 from experiments.verbs.groups import with_groups
 from experiments.verbs.guard import existing
+from experiments.verbs.options import DryRun, Groups, Json
+from experiments.verbs.targets import cluster_groups, edit_span, fit_stream, skill_groups
 from interventions.damage import EvaluatedSplit
 from interventions.edit_files import save_edit
 from interventions.edits import Edit
