@@ -25,10 +25,10 @@ import typer
 from safetensors.torch import save
 
 from experiments.config import load_config
-from experiments.run.groups import read_groups
 from experiments.run.store import StageRecord
 from experiments.tasks.corpus import read_documents, read_tagged, read_token_ids
 from experiments.tasks.source import own_source
+from experiments.verbs.groups import read_groups
 from interventions.edit_files import load_edit
 from polca_edit.artifacts import load_record
 from polca_edit.basis.record import Basis

@@ -76,9 +76,9 @@ def start(out: Path, moment: Moment | None = None) -> int:
     """All stages and the summary of a small smoke run in a forked process; exit code, or minus its signal."""
     from experiments.config import load_config
     from experiments.run.driver import run_stages
-    from experiments.run.guard import writing
     from experiments.run.run import open_run
     from experiments.run.summary.write import write_summary
+    from experiments.verbs.guard import writing
 
     child = os.fork()
     if child:

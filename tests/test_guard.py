@@ -15,9 +15,9 @@ from experiments.application import explain
 from experiments.cli import app
 from experiments.config import load_config
 from experiments.run.driver import run_stages
-from experiments.run.guard import check, existing, seal, writing
 from experiments.run.run import load_run, open_run
 from experiments.run.store import RunDirectory
+from experiments.verbs.guard import check, existing, seal, writing
 from polca_edit.checkpoints import files as checkpoint_files
 from tests.kill_and_flip import contents, differing, flipped
 

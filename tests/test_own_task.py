@@ -13,13 +13,13 @@ from typer.testing import CliRunner
 
 from experiments.cli import app
 from experiments.config import load_config
-from experiments.run.groups import read_groups, with_groups
 from experiments.run.keys import stage_names
 from experiments.run.run import Run, load_run, open_run
 from experiments.tasks import TASKS, own_task
 from experiments.tasks.own import build as build_own
 from experiments.tasks.own_training import rows_of
 from experiments.tasks.task import build_task
+from experiments.verbs.groups import read_groups, with_groups
 
 PAGE = Path(__file__).parents[1] / "docs" / "how-to" / "own-task.md"
 TINY = {"threads": 1, "training.steps": 12, "training.record_every": 4}

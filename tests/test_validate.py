@@ -251,7 +251,7 @@ def test_selectivity_falls_along_a_ladder_of_known_mixtures():
         rows[block, block * SIZE : (block + 1) * SIZE] = theta[block * SIZE : (block + 1) * SIZE]
     rows[2:] = torch.eye(len(theta))[2 * SIZE : 2 * SIZE + 4]
     rows = rows / rows.norm(dim=1, keepdim=True)
-    rungs = ladder_rungs(opened.unseen, rows, [(0, 1)], opened.parents, QUICK)
+    rungs = ladder_rungs(opened.unseen, rows, [(0, 1)], opened.parents, replace(QUICK, rotations=2))
     assert [r.degrees for r in rungs] == [*DEGREES, *DEGREES]
     first = [r.selectivity for r in rungs[: len(DEGREES)]]
     assert first == sorted(first, reverse=True)
@@ -341,10 +341,8 @@ def test_an_unknown_case_is_refused(tmp_path):
         verb.validate(case=["nothing"], out=tmp_path)
 
 
-def test_a_crossover_needs_both_stretches():
+def test_a_crossover_of_a_group_that_was_never_learned_is_no_number():
     natural = small(0, True)
     settings = MeasureSettings(QUICK, bases=(), discovery=False)
     opened = open_case(SMALL, natural, natural.recorded(), settings)
-    # In the twin neither stretch ever takes anything of B.
-    both = crossover(opened.unseen, (0, 40), ("A", "B"), QUICK)
-    assert both.estimate < 1.2
+    assert math.isnan(crossover(opened.unseen, (0, 40), ("A", "B"), QUICK).estimate)

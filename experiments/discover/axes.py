@@ -13,9 +13,9 @@ import torch
 from experiments.discover.records import AxesRecord, AxisRow, DiscoverSettings, FullAxis
 from experiments.discover.stages import load_found
 from experiments.discover.targets import Aim, aims_of, first_sequences, null_pools
-from experiments.run.groups import with_groups
 from experiments.run.keys import signature_names, window_suffix
 from experiments.run.run import Run, load_run
+from experiments.verbs.groups import with_groups
 from experiments.verdicts.choose import split_of, unseen_tokens
 from interventions.causal.statistics import Interval
 from interventions.damage import EvaluatedSplit

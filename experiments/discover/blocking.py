@@ -158,7 +158,8 @@ def arm_plans(run: Run, settings: BlockingSettings) -> list[ArmPlan]:
     for target in settings.targets:
         axis = f"axis {target}"
         plans += [ArmPlan(axis, 0, last, target), ArmPlan(f"sham {axis}", 0, last, target, axis)]
-    for name in ("axes", "span"):
+    # One target's axes together are its axis.
+    for name in ("axes", "span") if len(settings.targets) > 1 else ("span",):
         plans += [ArmPlan(name, 0, last), ArmPlan(f"sham {name}", 0, last, None, name)]
     windows = load_timeline(run).proposed
     states = SeriesFolder(run.directory.checkpoints).state_steps()

@@ -50,10 +50,7 @@ def discover(run: Run, settings: DiscoverSettings, *, workers: int = 1) -> Disco
     names = signature_names(run.config, settings.window, settings.bases)
     if not names:
         raise ValueError("discovery needs partial undo edits, the config has discover.edits=0; run with more")
-    known = [spec.label for spec in run.config.bases]
-    missing = next((label for label in settings.bases if label not in known), None)
-    if missing is not None:
-        raise ValueError(f"--basis must be one of {known} of '{run.directory.path}', got '{missing}'")
+    run.require_bases(settings.bases)
     labels = settings.bases
     built = {"train", *(f"basis:{name}" for name in (*measured_labels(run.config, labels), *labels))}
     if any(spec.rotated for spec in run.config.bases if spec.label in labels):

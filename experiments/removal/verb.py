@@ -7,10 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
-from torch import Tensor
 
+from experiments.application import json_result, say, then
 from experiments.config import parse_window
 from experiments.removal.undo.records import Removal, RemovalFile, RemovalPlan
 from experiments.removal.undo.remove import (
@@ -25,12 +24,13 @@ from experiments.removal.undo.remove import (
     with_timeline,
 )
 from experiments.report.page import write_report
-from experiments.run.groups import with_groups
-from experiments.run.guard import existing
 from experiments.run.machine import hardware, versions
 from experiments.run.run import Run, load_run
 from experiments.run.run_record import open_evaluate
-from experiments.run.stages.clusters import ClusterRecord
+from experiments.verbs.groups import with_groups
+from experiments.verbs.guard import existing
+from experiments.verbs.options import DryRun, Groups, Json
+from experiments.verbs.targets import cluster_groups, edit_span, fit_stream, skill_groups
 from interventions.damage import EvaluatedSplit
 from interventions.edit_files import save_edit
 from interventions.edits import Edit
@@ -39,7 +39,6 @@ from interventions.removal.grouped import (
     GroupRule,
     LogitFunction,
     Predictor,
-    labelled,
 )
 from interventions.removal.problem import Limits, RemovalProblem
 from interventions.removal.remove import (
@@ -52,116 +51,16 @@ from interventions.removal.remove import (
     remove_skill,
 )
 from interventions.removal.spans import (
-    BLOCK,
-    LEADING,
     Span,
-    span_by_tensor,
-    span_of_rows,
-    stacked_displacements,
 )
 from interventions.removal.undo import UNDO_LIMITS, Undo
-from polca_edit.artifacts import load_record, to_plain
-from polca_edit.basis.record import Basis
+from polca_edit.artifacts import to_plain
 from polca_edit.checkpoints.files import write_json
-from polca_edit.clusters.membership import fit_rule
-from polca_edit.seeds import generator_for
 from polca_edit.tokens import TokenSet
 
 Batches = Callable[[int], TokenSet]
 #: Sequences of a repair batch.
 REPAIR_SEQUENCES = 64
-
-# -- what is removed -------------------------------------------------------------------------------
-
-
-def skill_groups(run: Run, skill: str) -> GroupRule:
-    """Groups of a named skill: those of the task's partition, or the skill against all others.
-
-    Raises:
-        ValueError: for a skill the run does not know.
-    """
-    partition = run.task.partition
-    if partition is not None and skill in partition.skills:
-        return partition.rule(skill)
-    known = run.task.splits.select.skills
-    if skill not in known:
-        raise ValueError(f"a skill must be one this run labels, got '{skill}'; known are {sorted(known)}")
-    return labelled(skill, [name for name in known if name != skill])
-
-
-def cluster_groups(run: Run, cluster: str) -> GroupRule:
-    """Members of one cluster by its rule on input features; everyone else by partition, or one group.
-
-    No skill label decides membership, and the rule never sees a loss, so it holds on any tokens.
-
-    Args:
-        run: the run.
-        cluster: BASIS:VECTOR:CLUSTER.
-
-    Raises:
-        ValueError: for a cluster that is not named so, or does not exist.
-    """
-    basis, *numbers = cluster.split(":")
-    if len(numbers) != 2 or not all(number.isdigit() for number in numbers):
-        raise ValueError(f"--cluster needs BASIS:VECTOR:CLUSTER, got '{cluster}'; for example hessian:3:0")
-    vector, index = (int(number) for number in numbers)
-    labels = load_record(ClusterRecord, run.directory.clusters(basis)).labels
-    if not vector < len(labels) or not bool((labels[vector] == index).any()):
-        raise ValueError(f"cluster {cluster} does not exist in this run; see 'polca-edit inspect'")
-    rule = fit_rule(run.task.splits.select, labels[vector] == index, seed=run.config.seed)
-    partition = run.task.partition
-    rest = ("(rest)",) if partition is None else partition.names
-
-    def assign(tokens: TokenSet) -> Tensor:
-        ones = torch.ones(tokens.count, dtype=torch.long)
-        groups = ones if partition is None else partition.assign(tokens) + 1
-        groups[rule.assign(tokens)] = 0
-        return groups
-
-    return GroupRule((cluster, *rest), (True, *[False] * len(rest)), assign, cluster)
-
-
-def fit_stream(run: Run, size: int) -> Callable[[int], TokenSet]:
-    """Batches for the fit: new sequences that training may see, or draws from curvature and select."""
-    fresh = run.task.fresh
-    parts = (run.task.splits.curvature, run.task.splits.select)
-
-    def batch(step: int) -> TokenSet:
-        generator = generator_for(run.config.seed, "removal fit", step)
-        if fresh is not None:
-            return fresh(size, generator)
-        part = parts[step % 2]
-        return part.select(torch.randperm(part.sequences, generator=generator)[:size])
-
-    return batch
-
-
-def edit_span(run: Run, basis: str | None, window: tuple[int, int] | None = None) -> Span:
-    """All recorded displacements and Hessian vectors by groups of neurons, or one stored basis.
-
-    Args:
-        run: with checkpoints.
-        basis: name of a stored basis.
-        window: steps of the displacements that are taken; Hessian vectors are left out then.
-    """
-    if basis is not None:
-        return span_of_rows(load_record(Basis, run.directory.basis(basis)).rows, f"basis {basis}")
-    checkpoints = run.observed(window)
-    rows = stacked_displacements([checkpoints[index].clone() for index in range(len(checkpoints))])
-    if window is not None:
-        return span_by_tensor(
-            rows,
-            run.task.space,
-            f"movement of steps {window[0]} to {window[1]} by groups of neurons",
-            block=BLOCK,
-            per_block=LEADING,
-        )
-    stored = [run.directory.basis(b.label) for b in run.config.bases if b.kind == "hessian"]
-    rows = torch.cat([rows, *(load_record(Basis, path).rows for path in stored if path.exists())])
-    return span_by_tensor(
-        rows, run.task.space, "recorded movement by groups of neurons", block=BLOCK, per_block=LEADING
-    )
-
 
 # -- removing ----------------------------------------------------------------------------------------
 
@@ -233,7 +132,7 @@ def _how(
         undo = axis_undo(run, rule, logits_of(run), undo, basis)
     undo = with_timeline(run, rule, logits_of(run), undo)
     for sentence in said_first(run, rule.skill, undo, data=batch is not None):
-        typer.echo(f"  {sentence}")
+        say(f"  {sentence}")
     return undo, batch
 
 
@@ -287,10 +186,10 @@ def remove(
     kl: Annotated[
         float | None, typer.Option(min=0.0, help="KL to the original allowed, nats (.05; undoing 1).")
     ] = None,
-    groups: Annotated[
-        Path | None, typer.Option(help="Token groups: .npz or JSON, name -> booleans over the select tokens.")
-    ] = None,
+    groups: Groups = None,
     out: Annotated[Path | None, typer.Option(help="Edit file (default RUN/edits/NAME).")] = None,
+    dry_run: DryRun = False,
+    json_: Json = None,
 ) -> None:
     """Find an edit that removes one skill, and judge it on the evaluate split.
 
@@ -298,13 +197,15 @@ def remove(
     """
     options = UndoOptions(method, tuple(window or ()), repair, relearn, lora)
     chosen = _budget(budget)
-    opened = with_groups(load_run(run), groups, typer.echo)
+    opened = with_groups(load_run(run), groups, say)
     logits_of(opened)
     rules = _rules(opened, skill or [], cluster)
     how, batch = _how(opened, rules, options, chosen, basis)
     names = tuple(rule.skill for rule in rules)
     plan = _plan(opened, names, _limits(method, target, off, kl), chosen, how, options)
     path = out or run / "edits" / _file_name(names)
+    if dry_run:
+        return say(f"{path}: would take out {', '.join(names)} by {method} ({budget}), judged on evaluate")
     with existing(run):
         opening = open_evaluate(opened, plan, by="remove")
         edit, removals = removed(opened, rules, plan, how, batch)
@@ -312,6 +213,13 @@ def remove(
             removals = [_afterwards(opened, rules[0], edit, removals[0], how, batch, options)]
         record = _written(opened, path, edit, removals, plan, opening.exploratory)
         _reported(opened, path)
+    json_result(record, json_)
+    _ended(opened, path, record)
+
+
+def _ended(run: Run, path: Path, record: RemovalFile) -> None:
+    """The next command; a bound that was missed is said, and ends the verb with 1."""
+    then("apply", path.with_suffix(".json"), run.directory.last_weights or "MODEL", "--out", "edited")
     for sentence in record.missed:
         typer.echo(f"polca-edit: {sentence}", err=True)
     if record.missed:
@@ -384,11 +292,11 @@ def _written(
     write_json(written.with_suffix(".result.json"), to_plain(record))
     for removal in removals:
         for sentence in told(removal.undone, removal.returned, removal.adapter):
-            typer.echo(f"  {sentence}")
-        typer.echo(
+            say(f"  {sentence}")
+        say(
             f"{removal.skill}: target {removal.target_share:.1%} of headroom, worst other group "
             f"{removal.worst_off_share:+.2%}, accuracy {removal.accuracy:.1%} (chance "
             f"{removal.refit.chance:.1%}), {removal.refit.kept:.0%} of the damage stays after a refit"
         )
-    typer.echo(f"Edit: {written}")
+    say(f"Edit: {written}")
     return record

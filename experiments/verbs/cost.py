@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from experiments.application import settings_from
-from experiments.verbs.pipeline import Device, Engine, Memory, Task, config_for
+from experiments.application import json_result, say, settings_from, then
+from experiments.verbs.options import Device, Engine, Json, Memory, Seed, Set, Task
+from experiments.verbs.pipeline import config_for
 from experiments.verbs.subsets import Layers, Parameters, confined
 
 
@@ -21,31 +21,27 @@ def plan(
     memory: Memory = None,
     layers: Layers = None,
     parameters: Parameters = None,
-    device: Device = None,
     engine: Engine = None,
-    budget_minutes: Annotated[float | None, typer.Option(help="Find settings that fit this.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a config key.")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    budget_minutes: Annotated[
+        float | None, typer.Option(min=0.01, max=1e6, help="Find settings that fit this.")
+    ] = None,
+    seed: Seed = None,
+    device: Device = None,
+    set_: Set = None,
+    json_: Json = None,
 ) -> None:
-    """What a run would cost on this machine: passes, products, bytes, memory, time. Nothing is run.
-
-    Examples: `polca-edit plan mini` · `polca-edit plan --task my_task.py:build` ·
-    `polca-edit plan english --text wiki.jsonl.gz --budget-minutes 20`
-    """
+    """What a run would cost on this machine: passes, products, bytes, memory, time. Nothing is run."""
     from experiments.config import load_config
     from experiments.run.cost.plan import describe, make_plan
     from experiments.run.memory import parse_memory
-    from polca_edit.artifacts import to_plain
 
-    overrides = settings_from(
-        set_, task=task, text__file=text, memory_gb=parse_memory(memory), device=device, engine=engine
-    )
+    given = {"memory_gb": parse_memory(memory), "engine": engine}
+    overrides = settings_from(set_, task=task, seed=seed, device=device, text__file=text, **given)
     named = config_for(config, task)
     resolved = load_config(named, confined(named, overrides, layers, parameters))
     with tempfile.TemporaryDirectory() as folder:
         budget = None if budget_minutes is None else 60 * budget_minutes
         found = make_plan(resolved, Path(folder), budget)
-    if json_:
-        typer.echo(json.dumps(to_plain(found), indent=1, sort_keys=True))
-        return
-    typer.echo(describe(found))
+    if not json_result(found, json_):
+        say(describe(found))
+    then("run", *([config] if config else []), *(["--task", task] if task else []))

@@ -16,8 +16,9 @@ GOLD = "retrained without the data"
 #: Methods whose curves are drawn; the frontier has all of them.
 SHOWN = (
     "return and repair",
-    "return, three widths earlier",
+    "return, one width earlier",
     "rollback and repair",
+    "rollback, one width earlier",
     "GradDiff",
     "NPO",
     "CIR",

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.study.grokking_arms import (
+from experiments.study.grokking.arms import (
     Arm,
     Change,
     Runner,

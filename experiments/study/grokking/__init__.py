@@ -1,0 +1,1 @@
+"""A published claim about grokking, put to the test."""
