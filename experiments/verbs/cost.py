@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 
 from experiments.application import json_result, say, settings_from, then
-from experiments.verbs.options import Device, Engine, Json, Memory, Seed, Set, Task
+from experiments.verbs.options import Device, Engine, Json, Layers, Memory, Parameters, Seed, Set, Task
 from experiments.verbs.pipeline import config_for
-from experiments.verbs.subsets import Layers, Parameters, confined
+from experiments.verbs.subsets import confined
 
 
 def plan(

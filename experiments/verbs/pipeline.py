@@ -14,15 +14,17 @@ from experiments.verbs.options import (
     DryRun,
     Engine,
     Json,
+    Layers,
     Memory,
     Out,
+    Parameters,
     Redo,
     Seed,
     Set,
     Task,
     Window,
 )
-from experiments.verbs.subsets import Layers, Parameters, confined
+from experiments.verbs.subsets import confined
 
 if TYPE_CHECKING:
     from experiments.config import RunConfig

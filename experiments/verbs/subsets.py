@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
-
-import typer
-
-Layers = Annotated[str | None, typer.Option(help="Vectors in these layers only, e.g. 3-5 or 0,2.")]
-Parameters = Annotated[str | None, typer.Option(help="Vectors in parameters of this pattern, e.g. '*mlp*'.")]
+from typing import Any
 
 
 def patterns_of(layers: str | None, parameters: str | None) -> tuple[str, ...]:
