@@ -72,21 +72,6 @@ def test_a_trajectory_basis_holds_its_rows_and_a_few_displacements(size):
     assert abs(found[12] - found[6]) < 1.1, found  # not one more per checkpoint
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_rows_in_a_mapped_table_are_not_in_memory(size, tmp_path):
-    def mapped(rows: int, width: int) -> Tensor:
-        path = tmp_path / f"{size}.bin"
-        return torch.from_file(str(path), shared=True, size=rows * width, dtype=torch.float32).view(
-            rows, width
-        )
-
-    inside = peak_vectors(lambda: trajectory_basis(walk(size, 12), 9), size)
-    outside = peak_vectors(lambda: trajectory_basis(walk(size, 12), 9, allocate=mapped), size)
-    without = peak_vectors(lambda: displacement_gram(walk(size, 12)), size)  # no row is made here
-    assert outside < without + 0.1, (inside, outside, without)
-    assert inside > outside + 1
-
-
 def test_streamed_gram_and_coefficients_against_all_displacements_at_once():
     series = walk(5000, 11)
     moved = torch.stack([series[t] - series[0] for t in range(1, 11)]).double()
