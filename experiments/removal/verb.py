@@ -11,7 +11,7 @@ import typer
 
 from experiments.application import json_result, say, then
 from experiments.config import parse_window
-from experiments.options import DryRun, Groups, Json
+from experiments.options import DryRun, Groups, Json, finite
 from experiments.removal.targets import cluster_groups, edit_span, fit_stream, skill_groups
 from experiments.removal.undo.records import Removal, RemovalFile, RemovalPlan
 from experiments.removal.undo.remove import (
@@ -178,13 +178,17 @@ def remove(
     lora: Annotated[int | None, typer.Option(min=1, help="Measure the edit's part of this rank.")] = None,
     target: Annotated[
         float | None,
-        typer.Option(min=0.0, max=1.0, help="Damage wanted, share of headroom (.99; undoing .9)."),
+        typer.Option(
+            min=0.0, max=1.0, callback=finite, help="Damage wanted, share of headroom (.99; undoing .9)."
+        ),
     ] = None,
     off: Annotated[
-        float | None, typer.Option(min=0.0, help="Damage allowed to any other group (.005; undoing .02).")
+        float | None,
+        typer.Option(min=0.0, callback=finite, help="Damage allowed to any other group (.005; undoing .02)."),
     ] = None,
     kl: Annotated[
-        float | None, typer.Option(min=0.0, help="KL to the original allowed, nats (.05; undoing 1).")
+        float | None,
+        typer.Option(min=0.0, callback=finite, help="KL to the original allowed, nats (.05; undoing 1)."),
     ] = None,
     groups: Groups = None,
     out: Annotated[Path | None, typer.Option(help="Edit file (default RUN/edits/NAME).")] = None,

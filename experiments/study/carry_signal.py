@@ -19,6 +19,7 @@ import typer
 
 from experiments.application import run_application, say
 from experiments.config import load_config
+from experiments.options import finite
 from experiments.report.formats import decimal
 from experiments.report.tables import Column, Table, table
 from experiments.run.run import Run, open_run
@@ -151,7 +152,9 @@ def carry_signal(
     preset: Annotated[str, typer.Option(help="demo, mini, paper or smoke.")] = "demo",
     seeds: Annotated[int, typer.Option(help="How many seeds.", min=1)] = 1,
     vectors: Annotated[int, typer.Option(help="Vectors of each basis.", min=2)] = 12,
-    min_share: Annotated[float, typer.Option(help="Smallest cluster, share of tokens.")] = 0.03,
+    min_share: Annotated[
+        float, typer.Option(min=1e-6, max=1.0, callback=finite, help="Smallest cluster, a share.")
+    ] = 0.03,
     json_: Annotated[
         Path | None, typer.Option("--json", help="Write all rows here, the table beside it.")
     ] = None,
