@@ -10,7 +10,6 @@ import torch
 from typer.testing import CliRunner
 
 from experiments.application import single
-from experiments.removal.targets import cluster_groups, fit_stream, skill_groups
 from experiments.removal.undo.records import RemovalFile
 from experiments.removal.verb import remove
 from experiments.run.run import load_run
@@ -18,6 +17,7 @@ from experiments.run.run_record import read_run_record
 from experiments.run.stages.clusters import ClusterRecord
 from experiments.run.store import RunDirectory
 from experiments.tasks.arithmetic import first_and_second
+from experiments.verbs.targets import cluster_groups, fit_stream, skill_groups
 from interventions.edit_files import load_edit
 from polca_edit.artifacts import load_record
 

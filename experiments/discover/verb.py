@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from experiments.application import console, json_result, say, then
-from experiments.options import Bases, Directory, DryRun, Groups, Json, Nulls, Unseen, Window, Workers, finite
+from experiments.verbs.options import (
+    Bases,
+    Directory,
+    DryRun,
+    Groups,
+    Json,
+    Nulls,
+    Unseen,
+    Window,
+    Workers,
+    finite,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path

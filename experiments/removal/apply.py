@@ -14,8 +14,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from experiments.application import json_result, say, then
-from experiments.options import DryRun, Json, finite
 from experiments.removal.stored import Applied, Survival, parameter_names, read_back
+from experiments.verbs.options import DryRun, Json, finite
 from interventions.edit_files import EditFile, load_edit, save_adapter
 from interventions.edits import weights_fingerprint
 from interventions.lora import Adapter, low_rank

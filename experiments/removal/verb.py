@@ -11,8 +11,6 @@ import typer
 
 from experiments.application import json_result, say, then
 from experiments.config import parse_window
-from experiments.options import DryRun, Groups, Json, finite
-from experiments.removal.targets import cluster_groups, edit_span, fit_stream, skill_groups
 from experiments.removal.undo.records import Removal, RemovalFile, RemovalPlan
 from experiments.removal.undo.remove import (
     UndoOptions,
@@ -31,6 +29,8 @@ from experiments.run.run import Run, load_run
 from experiments.run.run_record import open_evaluate
 from experiments.verbs.groups import with_groups
 from experiments.verbs.guard import existing
+from experiments.verbs.options import DryRun, Groups, Json, bound
+from experiments.verbs.targets import cluster_groups, edit_span, fit_stream, skill_groups
 from interventions.damage import EvaluatedSplit
 from interventions.edit_files import save_edit
 from interventions.edits import Edit
@@ -176,20 +176,9 @@ def remove(
     repair: Annotated[int, typer.Option(min=0, help="Training steps without the skill after undoing.")] = 60,
     relearn: Annotated[int, typer.Option(min=0, help="Steps of an attack that is measured.")] = 0,
     lora: Annotated[int | None, typer.Option(min=1, help="Measure the edit's part of this rank.")] = None,
-    target: Annotated[
-        float | None,
-        typer.Option(
-            min=0.0, max=1.0, callback=finite, help="Damage wanted, share of headroom (.99; undoing .9)."
-        ),
-    ] = None,
-    off: Annotated[
-        float | None,
-        typer.Option(min=0.0, callback=finite, help="Damage allowed to any other group (.005; undoing .02)."),
-    ] = None,
-    kl: Annotated[
-        float | None,
-        typer.Option(min=0.0, callback=finite, help="KL to the original allowed, nats (.05; undoing 1)."),
-    ] = None,
+    target: Annotated[float | None, bound("Damage wanted, share of headroom (.99; undoing .9).", 1)] = None,
+    off: Annotated[float | None, bound("Damage allowed to any other group (.005; undoing .02).")] = None,
+    kl: Annotated[float | None, bound("KL to the original allowed, nats (.05; undoing 1).")] = None,
     groups: Groups = None,
     out: Annotated[Path | None, typer.Option(help="Edit file (default RUN/edits/NAME).")] = None,
     dry_run: DryRun = False,

@@ -19,7 +19,6 @@ import typer
 
 from experiments.application import run_application, say
 from experiments.config import load_config
-from experiments.options import finite
 from experiments.report.formats import decimal
 from experiments.report.tables import Column, Table, table
 from experiments.run.run import Run, open_run
@@ -28,6 +27,7 @@ from experiments.study.carry import GroupDamage, eligible_clusters, group_damage
 from experiments.study.measured import OnSelect, Say, on_select, second_order
 from experiments.study.multiverse import thinned
 from experiments.study.results import publish, show
+from experiments.verbs.options import finite
 from interventions.damage import EvaluatedSplit
 from interventions.edits import project_out
 from polca_edit.allocation.allocate import Rule, allocate, explained_share

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from experiments.application import json_result, say, settings_from, then
-from experiments.options import Device, Json, Seed, Set, Task, finite
+from experiments.verbs.options import Device, Json, Seed, Set, Task, finite
 from experiments.verbs.pipeline import config_for
 
 

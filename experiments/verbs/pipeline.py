@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from experiments.application import console, json_result, say, settings_from, then
-from experiments.options import Device, DryRun, Json, Out, Redo, Seed, Set, Task, Window
+from experiments.verbs.options import Device, DryRun, Json, Out, Redo, Seed, Set, Task, Window
 
 if TYPE_CHECKING:
     from experiments.config import RunConfig

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from experiments.application import console, json_result, say, then
-from experiments.options import Bases, DryRun, Groups, Json, Unseen, Window, Workers
+from experiments.verbs.options import Bases, DryRun, Groups, Json, Unseen, Window, Workers
 
 if TYPE_CHECKING:
     from experiments.verdicts.records import CausalResult

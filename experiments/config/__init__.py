@@ -9,7 +9,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from experiments.config_sections import (
+from experiments.config.sections import (
     ArithmeticConfig,
     BasisConfig,
     CheckpointsConfig,
