@@ -205,3 +205,26 @@ def test_every_verb_names_the_next_one() -> None:
         source = (Path(application.__file__).parent / f"{module}.py").read_text()
         assert verb.next or "then(" in source, words
     assert isinstance(next(iter(EVERY.values())), Verb)
+
+
+def test_folders_of_the_same_names_beside_the_command_are_not_taken(tmp_path: Path) -> None:
+    """The command finds its own packages; a script beside such a folder finds that one, unless run with -P."""
+    for name in ("experiments", "interventions"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("MINE = True\n")
+    (tmp_path / "script.py").write_text(
+        "import interventions, polca_edit\nprint(hasattr(interventions, 'MINE'))\n"
+    )
+    root = str(Path(application.__file__).parents[1])
+
+    def said(*words: str) -> str:
+        made = {**os.environ, "PYTHONPATH": root}
+        command = [sys.executable, *words]
+        return subprocess.run(
+            command, cwd=tmp_path, env=made, capture_output=True, text=True, timeout=120
+        ).stdout
+
+    start = "import sys; sys.argv[1:] = ['--version']; from experiments.cli import main; main()"
+    assert said("-P", "-c", start).startswith("polca-edit ")  # as a console script: no current folder
+    assert said("script.py") == "True\n"
+    assert said("-P", "script.py") == "False\n"
