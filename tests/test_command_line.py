@@ -208,7 +208,7 @@ def test_every_verb_names_the_next_one() -> None:
 
 
 def test_folders_of_the_same_names_beside_the_command_are_not_taken(tmp_path: Path) -> None:
-    """The command finds its own packages; a script beside such a folder finds that one, unless run with -P."""
+    """The command finds its own packages; a script finds the folder beside it, unless it is run with -P."""
     for name in ("experiments", "interventions"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("MINE = True\n")
