@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from experiments.application import json_result, say, settings_from, then
-from experiments.verbs.options import Device, Json, Seed, Set, Task
+from experiments.verbs.options import Device, Json, Seed, Set, Task, finite
 from experiments.verbs.pipeline import config_for
 
 
@@ -18,7 +18,7 @@ def plan(
     task: Task = None,
     text: Annotated[str | None, typer.Option(help="Text file for task 'text'.")] = None,
     budget_minutes: Annotated[
-        float | None, typer.Option(min=0.01, max=1e6, help="Find settings that fit this.")
+        float | None, typer.Option(min=0.01, max=1e6, callback=finite, help="Find settings that fit this.")
     ] = None,
     seed: Seed = None,
     device: Device = None,
