@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
+import shlex
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +19,69 @@ import typer
 import yaml
 from rich.console import Console
 
-console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
+#: Where lines and tables for the reader go. A path may hold brackets: nothing in a line is markup.
+console = Console(
+    highlight=False,
+    markup=False,
+    emoji=False,
+    width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 150,
+)
 
 
 def say(text: str) -> None:
     """A plain line, flushed, so that logs can be followed."""
     console.print(text, soft_wrap=True)
+
+
+def then(*words: object) -> None:
+    """The line a verb ends with: the command that goes on from here.
+
+    Example: ``then("test", out)`` prints ``next: polca-edit test runs/demo``.
+    """
+    say("next: " + shlex.join(["polca-edit", *map(str, words)]))
+
+
+def wants_json_alone(words: Sequence[str]) -> bool:
+    """Whether standard output belongs to ``--json -``.
+
+    >>> wants_json_alone(["runs/demo", "--json", "-"]), wants_json_alone(["--json", "found.json"])
+    (True, False)
+    """
+    return "--json=-" in words or ("--json", "-") in pairwise(words)
+
+
+@contextmanager
+def lines_aside(aside: bool) -> Iterator[None]:
+    """While the block lasts, lines for the reader go to standard error, and JSON has the output alone."""
+    before = console.stderr
+    console.stderr = aside or before
+    try:
+        yield
+    finally:
+        console.stderr = before
+
+
+def json_result(values: object, target: str | None) -> bool:
+    """The result of a verb for ``--json FILE|-``.
+
+    Args:
+        values: a record, or plain values.
+        target: a file, ``-`` for standard output, None for neither.
+
+    Returns:
+        whether it was asked for.
+    """
+    if target is None:
+        return False
+    from polca_edit.artifacts import to_plain
+    from polca_edit.checkpoints.files import write_json
+
+    if target == "-":
+        typer.echo(json.dumps(to_plain(values), indent=1, sort_keys=True))
+    else:
+        write_json(Path(target), to_plain(values))
+        say(f"JSON: {target}")
+    return True
 
 
 def settings_from(assignments: list[str] | None, **given: Any) -> dict[str, Any]:
@@ -74,9 +135,18 @@ def unforeseen(error: Exception) -> str:
 _OWN = re.compile(r"[/\\](polca_edit|interventions|experiments)[/\\]")
 
 
+#: Both spellings of help, everywhere.
+HELP = {"help_option_names": ["-h", "--help"]}
+
+
 def single(function: Callable[..., Any], epilog: str | None = None) -> typer.Typer:
     """A typer application of one command."""
-    made = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+    made = typer.Typer(
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="markdown",
+        context_settings=HELP,
+    )
     made.command(epilog=epilog)(function)
     return made
 
@@ -94,7 +164,8 @@ def run_application(command: Any) -> None:
         typer.echo(f"polca-edit: {explain(error)}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        typer.echo("polca-edit: stopped; run the same command again to go on", err=True)
+        again = shlex.join(["polca-edit", *sys.argv[1:]])
+        typer.echo(f"polca-edit: stopped; finished stages are kept, go on with: {again}", err=True)
         sys.exit(130)
     except Exception as error:  # of a library, which no sentence of ours foresaw
         if os.environ.get("POLCA_EDIT_TRACEBACK"):

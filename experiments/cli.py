@@ -1,26 +1,21 @@
 """The command line: ``polca-edit demo|run|report|inspect|...``.
 
-Every verb is one line of :data:`VERBS`. Its module is imported when it runs, so that ``--help``
-answers at once; its options are those of the function it names.
+Every verb is one line of :data:`VERBS`. Its module is imported when it runs, so that ``--help`` and shell
+completion answer at once; its options are those of the function it names.
 """
 
 from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
+from importlib import metadata
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
-from experiments.application import run_application, single
+from experiments.application import HELP, lines_aside, run_application, single, then, wants_json_alone
 from experiments.verbs.signature import signature_alone
-
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    rich_markup_mode="markdown",
-    pretty_exceptions_enable=False,
-    help="From training checkpoints to a causal verdict on each skill, and to an edit that removes it.",
-)
 
 
 @dataclass(frozen=True)
@@ -30,163 +25,320 @@ class Verb:
     Attributes:
         function: module under ``experiments`` and function, which typer makes a command of.
         help: what it does, for the list of verbs.
+        examples: whole commands, shown at the end of its own help.
         panel: heading it is listed under.
-        examples: shown below its own help.
+        next: words of the command that goes on from here, where the verb does not name it itself.
     """
 
     function: str
     help: str
+    examples: tuple[str, ...]
     panel: str = "Runs"
-    examples: str | None = None
+    next: tuple[str, ...] = ()
+
+    @property
+    def epilog(self) -> str:
+        """The examples, one a line."""
+        return "\n\n".join(["Examples:" if len(self.examples) > 1 else "Example:", *self.examples])
+
+    def command(self, *, to_run: bool = False) -> Any:
+        """Its options; imported only where it is to run, or where its signature needs more than is light."""
+        module, _, attribute = self.function.partition(":")
+        function = None if to_run else signature_alone(f"experiments.{module}", attribute)
+        if function is None:
+            function = getattr(importlib.import_module(f"experiments.{module}"), attribute)
+        return typer.main.get_command(single(function, self.epilog))
 
 
 VERBS = {
-    "demo": Verb("verbs.pipeline:demo", "Run the main job on the built-in arithmetic task (minutes)."),
-    "run": Verb("verbs.pipeline:run", "Run a config or preset from training to the report."),
-    "open": Verb("verbs.pipeline:open_checkpoints", "Analyse Hugging Face checkpoints."),
-    "english": Verb("verbs.pipeline:english", "The English experiment on a text."),
-    "plan": Verb("verbs.cost:plan", "What a run would cost on this machine. Nothing is run."),
+    "demo": Verb(
+        "verbs.pipeline:demo",
+        "Run the main job on the built-in arithmetic task (minutes).",
+        ("polca-edit demo", "polca-edit demo --seed 3", "polca-edit demo --dry-run"),
+    ),
+    "run": Verb(
+        "verbs.pipeline:run",
+        "Run a config or preset from training to the report.",
+        (
+            "polca-edit run mini --seed 1",
+            "polca-edit run english-demo --text wiki.jsonl.gz",
+            "polca-edit run mine.yaml --checkpoints runs/other/checkpoints",
+            "polca-edit run --task my_task.py:build --set training.steps=600",
+        ),
+    ),
+    "open": Verb(
+        "verbs.pipeline:open_checkpoints",
+        "Analyse Hugging Face checkpoints.",
+        (
+            "polca-edit open my-trainer-output --text corpus.jsonl",
+            "polca-edit open pythia-14m --names 'step*' --text pile.jsonl.gz",
+            "polca-edit open lora-output --base gpt2-folder --text notes.txt",
+        ),
+    ),
+    "plan": Verb(
+        "verbs.cost:plan",
+        "What a run would cost on this machine. Nothing is run.",
+        ("polca-edit plan mini", "polca-edit plan english --text wiki.jsonl.gz --budget-minutes 20"),
+    ),
     "doctor": Verb(
         "verbs.doctor.verb:doctor",
         "Open a checkpoint folder of any kind and say what was found.",
-        examples="Examples: `polca-edit doctor my-trainer-output` · `polca-edit doctor pythia-14m --json -`",
+        ("polca-edit doctor my-trainer-output", "polca-edit doctor pythia-14m --names 'step*' --json -"),
     ),
-    "report": Verb("verbs.records:report", "Draw report.html and the figures again from a run's records."),
-    "inspect": Verb("verbs.records:inspect", "Print what a finished run found."),
-    "label": Verb("verbs.records:label", "Label the clusters of a run from what their tokens share."),
-    "test": Verb(
-        "verdicts.verb:causal_test",
-        "Does the model need each movement for its tokens, and for them only?",
-        "Tests",
-        "Examples: `polca-edit test runs/demo` · `polca-edit test runs/demo runs/demo-1 --out studies/demo`",
+    "report": Verb(
+        "verbs.records:report",
+        "Draw report.html and the figures again from a run's records.",
+        ("polca-edit report runs/demo",),
+    ),
+    "inspect": Verb(
+        "verbs.records:inspect",
+        "Print what a finished run found.",
+        ("polca-edit inspect runs/demo", "polca-edit inspect runs/demo --json - | jq .cost"),
+    ),
+    "label": Verb(
+        "verbs.records:label",
+        "Label the clusters of a run from what their tokens share.",
+        (
+            "polca-edit label runs/english-demo",
+            "polca-edit label runs/english-demo --transfer wikitext2/valid.txt",
+        ),
+    ),
+    "clean": Verb(
+        "verbs.clean:clean",
+        "Free the disk space of what a run can make again.",
+        ("polca-edit clean runs/demo --dry-run", "polca-edit clean runs/demo --checkpoints"),
     ),
     "discover": Verb(
         "discover.verb:discover",
         "Find skills by what undoing training does: timeline, clusters, axes.",
+        ("polca-edit discover runs/demo", "polca-edit discover runs/demo --basis hessian --json found.json"),
         "Tests",
-        "Example: `polca-edit discover runs/demo --basis hessian --json found.json`",
+    ),
+    "test": Verb(
+        "verdicts.verb:causal_test",
+        "Does the model need each movement for its tokens, and for them only?",
+        (
+            "polca-edit test runs/demo",
+            "polca-edit test runs/demo runs/demo-1 --basis hessian --out studies/demo",
+        ),
+        "Tests",
     ),
     "axis": Verb(
         "discover.verb:axis",
         "The direction whose own undone movement takes one skill and nothing else.",
+        (
+            "polca-edit axis runs/demo --target 10s --basis hessian",
+            "polca-edit axis runs/demo --target carry@10s --window 600:720",
+        ),
         "Tests",
-        "Example: `polca-edit axis runs/demo --target 10s --basis hessian`",
-    ),
-    "remove": Verb(
-        "removal.verb:remove",
-        "Find an edit that removes one skill, and judge it on the evaluate split.",
-        "Edits",
-        "Examples: `polca-edit remove runs/demo --skill 10s` · "
-        "`polca-edit remove runs/demo --cluster trajectory:1:0 --basis trajectory`",
-    ),
-    "apply": Verb(
-        "removal.apply:apply",
-        "Apply a saved edit to a model's weight files, or take it back.",
-        "Edits",
-        "Examples: `polca-edit apply runs/demo/edits/10s.json MODEL --out edited` · "
-        "`polca-edit apply runs/demo/edits/10s.json edited --undo --out restored`",
-    ),
-    "blocking": Verb(
-        "discover.verb:blocking",
-        "Training again with skill axes held still, over data orders.",
-        "Studies",
-        "Example: `polca-edit blocking runs/demo --target 10s --branches 10`",
-    ),
-    "reproduce": Verb(
-        "study.reproduce.verb:reproduce",
-        "The paper's tables beside ours, every basis and rotation.",
-        "Studies",
-    ),
-    "robustness": Verb("study.robustness:robustness", "Which conclusions survive other settings.", "Studies"),
-    "carry-signal": Verb(
-        "study.carry_signal:carry_signal", "Where the published carry signal lives.", "Studies"
-    ),
-    "demo-table": Verb(
-        "study.demo_table:demo_table", "Several demo seeds beside the demo's targets.", "Studies"
-    ),
-    "paper-scale": Verb(
-        "study.paper_scale:paper_scale", "The paper-scale experiment with its timing.", "Studies"
-    ),
-    "remove-skill": Verb(
-        "removal.study:remove_skill_study", "Skill removal: our edits and today's rivals.", "Studies"
     ),
     "validate": Verb(
         "natural.verb:validate",
         "Training runs with known answers and their twins through the whole tool.",
-        "Studies",
-        "Example: `polca-edit validate --case later_skill --seeds 1 --json validate.json`",
+        ("polca-edit validate --case later_skill --seeds 1 --json validate.json",),
+        "Tests",
+        ("selftest",),
     ),
     "selftest": Verb(
-        "testbeds.selftest:selftest", "Ten testbeds with known answers; `--break NAME` must fail.", "Studies"
+        "testbeds.selftest:selftest",
+        "Ten testbeds with known answers; `--break NAME` must fail.",
+        ("polca-edit selftest", "polca-edit selftest --bed T1 --json selftest.json"),
+        "Tests",
+        ("demo",),
+    ),
+    "remove": Verb(
+        "removal.verb:remove",
+        "Find an edit that removes one skill, and judge it on the evaluate split.",
+        (
+            "polca-edit remove runs/demo --skill 10s",
+            "polca-edit remove runs/demo --cluster trajectory:1:0 --basis trajectory",
+        ),
+        "Edits",
+    ),
+    "apply": Verb(
+        "removal.apply:apply",
+        "Apply a saved edit to a model's weight files, or take it back.",
+        (
+            "polca-edit apply runs/demo/edits/10s.json MODEL --out edited",
+            "polca-edit apply runs/demo/edits/10s.json edited --undo --out restored",
+        ),
+        "Edits",
     ),
 }
 
+_AFTER_A_STUDY = ("study", "--help")
+
 #: ``polca-edit study NAME``.
 STUDIES = {
+    "english": Verb(
+        "verbs.pipeline:english",
+        "The English experiment on a text.",
+        ("polca-edit study english --preset demo --text wiki.jsonl.gz --out runs/english",),
+    ),
+    "blocking": Verb(
+        "discover.verb:blocking",
+        "Training again with skill axes held still, over data orders.",
+        ("polca-edit study blocking runs/demo --target 10s --branches 10",),
+    ),
+    "reproduce": Verb(
+        "study.reproduce.verb:reproduce",
+        "The paper's tables beside ours, every basis and rotation.",
+        ("polca-edit study reproduce --preset demo --seeds 1 --json reproduce.json",),
+        next=_AFTER_A_STUDY,
+    ),
+    "robustness": Verb(
+        "study.robustness:robustness",
+        "Which conclusions survive other settings.",
+        ("polca-edit study robustness --preset demo --json robustness.json",),
+        next=_AFTER_A_STUDY,
+    ),
+    "carry-signal": Verb(
+        "study.carry_signal:carry_signal",
+        "Where the published carry signal lives.",
+        ("polca-edit study carry-signal --preset demo --json carry-signal.json",),
+        next=_AFTER_A_STUDY,
+    ),
+    "demo-table": Verb(
+        "study.demo_table:demo_table",
+        "Several demo seeds beside the demo's targets.",
+        ("polca-edit study demo-table runs/demo runs/demo-1 --json demo-seeds.json",),
+        next=_AFTER_A_STUDY,
+    ),
     "causal": Verb(
         "study.causal_seeds:causal_seeds",
         "The causal tests of several seeds on one page: words by family, answers about bases, one figure.",
-        examples="Example: `polca-edit study causal runs/demo runs/demo-1 --json causal.json`",
+        ("polca-edit study causal runs/demo runs/demo-1 --json causal-demo.json",),
+        next=_AFTER_A_STUDY,
     ),
     "discovery": Verb(
         "study.discovery_seeds:discovery_seeds",
         "Discovery in several seeds on one page: clusters, timeline, axes.",
-        examples="Example: `polca-edit study discovery runs/demo runs/demo-1 --json discovery.json`",
+        ("polca-edit study discovery runs/demo runs/demo-1 --json discovery-demo.json",),
+        next=_AFTER_A_STUDY,
     ),
     "groupings": Verb(
         "study.groupings:groupings",
         "Ways of grouping tokens against known skills: attribution, losses, gradients, noise, undoing.",
-        examples="Example: `polca-edit study groupings runs/demo runs/demo-1 --json groupings.json`",
+        ("polca-edit study groupings runs/demo runs/demo-1 --json groupings-demo.json",),
+        next=_AFTER_A_STUDY,
     ),
     "errors": Verb(
         "study.error_rates:error_rates",
         "How often the causal test says yes on twins, and its power by simulation.",
-        examples="Example: `polca-edit study errors runs/demo --draws 60 --power 200 --json errors.json`",
+        ("polca-edit study errors runs/demo --draws 60 --power 200 --json error-rates.json",),
+        next=_AFTER_A_STUDY,
+    ),
+    "paper-scale": Verb(
+        "study.paper_scale:paper_scale",
+        "The paper-scale experiment with its timing.",
+        ("polca-edit study paper-scale --device cuda --out runs/paper",),
+        next=_AFTER_A_STUDY,
+    ),
+    "remove-skill": Verb(
+        "removal.study:remove_skill_study",
+        "Skill removal: our edits and today's rivals.",
+        ("polca-edit study remove-skill --preset demo --seeds 1 --json removal.json",),
+        next=_AFTER_A_STUDY,
     ),
     "removal": Verb(
         "removal.undo.study:removal",
         "Skills taken out in every way, all repaired alike: what it costs and how fast they come back.",
-        examples="Example: `polca-edit study removal --preset demo --seeds 1 --skills 10s,1s --json FILE`",
+        ("polca-edit study removal --preset demo --seeds 1 --skills 10s,1s --json removal.json",),
+        next=_AFTER_A_STUDY,
     ),
     "grokking": Verb(
         "study.grokking.verb:grokking_study",
         "A published claim put to the test: does grokking need the motion along 16 components?",
-        examples="Example: `polca-edit study grokking --seeds 5 --json grokking.json`",
+        ("polca-edit study grokking --seeds 5 --json grokking.json",),
+        next=_AFTER_A_STUDY,
     ),
 }
 
-studies = typer.Typer(
-    no_args_is_help=True, rich_markup_mode="markdown", help="Studies over several runs or methods."
+#: Studies that recorded commands name without ``study``; they are not listed.
+WITHOUT_STUDY = (
+    "english",
+    "blocking",
+    "reproduce",
+    "robustness",
+    "carry-signal",
+    "demo-table",
+    "paper-scale",
+    "remove-skill",
 )
-app.add_typer(studies, name="study", rich_help_panel="Studies")
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings=HELP,
+    help="From training checkpoints to a causal verdict on each skill, and to an edit that removes it.",
+    epilog="Start with `polca-edit demo`; every verb explains itself under `polca-edit VERB -h`.",
+)
+studies = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    context_settings=HELP,
+    help="Studies over several runs or methods.",
+    epilog="Example: `polca-edit study removal --preset demo --seeds 1`",
+)
 
 
-def _register(name: str, verb: Verb, group: typer.Typer = app, program: str = "polca-edit") -> None:
-    module, _, attribute = verb.function.partition(":")
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"polca-edit {metadata.version('polca-edit')}")
+        raise typer.Exit
 
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _completing(verb: Verb) -> type[TyperCommand]:
+    """A command that takes any words, and completes those of the verb behind it."""
+
+    class Command(TyperCommand):
+        def shell_complete(self, ctx: Any, incomplete: str) -> Any:
+            command = verb.command()
+            inner = command.make_context(ctx.info_name, list(ctx.args), resilient_parsing=True)
+            return command.shell_complete(inner, incomplete)
+
+    return Command
+
+
+def _register(name: str, verb: Verb, group: typer.Typer, program: str, *, hidden: bool = False) -> None:
     def call(context: typer.Context) -> None:
-        helped = "--help" in context.args
-        function = signature_alone(f"experiments.{module}", attribute) if helped else None
-        if function is None:
-            function = getattr(importlib.import_module(f"experiments.{module}"), attribute)
-        command = typer.main.get_command(single(function, verb.examples))
-        code = command.main(context.args, prog_name=f"{program} {name}", standalone_mode=False)
+        helped = {"-h", "--help"} & set(context.args)
+        command: Any = verb.command(to_run=not helped)
+        with lines_aside(wants_json_alone(context.args)):
+            code = command.main(context.args, prog_name=f"{program} {name}", standalone_mode=False)
+            if not (code or helped) and verb.next:
+                then(*verb.next)
         if code:
             raise typer.Exit(code)
 
     group.command(
         name=name,
+        cls=_completing(verb),
         help=verb.help,
         rich_help_panel=verb.panel,
+        hidden=hidden,
         context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
         add_help_option=False,
     )(call)
 
 
 for _name, _verb in VERBS.items():
-    _register(_name, _verb)
+    _register(_name, _verb, app, "polca-edit")
 for _name, _verb in STUDIES.items():
     _register(_name, _verb, studies, "polca-edit study")
+for _name in WITHOUT_STUDY:
+    _register(_name, STUDIES[_name], app, "polca-edit", hidden=True)
+app.add_typer(studies, name="study", rich_help_panel="Studies")
 
 
 def main() -> None:

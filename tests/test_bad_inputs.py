@@ -66,6 +66,8 @@ TABLE: list[tuple[str, int, str]] = [
     ("english --preset nope", 1, "--preset must be one of"),
     ("english --out {new}", 1, "needs a text"),
     ("plan", 1, "give a config file"),
+    ("doctor {gone}", 1, "gone"),
+    ("doctor {empty}", 1, "empty"),
     ("plan nope", 1, "a config must be a file"),
     ("plan smoke --budget-minutes x", 2, "Invalid value for '--budget-minutes'"),
     ("report", 2, "Missing argument"),

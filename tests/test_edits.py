@@ -122,11 +122,14 @@ def test_rows_that_are_not_orthonormal_are_refused() -> None:
         edits.project_out(movement, torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]))
 
 
-def test_edits_of_models_with_many_parameters_compose(generator: torch.Generator) -> None:
+def test_edits_of_models_with_many_parameters_compose() -> None:
     """Sums are taken in blocks of 4096 entries: a model larger than one block is another code path."""
+    generator = torch.Generator().manual_seed(0)
     theta = torch.randn(3 * 4096 + 5, generator=generator)
     first, second = (
-        from_delta(weights_fingerprint(theta), torch.randn(len(theta), generator=generator), "any")
+        edits.from_delta(
+            edits.weights_fingerprint(theta), torch.randn(len(theta), generator=generator), "any"
+        )
         for _ in range(2)
     )
     both = first.then(second)

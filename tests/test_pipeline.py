@@ -209,7 +209,7 @@ def invoke(*arguments: str) -> tuple[int, str]:
         (["run", "smoke", "--redo", "train2"], "one of"),
         (["run", "smoke", "--checkpoints", "missing-folder"], "does not"),
         (["inspect", "missing-run"], "finished run"),
-        (["report", "missing-run"], "finished run"),
+        (["report", "missing-run"], "must be a run directory"),
         (["run", "english-demo", "--text", "missing.txt"], "missing.txt"),
     ],
 )

@@ -45,10 +45,7 @@ def discover(run: Run, settings: DiscoverSettings, *, workers: int = 1) -> Disco
     names = signature_names(run.config, settings.window)
     if not names:
         raise ValueError("discovery needs partial undo edits, the config has discover.edits=0; run with more")
-    known = [spec.label for spec in run.config.bases]
-    missing = next((label for label in settings.bases if label not in known), None)
-    if missing is not None:
-        raise ValueError(f"--basis must be one of {known} of '{run.directory.path}', got '{missing}'")
+    run.require_bases(settings.bases)
     stages = [name for name in stage_names(run.config) if name.partition(":")[0] in NEEDED]
     run_stages(run, stages=[*stages, *discovery_stages(run.config, settings.window)])
     tokens = unseen_tokens(run, settings.unseen)

@@ -2,84 +2,83 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from experiments.application import console, say
+from experiments.application import console, json_result, say, then
+from experiments.options import Bases, Directory, DryRun, Groups, Json, Nulls, Unseen, Window, Workers
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from experiments.discover.records import AxisRow, DiscoverSettings
     from experiments.run.run import Run
 
-Window = Annotated[str | None, typer.Option(help="Undo the movement of steps START:END only.")]
-Groups = Annotated[
-    Path | None, typer.Option(help="Token groups: .npz or JSON, name -> booleans over the select tokens.")
-]
-Json = Annotated[str | None, typer.Option("--json", help="Write the result to FILE, or - .")]
-Unseen = Annotated[int | None, typer.Option(help="Sequences drawn anew; 0: the evaluate split.")]
-
 
 def discover(
-    directory: Annotated[Path, typer.Argument(help="A run directory.")],
-    basis: Annotated[list[str] | None, typer.Option(help="Span of the axes; repeat. Default: all.")] = None,
+    directory: Directory,
+    basis: Bases = None,
     unseen: Unseen = None,
-    nulls: Annotated[int, typer.Option(help="Random token sets that get the same search.")] = 39,
+    nulls: Nulls = 39,
     window: Window = None,
-    workers: Annotated[int | None, typer.Option(help="Processes; default one per core.")] = None,
+    workers: Workers = None,
+    dry_run: DryRun = False,
     json_: Json = None,
 ) -> None:
-    """Find skills by what undoing training does: timeline, clusters without labels, axes.
-
-    Examples: `polca-edit discover runs/demo` · `polca-edit discover runs/demo --basis hessian --json -`
-    """
+    """Find skills by what undoing training does: timeline, clusters without labels, axes."""
     from experiments.config import parse_window
     from experiments.discover.discover import discover as run_discovery
     from experiments.discover.records import DiscoverSettings
     from experiments.report.chapters.discovery import print_discovery
     from experiments.run.run import load_run
     from experiments.verbs.guard import existing
+    from experiments.verdicts.choose import unseen_tokens
 
     run = load_run(directory, say)
     labels = tuple(basis or [spec.label for spec in run.config.measured_bases()])
     settings = DiscoverSettings(
         labels, _unseen(run.task.unseen is not None, unseen), nulls=nulls, window=parse_window(window)
     )
+    if dry_run:
+        run.require_bases(labels)
+        unseen_tokens(run, settings.unseen)
+        say(f"{directory}: would find axes in {', '.join(labels)}, with {nulls} null searches each")
+        return
     with existing(directory):
         result = run_discovery(run, settings, workers=workers or min(os.cpu_count() or 1, len(labels)))
-    if not _written(result, json_):
+    if not json_result(result, json_):
         print_discovery(result, console)
-        say(f"Result: {directory / 'discovery.json'}; next: polca-edit report {directory}")
+    say(f"Result: {directory / 'discovery.json'}")
+    then("test", directory)
 
 
 def axis(
-    directory: Annotated[Path, typer.Argument(help="A run directory.")],
+    directory: Directory,
     target: Annotated[str, typer.Option(help="Skill, or 'found N' for an interventional cluster.")],
-    basis: Annotated[list[str] | None, typer.Option(help="Span; repeat. Default: all.")] = None,
-    rank: Annotated[int, typer.Option(help="Axes, each orthogonal to those before it.")] = 1,
-    limit: Annotated[float | None, typer.Option(help="Share that another group may lose at most.")] = None,
-    refine: Annotated[int, typer.Option(help="Steps on the true losses.")] = 60,
+    basis: Bases = None,
+    rank: Annotated[int, typer.Option(min=1, help="Axes, each orthogonal to those before it.")] = 1,
+    limit: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Share that another group may lose at most.")
+    ] = None,
+    refine: Annotated[int, typer.Option(min=0, help="Steps on the true losses.")] = 60,
     unseen: Unseen = None,
-    nulls: Annotated[int, typer.Option(help="Random token sets that get the same search.")] = 39,
+    nulls: Nulls = 39,
     window: Window = None,
     groups: Groups = None,
+    dry_run: DryRun = False,
     json_: Json = None,
 ) -> None:
-    """Search the axis whose own undone movement takes one group, and save it as an edit.
-
-    Examples: `polca-edit axis runs/demo --target 10s --basis hessian` ·
-    `polca-edit axis runs/demo --target carry@10s --window 600:720`
-    """
+    """Search the axis whose own undone movement takes one group, and save it as an edit."""
     from experiments.config import parse_window
     from experiments.discover.records import DiscoverSettings
     from experiments.report.chapters.discovery import print_axes
     from experiments.run.run import load_run
     from experiments.verbs.groups import with_groups
     from experiments.verbs.guard import existing
+    from experiments.verdicts.choose import unseen_tokens
     from interventions.discovery.axes import AxisSettings
 
     run = with_groups(load_run(directory, say), groups, say)
@@ -94,14 +93,20 @@ def axis(
     searched = replace(settings.axis, refine=refine, rank=rank, limit=limit)
     assert isinstance(searched, AxisSettings)
     settings = replace(settings, axis=searched, targets=(target,))
+    run.require_bases(labels)
+    if dry_run:
+        unseen_tokens(run, settings.unseen)
+        say(f"{directory}: would search the axis of '{target}' in {', '.join(labels)}")
+        return
     with existing(directory):
-        rows = _axes(run, settings, target)
-    if not _written(rows, json_, key="axes"):
+        rows, edits = _axes(run, settings, target)
+    if not json_result({"axes": rows, "edits": [str(path) for path in edits]}, json_):
         print_axes(rows, console)
+    then("apply", edits[0], run.directory.last_weights or "MODEL", "--out", "edited")
 
 
-def _axes(run: Run, settings: DiscoverSettings, target: str) -> list[AxisRow]:
-    """The rows of one target's axis in every span; each axis is saved as an edit."""
+def _axes(run: Run, settings: DiscoverSettings, target: str) -> tuple[list[AxisRow], list[Path]]:
+    """The rows of one target's axis in every span, and the edits as which the axes are saved."""
     from experiments.discover.axes import axis_basis, measure_span
     from experiments.discover.records import DiscoverPlan
     from experiments.run.driver import run_stages
@@ -116,7 +121,7 @@ def _axes(run: Run, settings: DiscoverSettings, target: str) -> list[AxisRow]:
     upstream = {n: run.key(f"signatures:{n}") for n in signature_names(run.config, settings.window)}
     tokens = unseen_tokens(run, settings.unseen).fingerprint()
     open_evaluate(run, DiscoverPlan(settings, tokens, upstream), by="axis")
-    rows = []
+    rows, edits = [], []
     for label in settings.bases:
         record = measure_span(directory, label, settings, None)
         for name, why in record.skipped.items():
@@ -126,21 +131,22 @@ def _axes(run: Run, settings: DiscoverSettings, target: str) -> list[AxisRow]:
         edit = project_out(split, axis_basis(run, label, record, target), axis=target, basis=label)
         named = target.replace(" ", "-").replace("@", "-")
         file = directory / "edits" / f"axis-{label}-{named}{window_suffix(settings.window)}"
-        say(f"Edit: {save_edit(file, edit, run.task.space)}")
-    return rows
+        edits.append(save_edit(file, edit, run.task.space))
+        say(f"Edit: {edits[-1]}")
+    return rows, edits
 
 
 def blocking(
-    directory: Annotated[Path, typer.Argument(help="A run directory with axes (verb discover).")],
+    directory: Directory,
     target: Annotated[list[str], typer.Option(help="Skill whose axis is held still; repeat.")],
     basis: Annotated[str, typer.Option(help="Span of the axes.")] = "hessian",
     branches: Annotated[int, typer.Option(help="Data orders; every arm is trained on each.")] = 10,
-    workers: Annotated[int | None, typer.Option(help="Processes; default one per core.")] = None,
+    workers: Workers = None,
     json_: Json = None,
 ) -> None:
-    """Train again with axes, or the whole span, held still: does learning need them? Resumable.
+    """Train again with axes of verb discover, or the whole span, held still: does learning need them?
 
-    Example: `polca-edit blocking runs/demo --target 10s --target 1s --branches 10`
+    A study that was stopped goes on where it was.
     """
     from experiments.discover.blocking import BlockingSettings, blocking_study
     from experiments.report.chapters.discovery import print_blocking
@@ -151,25 +157,11 @@ def blocking(
     settings = BlockingSettings(basis, tuple(target), branches)
     with existing(directory):
         result = blocking_study(run, settings, workers=workers or (os.cpu_count() or 1))
-    if not _written(result, json_):
+    if not json_result(result, json_):
         print_blocking(result, console)
-        say(f"Result: {directory / 'blocking.json'}")
+    say(f"Result: {directory / 'blocking.json'}")
+    then("report", directory)
 
 
 def _unseen(can_draw: bool, asked: int | None) -> int:
     return asked if asked is not None else (1000 if can_draw else 0)
-
-
-def _written(result: object, target: str | None, key: str | None = None) -> bool:
-    """Whether the result went to a file or to standard output as JSON."""
-    from polca_edit.artifacts import to_plain
-    from polca_edit.checkpoints.files import write_json
-
-    if target is None:
-        return False
-    values = to_plain(result) if key is None else {key: to_plain(result)}
-    if target == "-":
-        typer.echo(json.dumps(values, indent=1, sort_keys=True))
-    else:
-        write_json(Path(target), values)
-    return True

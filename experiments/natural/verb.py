@@ -28,10 +28,8 @@ from experiments.natural.scores import (
 )
 from experiments.report.tables import Table, table
 from experiments.run.machine import hardware, versions
-from experiments.study.results import show
+from experiments.study.results import show, write_with_tables
 from interventions.causal.settings import TestSettings
-from polca_edit.artifacts import to_plain
-from polca_edit.checkpoints.files import write_atomically, write_json
 
 #: Draws and thresholds of the causal test: the defaults, with fewer rotations.
 TEST = TestSettings(rotations=20, observed_rotations=0)
@@ -119,9 +117,7 @@ def validate(
             f"  {failed.case} {half} seed {failed.seed}: {failed.word} ({failed.question}). {failed.sentence}"
         )
     if json_ is not None:
-        write_json(json_, to_plain(result))
-        text = "\n".join(f"{made.title}\n\n{made.markdown()}" for made in tables)
-        write_atomically(json_.with_suffix(".md"), lambda part: part.write_text(text) and None)
+        write_with_tables(json_, result, tables)
 
 
 def summed(

@@ -13,6 +13,8 @@ import typer
 from safetensors import safe_open
 from torch import Tensor
 
+from experiments.application import json_result, say, then
+from experiments.options import DryRun, Json
 from experiments.removal.stored import Applied, Survival, parameter_names, read_back
 from interventions.edit_files import EditFile, load_edit, save_adapter
 from interventions.edits import weights_fingerprint
@@ -131,10 +133,9 @@ def _write_like(source: Path, target: Path, changed: Mapping[str, Tensor]) -> No
     write_atomically(target, lambda part: torch.save(state, part))
 
 
-def _make_empty(out: Path) -> None:
+def _require_empty(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out must be a new or empty folder, '{out}' holds something; choose another")
-    out.mkdir(parents=True, exist_ok=True)
 
 
 def apply_edit(
@@ -166,17 +167,9 @@ def apply_edit(
         ValueError: for a wrong model, a missing ``cast``, an ``out`` that exists, or an edit of which nothing
             arrives in the files.
     """
-    tensors = read_weights(model)
-    names = parameter_names(file.space, tensors, model)
-    known = {slot: tensors[stored] for stored, slot in names.items()}
-    moved, survival = edited_tensors(file, known, dose, cast)
-    changed = {stored: moved[slot] for stored, slot in names.items() if slot in moved}
-    if not changed and file.edit.norm * abs(dose) > 0:
-        raise ValueError(
-            f"an edit must change the model, this one (norm {file.edit.norm * abs(dose):.3g}) vanishes "
-            "when it is rounded to the stored dtype; apply it to float32 weights"
-        )
-    _make_empty(out)
+    known, moved, changed, survival = _planned(file, model, dose, cast)
+    _require_empty(out)
+    out.mkdir(parents=True, exist_ok=True)
     try:
         records = _write_edited(model, out, changed)
         if adapter is not None:
@@ -191,6 +184,27 @@ def apply_edit(
         shutil.rmtree(out, ignore_errors=True)
         raise
     return replace(applied, tensors=len(changed))
+
+
+def _planned(
+    file: EditFile, model: Path, dose: float, cast: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], Survival]:
+    """The model's tensors and the moved ones by slot, the changed ones by stored name, and what survives.
+
+    Raises:
+        ValueError: for a wrong model, a missing ``cast``, or an edit of which nothing arrives.
+    """
+    tensors = read_weights(model)
+    names = parameter_names(file.space, tensors, model)
+    known = {slot: tensors[stored] for stored, slot in names.items()}
+    moved, survival = edited_tensors(file, known, dose, cast)
+    changed = {stored: moved[slot] for stored, slot in names.items() if slot in moved}
+    if not changed and file.edit.norm * abs(dose) > 0:
+        raise ValueError(
+            f"an edit must change the model, this one (norm {file.edit.norm * abs(dose):.3g}) vanishes "
+            "when it is rounded to the stored dtype; apply it to float32 weights"
+        )
+    return known, moved, changed, survival
 
 
 def _write_edited(model: Path, out: Path, changed: Mapping[str, Tensor]) -> list[ChangedFile]:
@@ -225,6 +239,25 @@ def undo_edit(file: EditFile, model: Path, out: Path) -> list[str]:
         ValueError: if the folder has no undo record, was changed since, or belongs to another edit.
     """
     folder = model if model.is_dir() else model.parent
+    record = _undo_record(file, folder)
+    _require_empty(out)
+    out.mkdir(parents=True, exist_ok=True)
+    restored = {entry.file for entry in record.files}
+    for source in sorted(folder.rglob("*")):
+        relative = source.relative_to(folder)
+        if not source.is_file() or relative.parts[0] in {UNDO, *record.added}:
+            continue
+        (out / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / UNDO / relative if str(relative) in restored else source, out / relative)
+    return sorted(restored)
+
+
+def _undo_record(file: EditFile, folder: Path) -> UndoRecord:
+    """The record beside an edited model, once everything it lists is as it was written.
+
+    Raises:
+        ValueError: where it is missing, or is not.
+    """
     path = folder / UNDO / "undo.json"
     if not path.exists():
         raise ValueError(f"--undo needs the folder that 'apply' wrote, '{path}' is missing; give that folder")
@@ -238,22 +271,16 @@ def undo_edit(file: EditFile, model: Path, out: Path) -> list[str]:
             raise ValueError(
                 f"the undo record of '{entry.file}' is damaged; restore the model from your own copy"
             )
-    _make_empty(out)
-    restored = {entry.file for entry in record.files}
-    for source in sorted(folder.rglob("*")):
-        relative = source.relative_to(folder)
-        if not source.is_file() or relative.parts[0] in {UNDO, *record.added}:
-            continue
-        (out / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder / UNDO / relative if str(relative) in restored else source, out / relative)
-    return sorted(restored)
+    return record
 
 
 def apply(
     edit: Annotated[Path, typer.Argument(help="Edit file (.json or .safetensors).")],
     model: Annotated[Path, typer.Argument(help="Hugging Face folder, safetensors file or torch state dict.")],
     out: Annotated[Path, typer.Option(help="New folder for the edited (or restored) model.")],
-    dose: Annotated[float, typer.Option(help="Multiple of the edit; 0 changes nothing.")] = 1.0,
+    dose: Annotated[
+        float, typer.Option(min=-100.0, max=100.0, help="Multiple of the edit; 0 changes nothing.")
+    ] = 1.0,
     undo: Annotated[
         bool, typer.Option("--undo", help="Restore the model that 'apply' wrote, byte for byte.")
     ] = False,
@@ -261,31 +288,47 @@ def apply(
     lora: Annotated[
         int | None, typer.Option(min=1, help="Also write a LoRA adapter of this rank, with its error.")
     ] = None,
+    dry_run: DryRun = False,
+    json_: Json = None,
 ) -> None:
     """Apply an edit to a model, or take it back."""
     file = load_edit(edit)
     if undo:
+        if dry_run:
+            _undo_record(file, model if model.is_dir() else model.parent)
+            _require_empty(out)
+            say(f"{out}: would restore the original of '{model}'")
+            return
         restored = undo_edit(file, model, out)
-        typer.echo(f"restored {', '.join(restored) or 'nothing'} in {out}")
+        say(f"restored {', '.join(restored) or 'nothing'} in {out}")
+        json_result({"out": str(out), "restored": restored}, json_)
+        then("doctor", out)
         return
     adapter = None if lora is None else low_rank(file.edit.scaled(dose), file.space, lora)
     if file.edit.norm == 0.0:
         raise ValueError(f"'{edit}' moves nothing, so there is no edit to apply; make the edit again")
+    if dry_run:
+        changed = _planned(file, model, dose, cast)[2]
+        _require_empty(out)
+        say(f"{out}: would write '{model}' with {file.edit.operator}, dose {dose:g}, {len(changed)} tensors")
+        return
     applied = apply_edit(file, model, out, dose=dose, cast=cast, source=edit.stem, adapter=adapter)
     survival = applied.survival
-    typer.echo(
+    say(
         f"{out}: {file.edit.operator}, dose {dose:g}, "
         f"norm {file.edit.norm * abs(dose):.4g}, rank {file.edit.rank}"
     )
-    typer.echo(
+    say(
         f"  {applied.tensors} tensors changed, by up to {applied.largest:.3g} (length {applied.norm:.4g}), "
         f"read back with {applied.reader}"
     )
     if survival.share < SURVIVAL:
-        typer.echo(
+        say(
             f"warning: only {survival.share:.1%} of the edit survives the cast to "
             f"{', '.join(survival.dtypes)} (error {survival.error:.1%}); apply it in float32"
         )
     if adapter is not None:
         for row in adapter.rows:
-            typer.echo(f"  {row.name:<40} rank {row.rank:>3}  error {row.error:.2%}")
+            say(f"  {row.name:<40} rank {row.rank:>3}  error {row.error:.2%}")
+    json_result({"out": str(out), **to_plain(applied)}, json_)
+    then("apply", edit, out, "--undo", "--out", "restored")

@@ -21,7 +21,7 @@ from typing import Annotated
 import torch
 import typer
 
-from experiments.application import run_application
+from experiments.application import json_result, run_application, say
 from experiments.removal.bed import BedSettings, open_bed, preset_bed
 from experiments.removal.found import Effort
 from experiments.removal.methods import OUR_METHODS, RIVALS, iterative_methods, run_method
@@ -29,6 +29,7 @@ from experiments.removal.results import Log, Part, StudyResult
 from experiments.removal.rows import Place
 from experiments.removal.skills import REQUIRED, SKILL_GROUPS
 from experiments.run.machine import hardware, versions
+from experiments.study.results import to_terminal
 from interventions.removal.problem import Limits
 from polca_edit.artifacts import from_plain, to_plain
 from polca_edit.checkpoints.files import write_json
@@ -111,7 +112,7 @@ def run_job(job: Job) -> Part:
         row = replace(row, cpu_seconds=time.process_time() - started)
         log = Log(job.skill, method, job.seed, found.setting, found.log)
         part = part + Part((row,), (curve,), tuple(relearned), (log,))
-        typer.echo(
+        say(
             f"  seed {job.seed} {job.skill:<11} {method:<20} target {row.target_share:.3f}  "
             f"worst off {row.worst_off_share:+.4f}  accuracy {row.accuracy:.2f}  "
             f"refit keeps {row.refit.kept:.2f}  {found.seconds:.0f} s"
@@ -140,7 +141,7 @@ def run_study(
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         place = folder or Path(temporary)
         for seed in seeds:
-            open_bed(seed, study.bed, place, typer.echo)
+            open_bed(seed, study.bed, place, say)
         jobs = [Job(study, seed, skill, place) for seed in seeds for skill in study.skills]
         mapped: Iterable[Part] = map(run_job, jobs)
         if workers > 1 and len(jobs) > 1:
@@ -208,15 +209,22 @@ def remove_skill_study(
     if steps is not None:
         study = replace(study, effort=replace(study.effort, steps=steps))
     chosen = list(range(first_seed, first_seed + seeds))
+    asked = to_terminal(json_)
     result = run_study(
-        study, chosen, workers=workers, folder=keep, save=lambda found: write_json(json_, to_plain(found))
+        study,
+        chosen,
+        workers=workers,
+        folder=keep,
+        save=lambda found: None if asked else write_json(json_, to_plain(found)),
     )
+    if asked:
+        json_result(result, "-")
     if figures is not None:
         from experiments.report.figures.removal import RemovalCurves, draw_removal
 
         draw_removal(from_plain(RemovalCurves, to_plain(result)), figures)
     met = {(row.seed, row.skill) for row in result.rows if row.ours and row.met}
-    typer.echo(
+    say(
         f"{json_}: {len(result.rows)} rows, all bounds met for {len(met)} of "
         f"{len(chosen) * len(study.skills)} skills, {result.wall_seconds:.0f} s"
     )

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from experiments.application import run_application
+from experiments.application import run_application, say
 from experiments.removal.comparison import matched_damage, over_seeds
 from experiments.removal.results import StudyResult
 from experiments.removal.rows import RelearningCurve, Row
@@ -155,7 +155,7 @@ def removal_table(
         write_json(json_, small(result))
     if table is not None:
         write_atomically(table, lambda part: part.write_text(text))
-    typer.echo(text)
+    say(text)
 
 
 if __name__ == "__main__":

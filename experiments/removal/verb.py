@@ -11,7 +11,9 @@ import torch
 import typer
 from torch import Tensor
 
+from experiments.application import json_result, say, then
 from experiments.config import parse_window
+from experiments.options import DryRun, Groups, Json
 from experiments.removal.undo.records import Removal, RemovalFile, RemovalPlan
 from experiments.removal.undo.remove import (
     UndoOptions,
@@ -233,7 +235,7 @@ def _how(
         undo = axis_undo(run, rule, logits_of(run), undo, basis)
     undo = with_timeline(run, rule, logits_of(run), undo)
     for sentence in said_first(run, rule.skill, undo, data=batch is not None):
-        typer.echo(f"  {sentence}")
+        say(f"  {sentence}")
     return undo, batch
 
 
@@ -287,10 +289,10 @@ def remove(
     kl: Annotated[
         float | None, typer.Option(min=0.0, help="KL to the original allowed, nats (.05; undoing 1).")
     ] = None,
-    groups: Annotated[
-        Path | None, typer.Option(help="Token groups: .npz or JSON, name -> booleans over the select tokens.")
-    ] = None,
+    groups: Groups = None,
     out: Annotated[Path | None, typer.Option(help="Edit file (default RUN/edits/NAME).")] = None,
+    dry_run: DryRun = False,
+    json_: Json = None,
 ) -> None:
     """Find an edit that removes one skill, and judge it on the evaluate split.
 
@@ -298,13 +300,16 @@ def remove(
     """
     options = UndoOptions(method, tuple(window or ()), repair, relearn, lora)
     chosen = _budget(budget)
-    opened = with_groups(load_run(run), groups, typer.echo)
+    opened = with_groups(load_run(run), groups, say)
     logits_of(opened)
     rules = _rules(opened, skill or [], cluster)
     how, batch = _how(opened, rules, options, chosen, basis)
     names = tuple(rule.skill for rule in rules)
     plan = _plan(opened, names, _limits(method, target, off, kl), chosen, how, options)
     path = out or run / "edits" / _file_name(names)
+    if dry_run:
+        say(f"{path}: would take out {', '.join(names)} by {method}, budget {budget}, judged on evaluate")
+        return
     with existing(run):
         opening = open_evaluate(opened, plan, by="remove")
         edit, removals = removed(opened, rules, plan, how, batch)
@@ -312,6 +317,8 @@ def remove(
             removals = [_afterwards(opened, rules[0], edit, removals[0], how, batch, options)]
         record = _written(opened, path, edit, removals, plan, opening.exploratory)
         _reported(opened, path)
+    json_result(record, json_)
+    then("apply", path.with_suffix(".json"), opened.directory.last_weights or "MODEL", "--out", "edited")
     for sentence in record.missed:
         typer.echo(f"polca-edit: {sentence}", err=True)
     if record.missed:
@@ -384,11 +391,11 @@ def _written(
     write_json(written.with_suffix(".result.json"), to_plain(record))
     for removal in removals:
         for sentence in told(removal.undone, removal.returned, removal.adapter):
-            typer.echo(f"  {sentence}")
-        typer.echo(
+            say(f"  {sentence}")
+        say(
             f"{removal.skill}: target {removal.target_share:.1%} of headroom, worst other group "
             f"{removal.worst_off_share:+.2%}, accuracy {removal.accuracy:.1%} (chance "
             f"{removal.refit.chance:.1%}), {removal.refit.kept:.0%} of the damage stays after a refit"
         )
-    typer.echo(f"Edit: {written}")
+    say(f"Edit: {written}")
     return record

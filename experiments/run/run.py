@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,6 +100,17 @@ class Run:
         own = [self.groups] if self.groups else []
         return key_of(keys.SCHEMA, name, keys.data_key(self.config, self.contents), depends, *own)
 
+    def require_bases(self, labels: Sequence[str]) -> None:
+        """Whether the run has every basis that was asked for.
+
+        Raises:
+            ValueError: for the first it does not have.
+        """
+        known = [spec.label for spec in self.config.bases]
+        missing = next((label for label in labels if label not in known), None)
+        if missing is not None:
+            raise ValueError(f"--basis must be one of {known} of '{self.directory.path}', got '{missing}'")
+
     def settings(self) -> ObserveSettings:
         """Allocation and clustering settings."""
         return ObserveSettings(
@@ -161,29 +172,47 @@ def open_run(config: RunConfig, out: Path, say: Say = print) -> Run:
     Raises:
         ValueError: if ``out`` is not a directory this tool may write into.
     """
+    _require_usable(out)
+    return _opened(config, RunDirectory(out), say, write=True)
+
+
+def _require_usable(out: Path) -> None:
     # Hidden files: the lock, and what a killed process had not finished writing.
     held = [p for p in out.iterdir() if not p.name.startswith(".")] if out.is_dir() else []
     if (out.exists() and not out.is_dir()) or (held and not (out / "config.yaml").exists()):
         raise ValueError(f"'{out}' must be new, empty or an earlier run; choose another --out")
-    return _opened(config, RunDirectory(out), say, write=True)
+
+
+def preview_run(config: RunConfig, out: Path) -> Run:
+    """What :func:`open_run` would open; nothing is written.
+
+    Raises:
+        ValueError: where :func:`open_run` refuses.
+    """
+    _require_usable(out)
+    return _opened(config, RunDirectory(out), lambda _: None, write=False, compare=False)
 
 
 def load_run(out: Path, say: Say = print) -> Run:
     """Open an existing run with its own config.
 
     Raises:
-        ValueError: if there is no run.
+        ValueError: if there is no run, or a file in it is not what was written.
     """
     if not (out / "config.yaml").exists():
         raise ValueError(
             f"'{out}' must be a run directory with a config.yaml; give the --out of an earlier run"
         )
-    config, directory = load_config(out / "config.yaml"), RunDirectory(out)
+    directory = RunDirectory(out)
+    directory.require_config()
+    config = load_config(out / "config.yaml")
     directory.require_whole()
     return _opened(config, directory, say, write=False)
 
 
-def _opened(config: RunConfig, directory: RunDirectory, say: Say, *, write: bool) -> Run:
+def _opened(
+    config: RunConfig, directory: RunDirectory, say: Say, *, write: bool, compare: bool = True
+) -> Run:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     given = config.checkpoints
@@ -201,10 +230,11 @@ def _opened(config: RunConfig, directory: RunDirectory, say: Say, *, write: bool
         )
     if task.fingerprint is not None:
         digest = key_of(digest, task.fingerprint)
+    if task.fingerprint is not None and compare:
         _compare_own(config, directory, task, say, write=write)
     if write:
         directory.unseal()
-        write_atomically(directory / "config.yaml", lambda part: part.write_text(dump_config(config)))
+        directory.write_config(dump_config(config))
         if task.fingerprint is not None:
             save_record(directory / "task.json", _own_record(config, task))
         contents.save()

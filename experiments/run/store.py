@@ -18,12 +18,14 @@ from typing import TypeVar
 from experiments.run.machine import peak_rss_bytes
 from experiments.run.parts import carried_cost
 from polca_edit.artifacts import checksum, key_of, load_record, save_record
-from polca_edit.checkpoints.files import write_json
+from polca_edit.checkpoints.files import write_atomically, write_json
 from polca_edit.derivatives.objective import PassCount
 
 Record = TypeVar("Record")
 #: List of checksums that a verb leaves behind (:mod:`experiments.verbs.guard`).
 SEAL = "seal.json"
+#: The resolved settings, and their checksum.
+CONFIG, CONFIG_SUM = "config.yaml", "config.sha256"
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,12 @@ class RunDirectory:
     def checkpoints(self) -> Path:
         """Recorded weights."""
         return self.path / "checkpoints"
+
+    @property
+    def last_weights(self) -> Path | None:
+        """File of the last recorded weights, None where the run opened checkpoints of others."""
+        found = sorted(self.checkpoints.glob("step-*.safetensors"))
+        return found[-1] if found else None
 
     def basis(self, name: str) -> Path:
         """One basis."""
@@ -132,6 +140,26 @@ class RunDirectory:
                 raise ValueError(f"'{path}' is not what was written; delete it and run that stage again")
             found.append(record)
         return found
+
+    def write_config(self, text: str) -> None:
+        """``config.yaml``, and its checksum in the form that ``sha256sum -c`` reads."""
+        path = self.path / CONFIG
+        write_atomically(path, lambda part: part.write_text(text))
+        line = f"{checksum(path)}  {CONFIG}\n"
+        write_atomically(self.path / CONFIG_SUM, lambda part: part.write_text(line))
+
+    def require_config(self) -> None:
+        """Compare the config with its checksum, in runs that have no seal too.
+
+        Raises:
+            ValueError: where it was changed by hand, or is damaged.
+        """
+        path, noted = self.path / CONFIG, self.path / CONFIG_SUM
+        if noted.exists() and path.exists() and noted.read_text().split()[:1] != [checksum(path)]:
+            raise ValueError(
+                f"'{path}' is not what this run was made with (damaged, or edited by hand); put it back, or "
+                "give the edited file to 'polca-edit run' with another --out"
+            )
 
     def require_whole(self) -> None:
         """Compare every file of every finished stage with its checksum.

@@ -14,13 +14,14 @@ from typing import Annotated
 import numpy as np
 import typer
 
+from experiments.application import say
 from experiments.config import load_config
 from experiments.report.chapters.verdicts import FAMILIES
 from experiments.report.figures.seeds import Map, seeds_figure
 from experiments.report.formats import decimal, nats, share
 from experiments.report.style import Drawing
 from experiments.report.tables import Table, table
-from experiments.study.results import publish, show
+from experiments.study.results import publish, show, to_terminal
 from experiments.verdicts.records import BasisRow, CausalResult, ControlRow, VerdictRow
 from polca_edit.artifacts import load_record
 
@@ -224,9 +225,9 @@ def causal_seeds(
     tables = [family_table(found), answer_table(found), skill_table(found)]
     show(tables)
     passed = sum(control.passed for control in found.controls)
-    typer.echo(f"positive controls passed: {passed} of {len(found.controls)}")
+    say(f"positive controls passed: {passed} of {len(found.controls)}")
     publish(json_, "causal-seeds/1", load_config(runs[0] / "config.yaml"), list(results), found, tables)
-    if json_ is not None:
+    if json_ is not None and not to_terminal(json_):
         bases = list(dict.fromkeys(row.basis for row in found.bases))
         groups = list(dict.fromkeys(row.skill for row in found.skills))
         maps = [

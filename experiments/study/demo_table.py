@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from experiments.application import run_application
+from experiments.application import run_application, say
 from experiments.config import load_config
 from experiments.report.formats import decimal, nats, share
 from experiments.report.tables import Table, table
@@ -273,7 +273,7 @@ def demo_table(
     vectors_met = sum(value is not None and value <= SPARED for value in shares)
     tables = [seeds_table(rows)]
     show(tables)
-    typer.echo(f"cluster bounds met by {clusters_met} of {len(rows)} seeds, vector bounds by {vectors_met}")
+    say(f"cluster bounds met by {clusters_met} of {len(rows)} seeds, vector bounds by {vectors_met}")
     contents = {
         "bounds": BOUNDS,
         "smallest": SMALLEST,

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.application import console
+from experiments.application import console, json_result
 from experiments.config import RunConfig
 from experiments.report.tables import Table
 from experiments.run.machine import hardware, versions
 from polca_edit.artifacts import to_plain
-from polca_edit.checkpoints.files import write_atomically, write_json
+from polca_edit.checkpoints.files import write_atomically
 
 
 def publish(
@@ -24,7 +24,7 @@ def publish(
     """Write a study's result as JSON, and its tables as Markdown beside it.
 
     Args:
-        file: the JSON; None writes nothing.
+        file: the JSON, ``-`` for standard output; None writes nothing.
         study: name and version of what is in it, ``NAME/NUMBER``.
         config: of its first run.
         seeds: of its runs.
@@ -41,9 +41,20 @@ def publish(
         "hardware": hardware(),
         **to_plain(contents),
     }
-    write_json(file, value)
-    text = "\n".join(f"{table.title}\n\n{table.markdown()}" for table in tables)
-    write_atomically(file.with_suffix(".md"), lambda part: part.write_text(text) and None)
+    write_with_tables(file, value, tables)
+
+
+def write_with_tables(file: Path, value: object, tables: Sequence[Table]) -> None:
+    """A study's result as JSON and its tables as Markdown beside it; ``-`` prints the JSON alone."""
+    json_result(value, str(file))
+    if not to_terminal(file):
+        text = "\n".join(f"{table.title}\n\n{table.markdown()}" for table in tables)
+        write_atomically(file.with_suffix(".md"), lambda part: part.write_text(text) and None)
+
+
+def to_terminal(file: Path | None) -> bool:
+    """Whether ``--json -`` was asked for."""
+    return file is not None and str(file) == "-"
 
 
 def show(tables: Sequence[Table]) -> None:

@@ -6,17 +6,17 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from experiments.application import json_result, say
+from experiments.options import Json, Workers
 from experiments.run.machine import hardware, peak_rss_bytes, versions
 from experiments.testbeds.base import BedResult, BedSettings
 from experiments.testbeds.mistakes import MISTAKES
 from experiments.testbeds.scorecard import BEDS, FULL, QUICK, confusion, release_gate, run_beds
 from polca_edit.artifacts import to_plain
-from polca_edit.checkpoints.files import write_json
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,11 @@ def selftest(
     break_: Annotated[
         str | None, typer.Option("--break", help="switch in a known mistake; any other name lists them")
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="write the results to this file")] = None,
+    json_: Json = None,
     bed: Annotated[
         list[str] | None, typer.Option("--bed", help="only these beds, e.g. T1 (repeatable)")
     ] = None,
-    workers: Annotated[
-        int | None, typer.Option("--workers", help="processes; default one per core, at most 4")
-    ] = None,
+    workers: Workers = None,
 ) -> None:
     """Run the ten testbeds with known answers and print the confusion matrix of words.
 
@@ -82,13 +80,13 @@ def selftest(
         settings,
         mistake=break_,
         workers=min(len(names), workers or min(4, os.cpu_count() or 1)),
-        say=typer.echo,
+        say=say,
     )
     gate = release_gate(results)
     passed = gate and all(result.passed for result in results)
     print_results(results)
     seconds = time.perf_counter() - started
-    if json_file is not None:
+    if json_ is not None:
         record = SelftestRecord(
             passed,
             gate,
@@ -102,8 +100,8 @@ def selftest(
             hardware(),
             peak_rss_bytes(),
         )
-        write_json(json_file, {**to_plain(record), "beds": [bed_row(result) for result in results]})
-    typer.echo(f"{'PASSED' if passed else 'FAILED'} in {seconds:.0f} s")
+        json_result({**to_plain(record), "beds": [bed_row(result) for result in results]}, json_)
+    say(f"{'PASSED' if passed else 'FAILED'} in {seconds:.0f} s")
     if not passed:
         raise typer.Exit(1)
 
@@ -115,16 +113,14 @@ def bed_row(result: BedResult) -> dict[str, object]:
 
 def print_results(results: list[BedResult]) -> None:
     """Table of beds, failed checks, and the confusion matrix."""
-    typer.echo(f"\n{'bed':<5}{'variant':<28}{'expected':<13}{'observed':<13}checks")
+    say(f"\n{'bed':<5}{'variant':<28}{'expected':<13}{'observed':<13}checks")
     for r in results:
         good = sum(c.passed for c in r.checks)
         mark = "" if r.passed else "  <-- FAILED"
-        typer.echo(
-            f"{r.bed:<5}{r.variant[:27]:<28}{r.expected:<13}{r.observed:<13}{good}/{len(r.checks)}{mark}"
-        )
+        say(f"{r.bed:<5}{r.variant[:27]:<28}{r.expected:<13}{r.observed:<13}{good}/{len(r.checks)}{mark}")
         for c in r.checks:
             if not c.passed:
-                typer.echo(f"       {c.name}: {c.value:.6g}, must be {c.bound}")
-    typer.echo("\nconfusion (expected -> observed: count)")
+                say(f"       {c.name}: {c.value:.6g}, must be {c.bound}")
+    say("\nconfusion (expected -> observed: count)")
     for expected, row in confusion(results).items():
-        typer.echo(f"  {expected}: " + ", ".join(f"{name} {count}" for name, count in sorted(row.items())))
+        say(f"  {expected}: " + ", ".join(f"{name} {count}" for name, count in sorted(row.items())))

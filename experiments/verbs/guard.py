@@ -16,12 +16,21 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from experiments.application import say
-from experiments.run.store import SEAL, RunDirectory
+from experiments.run.store import CONFIG, CONFIG_SUM, SEAL, RunDirectory
 from polca_edit.artifacts import checksum, key_of, load_record, save_record
 
 LOCK = ".lock"
 #: What ``run`` writes anew in any case: where it is damaged, running again is the remedy.
-REWRITTEN = ("config.yaml", "summary.json", "tokens.parquet", "report.html", "figures/", "labels/", "stages/")
+REWRITTEN = (
+    CONFIG,
+    CONFIG_SUM,
+    "summary.json",
+    "tokens.parquet",
+    "report.html",
+    "figures/",
+    "labels/",
+    "stages/",
+)
 
 
 @dataclass(frozen=True)
@@ -111,6 +120,8 @@ def check_seal(directory: RunDirectory, *, repairs: bool = False) -> None:
     Raises:
         ValueError: for the first file that is another than was written.
     """
+    if not repairs:
+        directory.require_config()
     path = directory / SEAL
     if not path.exists():
         return

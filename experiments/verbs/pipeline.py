@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from experiments.application import console, say, settings_from
+from experiments.application import console, json_result, say, settings_from, then
+from experiments.options import Device, DryRun, Json, Out, Redo, Seed, Set, Task, Window
 
-Seed = Annotated[int | None, typer.Option(help="Seed of data, initial weights and every draw.")]
-Out = Annotated[Path | None, typer.Option(help="Run directory (default runs/NAME).")]
-Set = Annotated[
-    list[str] | None, typer.Option("--set", help="Override a config key, e.g. --set training.steps=600.")
-]
-Redo = Annotated[
-    list[str] | None, typer.Option("--redo", help="Run this stage again, e.g. --redo clusters:hessian.")
-]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the stages that would run, then stop.")]
-Task = Annotated[str | None, typer.Option(help="Your own task, FILE.py:FUNCTION, or a shipped one by name.")]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda.")]
+if TYPE_CHECKING:
+    from experiments.config import RunConfig
 
 
 def config_for(config: str | None, task: str | None) -> str:
@@ -45,12 +37,17 @@ def config_for(config: str | None, task: str | None) -> str:
     )
 
 
-def default_out(config: str, task: str | None) -> Path:
-    """``runs/NAME``, of the user's file where there is one."""
+def default_out(config: str, task: str | None = None, seed: int | None = None) -> Path:
+    """``runs/NAME``, of the user's file where there is one; another seed has a directory of its own.
+
+    >>> [default_out("demo", seed=seed).as_posix() for seed in (None, 0, 3)]
+    ['runs/demo', 'runs/demo', 'runs/demo-3']
+    """
     from experiments.tasks import own_task
 
     own = own_task(task) if task is not None else None
-    return Path("runs") / (Path(config).stem if own is None else own.file.stem)
+    name = Path(config).stem if own is None else own.file.stem
+    return Path("runs") / (f"{name}-{seed}" if seed else name)
 
 
 #: Preset of the English experiment by its short name.
@@ -63,31 +60,41 @@ def execute(
     overrides: dict[str, Any],
     redo: list[str] | None = None,
     dry_run: bool = False,
+    json_: str | None = None,
 ) -> dict[str, Any] | None:
     """Run all stages of a config, write summary and report, print the tables.
 
+    Args:
+        config: file or preset.
+        out: run directory.
+        overrides: dotted keys that win over the config's.
+        redo: stages to run again, ``changed`` or ``all``.
+        dry_run: check everything, say what would be done, and stop.
+        json_: where the summary goes besides, a file or ``-``.
+
     Returns:
         the summary's plain values, None for a dry run.
+
+    Raises:
+        ValueError: for settings that do not hold, or a directory that holds a run with others.
     """
     from experiments.config import load_config
     from experiments.report.answers import print_summary
     from experiments.report.labels import print_labels
     from experiments.report.page import write_report
     from experiments.run.driver import run_stages
-    from experiments.run.keys import stage_names
     from experiments.run.run import open_run
     from experiments.run.stages.labels import write_labels
     from experiments.run.summary.write import write_summary
     from experiments.verbs.guard import writing
+    from experiments.verbs.reuse import refuse_other_settings, stages_to_redo
 
     started = time.perf_counter()
     resolved = load_config(config, overrides)
-    names = stage_names(resolved)
-    unknown = [name for name in redo or [] if name not in names]
-    if unknown:
-        raise ValueError(f"--redo needs a stage of this run, one of {names}, got '{unknown[0]}'")
+    again = stages_to_redo(resolved, redo)
+    refuse_other_settings(resolved, out, redo)
     if dry_run:
-        say(f"{out}: would run {', '.join(names)}, summary, report")
+        _tell_what_would_run(resolved, out, again, json_)
         return None
     with writing(out, repairs=True):
         opened = open_run(resolved, out, say)
@@ -95,23 +102,43 @@ def execute(
             f"polca-edit: task {opened.task.name}, {opened.task.space.size:,} parameters, "
             f"seed {resolved.seed}, into {out}"
         )
-        run_stages(opened, redo or ())
+        run_stages(opened, again)
         labels = write_labels(opened) if opened.task.name == "text" else {}
         summary = write_summary(opened)
         page = write_report(opened.directory, say)
     say(f"  {'total':<24} {time.perf_counter() - started:7.1f} s")
     print_summary(opened.directory, console)
     print_labels(labels, console)
+    json_result(summary, json_)
     say(f"Report: {page}")
+    then("test", out)
     return summary
 
 
-def demo(seed: Seed = None, out: Out = None, set_: Set = None, dry_run: DryRun = False) -> None:
-    """Run the main job on the built-in arithmetic task (minutes on two CPU cores).
+def _tell_what_would_run(config: RunConfig, out: Path, again: list[str], json_: str | None) -> None:
+    """The stages that would be run and those that are kept, from the run as it is; nothing is written."""
+    from experiments.run.run import preview_run
+    from experiments.verbs.reuse import would_run
 
-    Example: `polca-edit demo --seed 3 --out runs/demo-3`
-    """
-    execute("demo", out or Path("runs/demo"), settings_from(set_, seed=seed), None, dry_run)
+    todo, kept = would_run(preview_run(config, out), again)
+    say(f"{out}: would run {', '.join(todo) or 'no stage'}, then summary and report")
+    if kept:
+        say(f"  done before, kept: {', '.join(kept)}")
+    json_result({"run": str(out), "would_run": todo, "kept": kept}, json_)
+
+
+def demo(
+    seed: Seed = None,
+    out: Out = None,
+    device: Device = None,
+    set_: Set = None,
+    redo: Redo = None,
+    dry_run: DryRun = False,
+    json_: Json = None,
+) -> None:
+    """Run the main job on the built-in arithmetic task (minutes on two CPU cores)."""
+    overrides = settings_from(set_, seed=seed, device=device)
+    execute("demo", out or default_out("demo", None, seed), overrides, redo, dry_run, json_)
 
 
 def run(
@@ -127,24 +154,18 @@ def run(
     checkpoints: Annotated[
         str | None, typer.Option(help="Open these checkpoints instead of training.")
     ] = None,
-    window: Annotated[
-        str | None, typer.Option(help="Observe and undo the training of steps START:END only.")
-    ] = None,
+    window: Window = None,
     device: Device = None,
     engine: Annotated[str | None, typer.Option(help="Where derivative work runs: local or ray.")] = None,
     address: Annotated[str | None, typer.Option(help="Ray head node for --engine ray.")] = None,
     set_: Set = None,
     redo: Redo = None,
     dry_run: DryRun = False,
+    json_: Json = None,
 ) -> None:
     """Run a config or preset: train or open, bases, projections, clusters, damage, report.
 
     A run that was stopped goes on where it was; finished stages are not repeated.
-
-    Examples: `polca-edit run mini --seed 1` ·
-    `polca-edit run english.yaml --text corpus.jsonl.gz` ·
-    `polca-edit run mine.yaml --checkpoints runs/other/checkpoints` ·
-    `polca-edit run --task my_task.py:build --set training.steps=600`
     """
     named = config_for(config, task)
     overrides = settings_from(
@@ -158,7 +179,7 @@ def run(
         engine=engine,
         engine_address=address,
     )
-    execute(named, out or default_out(named, task), overrides, redo, dry_run)
+    execute(named, out or default_out(named, task, seed), overrides, redo, dry_run, json_)
 
 
 def open_overrides(
@@ -226,15 +247,14 @@ def open_checkpoints(
     step_pattern: Annotated[str | None, typer.Option(help="Regular expression, group 1 is the step.")] = None,
     skip_damaged: Annotated[bool, typer.Option(help="Leave incomplete checkpoints out.")] = False,
     preset: Annotated[str, typer.Option(help="Config file or preset for everything else.")] = "huggingface",
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a config key.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the stages, then stop.")] = False,
+    seed: Seed = None,
+    device: Device = None,
+    set_: Set = None,
+    redo: Redo = None,
+    dry_run: DryRun = False,
+    json_: Json = None,
 ) -> None:
-    """Analyse Hugging Face checkpoints: Trainer folders, Pythia or OLMo revisions, adapters.
-
-    Examples: `polca-edit open my-trainer-output --text corpus.jsonl` ·
-    `polca-edit open pythia-14m --names 'step*' --text pile.jsonl.gz` ·
-    `polca-edit open lora-output --base gpt2-folder --text notes.txt`
-    """
+    """Analyse Hugging Face checkpoints: Trainer folders, Pythia or OLMo revisions, adapters."""
     overrides = open_overrides(
         folder,
         text,
@@ -244,28 +264,26 @@ def open_checkpoints(
         skip_damaged=skip_damaged,
         preset=preset,
     )
-    for assignment in set_ or []:
-        overrides.update(settings_from([assignment]))
-    execute(preset, out or Path("runs") / folder.resolve().name, overrides, None, dry_run)
+    overrides.update(settings_from(set_, seed=seed, device=device))
+    target = out or default_out(folder.resolve().name + ".yaml", None, seed)
+    execute(preset, target, overrides, redo, dry_run, json_)
 
 
 def english(
     preset: Annotated[str, typer.Option(help="demo, mini or paper.")] = "demo",
     text: Annotated[str | None, typer.Option(help="Text: plain, jsonl(.gz) or .npy ids.")] = None,
     probe: Annotated[str | None, typer.Option(help="CoNLL-U file with gold tags, for labels.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Run directory (default runs/english-PRESET).")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of data, weights and draws.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a config key.")] = None,
-    redo: Annotated[list[str] | None, typer.Option("--redo", help="Run this stage again.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the stages, then stop.")] = False,
+    out: Out = None,
+    seed: Seed = None,
+    device: Device = None,
+    set_: Set = None,
+    redo: Redo = None,
+    dry_run: DryRun = False,
+    json_: Json = None,
 ) -> None:
-    """The English experiment on a text: tokenizer, training, POLCA, clusters, labels, damage, report.
-
-    Examples: `polca-edit english --preset demo --text wiki.jsonl.gz --out runs/english`
-    """
+    """The English experiment on a text: tokenizer, training, POLCA, clusters, labels, damage, report."""
     if preset not in ENGLISH_PRESETS:
         raise ValueError(f"--preset must be one of {sorted(ENGLISH_PRESETS)}, got '{preset}'")
     overrides = settings_from(set_, seed=seed, text__file=text, text__probe=probe, device=device)
-    target = out or Path("runs") / f"english-{preset}"
-    execute(ENGLISH_PRESETS[preset], target, overrides, redo, dry_run)
+    named = ENGLISH_PRESETS[preset]
+    execute(named, out or default_out(named, None, seed), overrides, redo, dry_run, json_)

@@ -2,63 +2,51 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from experiments.application import console, say
+from experiments.application import console, json_result, say, then
+from experiments.options import Directory, Json
 
 
-def report(directory: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
-    """Draw report.html and the figures again from a run's records; no model is needed.
-
-    Example: `polca-edit report runs/demo`
-    """
+def report(directory: Directory, json_: Json = None) -> None:
+    """Draw report.html and the figures again from a run's records; no model is needed."""
     from experiments.report.page import write_report
     from experiments.run.store import RunDirectory
     from experiments.verbs.guard import existing
 
     with existing(directory):
         RunDirectory(directory).require_whole()
-        say(f"Report: {write_report(RunDirectory(directory), say)}")
+        page = write_report(RunDirectory(directory), say)
+    json_result({"report": str(page)}, json_)
+    say(f"Report: {page}")
+    then("inspect" if (directory / "verdicts.json").exists() else "test", directory)
 
 
-def inspect(
-    directory: Annotated[Path, typer.Argument(help="A run directory.")],
-    json_: Annotated[bool, typer.Option("--json", help="Print summary.json as it is.")] = False,
-) -> None:
-    """Print what a finished run found.
-
-    Example: `polca-edit inspect runs/demo --json | jq .cost`
-    """
+def inspect(directory: Directory, json_: Json = None) -> None:
+    """Print what a finished run found; as JSON, its summary.json."""
     from experiments.report.answers import print_summary
     from experiments.run.store import RunDirectory
     from experiments.run.summary.write import summary_values
     from experiments.verbs.guard import check
 
     check(directory)
-    if json_:
-        typer.echo(json.dumps(summary_values(directory), indent=1, sort_keys=True))
-    else:
+    if not json_result(summary_values(directory), json_):
         print_summary(RunDirectory(directory), console)
+    then("report" if (directory / "verdicts.json").exists() else "test", directory)
 
 
 def label(
-    directory: Annotated[Path, typer.Argument(help="A finished run.")],
+    directory: Directory,
     transfer: Annotated[
         str | None,
         typer.Option(help="Another text: do the labels hold there? (labels/transfer.json)"),
     ] = None,
     sequences: Annotated[int, typer.Option(min=4, help="Sequences of that text.")] = 32,
-    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json_: Json = None,
 ) -> None:
-    """Label the clusters of a run from what their tokens share, and draw the report again.
-
-    Examples: `polca-edit label runs/english-demo` ·
-    `polca-edit label runs/english-demo --transfer wikitext2/valid.txt`
-    """
+    """Label the clusters of a run from what their tokens share, and draw the report again."""
     from experiments.report.labels import print_labels, transferred_table
     from experiments.report.page import write_report
     from experiments.run.run import load_run
@@ -76,14 +64,15 @@ def label(
         found = {"text": transfer, "rows": to_plain(rows)}
         with existing(directory):
             write_json(run.directory.path / "labels" / "transfer.json", found)
-        console.print(transferred_table(rows).terminal())
+        if not json_result(found, json_):
+            console.print(transferred_table(rows).terminal())
+        then("inspect", directory)
         return
     with existing(directory):
         labels = write_labels(run)
         write_summary(run)
-        page = write_report(run.directory, typer.echo)
-    if json_:
-        typer.echo(json.dumps(to_plain(labels), indent=1, sort_keys=True))
-    else:
+        page = write_report(run.directory, say)
+    if not json_result(labels, json_):
         print_labels(labels, console)
-        typer.echo(f"Report: {page}")
+    say(f"Report: {page}")
+    then("inspect", directory)

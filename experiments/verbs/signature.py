@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_type_hints
 
-#: Packages that options are written with.
-LIGHT = frozenset({"typing", "pathlib", "typer", "collections"})
+#: What options are written with.
+LIGHT = frozenset({"typing", "pathlib", "typer", "collections", "collections.abc", "experiments.options"})
 
 
 def signature_alone(module: str, name: str) -> Callable[..., Any] | None:
@@ -31,7 +31,7 @@ def signature_alone(module: str, name: str) -> Callable[..., Any] | None:
     if found is None or found.origin is None:
         return None
     names: dict[str, Any] = {"__name__": module}
-    for node in ast.parse(Path(found.origin).read_text()).body:
+    for node in ast.parse(Path(found.origin).read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef) and node.name == name:
             node.body = node.body[:1] if ast.get_docstring(node) else [ast.Pass()]
         elif not (_imports_light_names(node) or isinstance(node, ast.Assign)):
@@ -52,8 +52,8 @@ def signature_alone(module: str, name: str) -> Callable[..., Any] | None:
 
 def _imports_light_names(node: ast.stmt) -> bool:
     if isinstance(node, ast.Import):
-        return all(alias.name.split(".")[0] in LIGHT for alias in node.names)
-    return isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in LIGHT
+        return all(alias.name in LIGHT for alias in node.names)
+    return isinstance(node, ast.ImportFrom) and (node.module or "") in LIGHT
 
 
 def _compiled(node: ast.stmt, file: str) -> Any:

@@ -88,8 +88,7 @@ def run_study(
     for run, plan in zip(runs, plans, strict=True):
         exploratory = open_evaluate(run, plan, by="test").exploratory or exploratory
     jobs = [(place, label, settings) for place in places for label in settings.bases]
-    count = f"{len(jobs)} bases of {len(runs)} runs, {sum(len(p.pairs) for p in plans)} pairs"
-    say(f"  {count}: {stated_cost(runs, chosen, settings, workers)}")
+    say(f"  {_counted(runs, chosen)}: {stated_cost(runs, chosen, settings, workers)}")
     kept, controls = _measure(jobs, [(place, settings) for place in places], workers)
     measured = _measured(runs, chosen, kept, settings)
     table = judge_runs(measured, settings.test)
@@ -114,6 +113,23 @@ def run_study(
         versions(),
         hardware(),
     )
+
+
+def planned_study(places: Sequence[Path], settings: StudySettings, workers: int = 1) -> str:
+    """What :func:`run_study` would measure and what that would take; nothing is written.
+
+    Raises:
+        ValueError: where :func:`run_study` refuses.
+    """
+    runs = [with_groups(load_run(place, say=lambda _: None), settings.groups) for place in places]
+    _same_config(runs)
+    chosen = [_chosen(run, settings) for run in runs]
+    return f"{_counted(runs, chosen)}: {stated_cost(runs, chosen, settings, workers)}"
+
+
+def _counted(runs: Sequence[Run], chosen: Sequence[Sequence[Chosen]]) -> str:
+    bases, pairs = sum(map(len, chosen)), sum(len(one.pairs) for found in chosen for one in found)
+    return f"{bases} bases of {len(runs)} runs, {pairs} pairs"
 
 
 def stated_cost(
@@ -162,10 +178,7 @@ def _same_config(runs: Sequence[Run]) -> None:
 
 
 def _chosen(run: Run, settings: StudySettings) -> list[Chosen]:
-    known = [spec.label for spec in run.config.bases]
-    missing = next((label for label in settings.bases if label not in known), None)
-    if missing is not None:
-        raise ValueError(f"--basis must be one of {known} of '{run.directory.path}', got '{missing}'")
+    run.require_bases(settings.bases)
     return [choose(run, label, least=settings.test.least, window=settings.window) for label in settings.bases]
 
 

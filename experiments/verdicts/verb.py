@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from experiments.application import console, say
+from experiments.application import console, json_result, say, then
+from experiments.options import Bases, DryRun, Groups, Json, Unseen, Window, Workers
 
 if TYPE_CHECKING:
     from experiments.verdicts.records import CausalResult
@@ -19,17 +20,16 @@ if TYPE_CHECKING:
 
 def causal_test(
     runs: Annotated[list[Path], typer.Argument(help="Run directories, several seeds of one config.")],
-    basis: Annotated[list[str] | None, typer.Option(help="Basis to test; repeat. Default: all.")] = None,
-    unseen: Annotated[int | None, typer.Option(help="Sequences drawn anew; 0: the evaluate split.")] = None,
-    window: Annotated[str | None, typer.Option(help="Undo the movement of steps START:END only.")] = None,
-    groups: Annotated[
-        Path | None, typer.Option(help="Token groups: .npz or JSON, name -> booleans over the select tokens.")
-    ] = None,
+    basis: Bases = None,
+    unseen: Unseen = None,
+    window: Window = None,
+    groups: Groups = None,
     rotations: Annotated[int, typer.Option(min=20, help="Rotations of each span (S, P).")] = 39,
-    draws: Annotated[int, typer.Option(help="Random edits per movement (N).")] = 39,
-    seed: Annotated[int, typer.Option(help="Seed of every draw.")] = 0,
-    workers: Annotated[int | None, typer.Option(help="Processes; default one per core.")] = None,
-    json_: Annotated[str | None, typer.Option("--json", help="Write the result to FILE, or - .")] = None,
+    draws: Annotated[int, typer.Option(min=19, help="Random edits per movement (N).")] = 39,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of every draw.")] = 0,
+    workers: Workers = None,
+    dry_run: DryRun = False,
+    json_: Json = None,
     out: Annotated[Path | None, typer.Option(help="Folder of a study over several runs.")] = None,
 ) -> None:
     """Does the model need each movement for its tokens (N), and for them only (S)? One row per pair.
@@ -37,22 +37,16 @@ def causal_test(
     Pairs are fixed on the select split: POLCA's own clusters, and interventional clusters and known skills
     with the vector that costs them most there. They are tested on tokens that nothing has used. A word per
     row: inert, shared, selective, carrier (the movement inserted alone brings the skill), unclear.
-
-    Examples: `polca-edit test runs/demo` ·
-    `polca-edit test runs/demo runs/demo-1 --basis hessian --out studies/demo --json -`
     """
     from experiments.config import parse_window
     from experiments.run.run import load_run
     from experiments.run.summary.write import write_summary
     from experiments.verbs.groups import with_groups
     from experiments.verbs.guard import existing
-    from experiments.verdicts.study import StudySettings, run_study, write_result
+    from experiments.verdicts.study import StudySettings, planned_study, run_study, write_result
     from interventions.causal.settings import TestSettings
 
-    if len(runs) > 1 and out is None:
-        raise ValueError("a study of several runs needs a folder of its own; pass --out studies/NAME")
-    if groups is not None and len(runs) > 1:
-        raise ValueError("--groups belong to the tokens of one run, got several runs; test them one by one")
+    _require_places(runs, out, groups)
     first = with_groups(load_run(runs[0], say=lambda _: None), groups)
     labels = tuple(basis or [spec.label for spec in first.config.bases])
     wanted = unseen if unseen is not None else (1000 if first.task.unseen is not None else 0)
@@ -65,27 +59,48 @@ def causal_test(
         say("  the task draws no unseen sequences: tested on its evaluate split")
     test = TestSettings(rotations=rotations, random_draws=draws, seed=seed)
     settings = replace(settings, test=test)
+    if dry_run:
+        say(f"  would measure {planned_study(runs, settings)}")
+        return
+    place = out or runs[0]
     with ExitStack() as held:
-        for place in runs:
-            held.enter_context(existing(place))
+        for one in runs:
+            held.enter_context(existing(one))
         result = run_study(runs, settings, workers=workers or min(os.cpu_count() or 1, 8), say=say)
-        write_result(result, out or runs[0])
-        if out is None:
+        write_result(result, place)
+        if place == runs[0]:
             write_summary(first)
-    _told(result, json_, out or runs[0], runs[0])
+    if not json_result(result, json_):
+        _told(result)
+    say(f"Result: {place / 'verdicts.json'}")
+    then("report", runs[0])
 
 
-def _told(result: CausalResult, json_: str | None, place: Path, run: Path) -> None:
-    """The result as JSON where it was asked for, else as a table with its sentences."""
+def _require_places(runs: Sequence[Path], out: Path | None, groups: Path | None) -> None:
+    """Where a result may go: into the one run that is tested, or into a folder that is no run.
+
+    Raises:
+        ValueError: for anything else, or groups of one run's tokens given to several runs.
+    """
+    if len(runs) > 1 and out is None:
+        raise ValueError("a study of several runs needs a folder of its own; pass --out studies/NAME")
+    if groups is not None and len(runs) > 1:
+        raise ValueError("--groups belong to the tokens of one run, got several runs; test them one by one")
+    if out is not None and not out.is_dir() and out.exists():
+        raise ValueError(f"--out must be a folder, '{out}' is a file; choose another")
+    if out is not None and (out / "config.yaml").exists():
+        raise ValueError(
+            f"--out must be a folder of the study's own, '{out}' is a run and keeps its own result; choose "
+            "another, or leave --out away to test one run"
+        )
+
+
+def _told(result: CausalResult) -> None:
+    """A table with its sentences."""
     from experiments.report.chapters.verdicts import print_verdicts
     from experiments.run.summary.records import TestedFile
-    from polca_edit.artifacts import from_plain, save_record, to_plain
+    from polca_edit.artifacts import from_plain, to_plain
 
-    if json_ == "-":
-        typer.echo(json.dumps(to_plain(result), indent=1, sort_keys=True))
-        return
-    if json_:
-        save_record(Path(json_), result)
     shown = from_plain(TestedFile, to_plain(result))
     answers = {b.basis: {"A": b.A, "P": b.P} for b in shown.bases}
     for control in result.controls:
@@ -94,4 +109,3 @@ def _told(result: CausalResult, json_: str | None, place: Path, run: Path) -> No
             f"shuffled labels {control.twin}: {'passed' if control.passed else 'FAILED'}"
         )
     print_verdicts([(row.basis, row.entry()) for row in shown.rows], answers, console)
-    say(f"Result: {place / 'verdicts.json'}; next: polca-edit report {run}")

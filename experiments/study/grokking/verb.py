@@ -28,10 +28,9 @@ from experiments.study.grokking.claim import (
     run_seed,
     summaries,
 )
-from experiments.study.results import show
+from experiments.study.results import show, to_terminal, write_with_tables
 from interventions.causal.statistics import Interval
-from polca_edit.artifacts import key_of, to_plain
-from polca_edit.checkpoints.files import write_atomically, write_json
+from polca_edit.artifacts import key_of
 
 
 @dataclass(frozen=True)
@@ -103,11 +102,10 @@ def grokking_study(
     tables = claim_tables(result)
     show(tables)
     if json_ is not None:
+        write_with_tables(json_, result, tables)
+    if json_ is not None and not to_terminal(json_):
         from experiments.report.figures.studies import draw_arms
 
-        write_json(json_, to_plain(result))
-        text = "\n".join(f"{made.title}\n\n{made.markdown()}" for made in tables)
-        write_atomically(json_.with_suffix(".md"), lambda part: part.write_text(text) and None)
         curves = {
             arm.arm: [(row.steps, row.hidden) for run in runs for row in run.arms if row.arm == arm.arm]
             for arm in result.arms

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from experiments.application import say
+from experiments.application import json_result, say, then
+from experiments.options import Json
+
+if TYPE_CHECKING:
+    from experiments.verbs.doctor.examine import Diagnosis
 
 
 def doctor(
@@ -20,16 +23,11 @@ def doctor(
     names: Annotated[str, typer.Option(help="Checkpoint names, e.g. 'step*'.")] = "*",
     step_pattern: Annotated[str | None, typer.Option(help="Regular expression, group 1 is the step.")] = None,
     preset: Annotated[str, typer.Option(help="Config file or preset of the run.")] = "huggingface",
-    json_: Annotated[str | None, typer.Option("--json", help="Write JSON to FILE, or '-'.")] = None,
+    json_: Json = None,
 ) -> None:
-    """Open a checkpoint folder of any kind and print what was found; not 0 where it does not open rightly.
-
-    Examples: `polca-edit doctor my-trainer-output` · `polca-edit doctor pythia-14m --names 'step*' --json -`
-    """
+    """Open a checkpoint folder of any kind and print what was found; not 0 where it does not open rightly."""
     from experiments.verbs.doctor.examine import Question, examine
     from experiments.verbs.doctor.outlook import outlook
-    from polca_edit.artifacts import to_plain
-    from polca_edit.checkpoints.files import write_atomically
 
     asked = Question(folder, base, names, step_pattern)
     found = examine(asked)
@@ -38,18 +36,13 @@ def doctor(
             found = replace(found, plan=outlook(found, asked, text, preset))
         except ValueError as error:
             found = replace(found, problems=(f"a run could not be started: {error}",))
-    if json_ is not None:
-        content = json.dumps(to_plain(found), indent=1, sort_keys=True) + "\n"
-        if json_ == "-":
-            typer.echo(content, nl=False)
-        else:
-            write_atomically(Path(json_), lambda part: part.write_text(content))
-    if json_ != "-":
-        for line in lines(found):
-            say(line)
+    json_result(found, json_)
+    for line in lines(found):
+        say(line)
     if found.problems:
         more = f" (and {len(found.problems) - 1} more above)" if len(found.problems) > 1 else ""
         raise ValueError(f"'{folder}' does not open rightly: {found.problems[0]}{more}")
+    then("open", folder, "--text", text or "FILE", *(["--base", base] if base else []))
 
 
 def lines(found: Diagnosis) -> list[str]:

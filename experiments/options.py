@@ -1,0 +1,45 @@
+"""Options that several verbs have, written once so that each means the same everywhere.
+
+This module imports nothing heavy: ``--help`` reads it (:mod:`experiments.verbs.signature`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Directory = Annotated[Path, typer.Argument(help="A run directory.")]
+Json = Annotated[
+    str | None,
+    typer.Option("--json", metavar="FILE|-", help="The result as JSON, to FILE or to the terminal (-)."),
+]
+Seed = Annotated[int | None, typer.Option(help="Seed of data, initial weights and every draw.")]
+Out = Annotated[Path | None, typer.Option(help="Run directory (default runs/NAME, with a seed NAME-SEED).")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a config key, e.g. --set training.steps=600."),
+]
+Redo = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--redo",
+        metavar="STAGE",
+        help="Run a stage again though it is finished, e.g. clusters:hessian; repeat. 'changed': run again "
+        "what other settings change; 'all': everything.",
+    ),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, stop.")]
+Task = Annotated[str | None, typer.Option(help="Your own task, FILE.py:FUNCTION, or a shipped one by name.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda.")]
+Window = Annotated[
+    str | None, typer.Option(metavar="START:END", help="Only the movement of these training steps.")
+]
+Bases = Annotated[list[str] | None, typer.Option("--basis", help="Basis by name; repeat. Default: all.")]
+Groups = Annotated[
+    Path | None, typer.Option(help="Token groups: .npz or JSON, name -> booleans over the select tokens.")
+]
+Unseen = Annotated[int | None, typer.Option(min=0, help="Sequences drawn anew; 0: the evaluate split.")]
+Nulls = Annotated[int, typer.Option(min=0, help="Random token sets that get the same search.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes; default one per core.")]
