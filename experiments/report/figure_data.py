@@ -133,8 +133,9 @@ def _content(axes: Axes) -> tuple[str, Sequence[float], Sequence[float], list[Se
 def _map(axes: Axes, mesh: QuadMesh) -> tuple[Sequence[float], Sequence[float], list[Series]]:
     corners = np.asarray(mesh.get_coordinates())
     across, down = corners[0, :, 0], corners[:, 0, 1]
-    given = np.ma.masked_invalid(np.ma.asarray(mesh.get_array())).filled(np.nan)
-    values = np.asarray(given, dtype=float).reshape(len(down) - 1, -1)
+    # Masked cells have no number.
+    given: np.ndarray = np.ma.filled(np.ma.asarray(mesh.get_array(), dtype=float), np.nan)
+    values = given.reshape(len(down) - 1, -1)
     names, heads = _labels(axes.yaxis, down), _labels(axes.xaxis, across)
     series = [Series(n, tuple(heads), _numbers(row)) for n, row in zip(names, values, strict=True)]
     return down.tolist(), across.tolist(), series
@@ -175,5 +176,3 @@ def _numbers(values: object) -> tuple[float | None, ...]:
 def _short(value: float) -> float:
     """A few significant digits, so that pages stay small."""
     return float(f"{value:.{DIGITS}g}")
-
-

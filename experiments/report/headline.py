@@ -1,4 +1,4 @@
-"""The first table of the page: which movement takes each skill away, how sure that is, and what else it costs.
+"""The first table of the page: what takes each skill away, how sure that is, and what else it costs.
 
 One line a skill, on tokens that nothing had used. Where the run was tested, the line is a verdict of the
 causal test, or a skill axis where no vector takes the skill alone and an axis does. Where it was not, the
@@ -239,12 +239,18 @@ def headline_table(made: Sequence[Line], hues: Mapping[str, str]) -> Table:
         Column("taken away by", left=True, note="the vector or axis whose recorded movement is undone"),
         Column("damage (nats)", note="mean loss change of the skill's unseen tokens"),
         Column("of headroom", note="share of what undoing all training would cost, capped per token"),
-        Column("worst other", left=True, note="the group that loses most besides; × is over the target's share"),
-        Column("null", left=True, note="nats that random edits of its size cost; for an axis the share that the same search takes of random sets"),
+        Column(
+            "worst other", left=True, note="the group that loses most besides; × is over the target's share"
+        ),
+        Column(
+            "null",
+            left=True,
+            note="nats that random edits cost; for an axis, the share its search takes of random sets",
+        ),
         Column("word", left=True, note="of the causal test; see below"),
         Column("in words", left=True),
     )
-    rows = [
+    rows: list[list[Cell | str]] = [
         [
             Cell(line.skill, colour=hues.get(line.skill), look="strong"),
             line.what,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,7 +108,7 @@ class _Parts:
 
 
 def _parts(view: RunView, added: Sequence[Section]) -> _Parts:
-    hues, found = colours(sorted(view.skills)), read_found(view.directory)
+    hues, found = skill_colours(view.skills), read_found(view.directory)
     chapters = [chapter(view, analysis, hues) for analysis in view.analyses]
     grouping = grouping_section(view, [group for c in chapters for group in c.groups], hues)
     sections = [*([grouping] if grouping else []), *sections_of(view.directory, view.summary, hues), *added]
@@ -151,7 +151,7 @@ def _rendered(view: RunView, parts: _Parts, started: float) -> str:
 
 
 def write_figures(folder: Path, drawings: Sequence[Drawing]) -> None:
-    """Every drawing as SVG and its numbers as CSV; files of an earlier report that are not drawn are removed."""
+    """Every drawing as SVG and its numbers as CSV; files of an earlier report are removed."""
     written = {path for drawing in drawings for path in drawing.write(folder)}
     for ending in ("svg", "csv", "png"):
         for path in set(folder.glob(f"*.{ending}")) - written:
@@ -170,6 +170,11 @@ def environment() -> Environment:
     made.filters.update(nats=nats, share=share, number=number, count=count, decimal=decimal)
     made.globals["theme_css"] = Markup(theme_css())
     return made
+
+
+def skill_colours(names: Iterable[str]) -> dict[str, str]:
+    """One colour a skill, the same on every page that has the same skills."""
+    return colours(sorted(set(names)))
 
 
 # -- the first screen -----------------------------------------------------------------------------
@@ -275,7 +280,10 @@ def cost_table(view: RunView, started: float) -> Table:
         "Hessian products",
     ]
     made = table([*heads, "peak memory (GB)"], rows)
-    total = (Cell("together, without the report"), *_cost_cells(cost.seconds, cost.passes, cost.peak_rss_bytes))
+    total = (
+        Cell("together, without the report"),
+        *_cost_cells(cost.seconds, cost.passes, cost.peak_rss_bytes),
+    )
     return Table(made.columns, made.rows, total=total)
 
 

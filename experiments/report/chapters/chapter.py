@@ -120,8 +120,9 @@ def clusters_table(
 ) -> Table:
     """Clusters on the select split: agreement with skills, breakthrough, damage of their own vector."""
     columns: list[Column | str] = [
-        Column("cluster", left=True), Column("its tokens are", left=True), "tokens", SKILL, "F1", "homogeneity",
-        "recall", "recall (clustered only)", "lift", "breakthrough", Column("hidden", left=True),
+        Column("cluster", left=True), Column("its tokens are", left=True), "tokens", SKILL, "F1",
+        "homogeneity", "recall", "recall (clustered only)", "lift", "breakthrough",
+        Column("hidden", left=True),
         "damage on its tokens", "on all others", "worst other cluster", "headroom",
     ]  # fmt: skip
     rows = []
@@ -228,8 +229,8 @@ def _group(view: RunView, cluster: ClusterView, curves: Curves) -> Group:
     """A cluster with the tokens nearest the medoid of its projected trajectories."""
     near = cluster.members.nonzero()[0][nearest_to_medoid(curves.projected, TOKENS)]
     words = (
-        f"The {len(near)} of {count(cluster.entry.tokens)} tokens nearest the medoid of its trajectories; damage: "
-        f"loss change when vector {cluster.vector} is undone (nats)."
+        f"The {len(near)} of {count(cluster.entry.tokens)} tokens nearest the medoid of its trajectories; "
+        f"damage: loss change when vector {cluster.vector} is undone (nats)."
     )
     return polca_group(view, cluster, near.tolist(), words)
 

@@ -74,7 +74,11 @@ def _timeline_blocks(timeline: Timeline, hues: Mapping[str, str] | None) -> list
         heading("Timeline: which stretch of training each skill needs"),
         Drawing("causal timeline", TIMELINE_CAPTION, figure),
         paragraph(words),
-        *([paragraph("The window in which a skill was learned is needed: of " + "; of ".join(held) + ".")] if held else []),
+        *(
+            [paragraph("The window in which a skill was learned is needed: of " + "; of ".join(held) + ".")]
+            if held
+            else []
+        ),
     ]
 
 
@@ -102,7 +106,9 @@ def _axis_blocks(
         blocks += [
             heading(f"When and where the axes of the {basis} span act"),
             Drawing(f"axes in {basis}", AXES_CAPTION.format(basis=basis), figure),
-            paragraph("When: share of the group lost if only that stretch's movement along its axis is undone."),
+            paragraph(
+                "When: share of the group lost if only that stretch's movement along its axis is undone."
+            ),
             parts_table({name: when.windows for name, when in whens.items()}, hues or {}),
             paragraph("Where: share of the effect that each part of the model holds, the largest parts."),
             parts_table({name: when.parts for name, when in whens.items()}, hues or {}, MOST_PARTS),

@@ -21,8 +21,8 @@ TIMELINE_CAPTION = (
     "of the same norm."
 )
 AXES_CAPTION = (
-    "When the axes of the {basis} span move: coordinate of the weights along each skill's axis over training, "
-    "as a share of its net movement (0 before, 1 at the end)."
+    "When the axes of the {basis} span move: coordinate of the weights along each skill's axis over "
+    "training, as a share of its net movement (0 before, 1 at the end)."
 )
 
 

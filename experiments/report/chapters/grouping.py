@@ -22,7 +22,6 @@ from experiments.report.formats import MISSING, count, decimal, highlighted
 from experiments.report.style import file_name
 from experiments.report.tables import Cell, Column, Table, table
 from experiments.report.view import NAMED_F1, ClusterView, RunView
-from experiments.run.store import RunDirectory
 from polca_edit.artifacts import load_record
 
 #: Tokens shown of a cluster.
@@ -49,7 +48,7 @@ class Opened:
         """A folded part of the page; a button in a table opens it in place."""
         return Markup(
             '<details class="tokens" id="{}"><summary>{}</summary><p class="note">{}</p>{}</details>'
-        ).format(self.identifier, self.title, self.words, self.rows)
+        ).format(self.identifier, self.title, self.words, Markup(self.rows.__html__()))
 
 
 @dataclass(frozen=True)
@@ -161,9 +160,9 @@ def grouping_section(view: RunView, polca: Sequence[Group], hues: Mapping[str, s
         return None
     blocks: list[Block] = [
         paragraph(
-            "POLCA groups tokens by how their loss fell along one vector: observation. Interventional clusters "
-            "group tokens by what many random partial undo edits cost them: action. Neither saw a label; known "
-            "skills came in afterwards."
+            "POLCA groups tokens by how their loss fell along one vector: observation. Interventional "
+            "clusters group tokens by what many random partial undo edits cost them: action. Neither saw "
+            "a label; known skills came in afterwards."
         )
     ]
     if view.skills and files:
@@ -174,8 +173,8 @@ def grouping_section(view: RunView, polca: Sequence[Group], hues: Mapping[str, s
     total = sum(len(a.clusters) for a in view.analyses)
     told = f"POLCA's: showing {len(polca)} of {total}. " if len(polca) < total else ""
     stability = "; ".join(
-        f"{file.basis}: {100 * file.outliers:.0f} % of tokens in no cluster, {file.edits} edits, halves agree to "
-        f"{decimal(file.stability[-1][1])}"
+        f"{file.basis}: {100 * file.outliers:.0f} % of tokens in no cluster, {file.edits} edits, "
+        f"halves agree to {decimal(file.stability[-1][1])}"
         for file, _ in files
         if file.stability
     )
@@ -183,9 +182,9 @@ def grouping_section(view: RunView, polca: Sequence[Group], hues: Mapping[str, s
     opened = [group.opened for group in groups if group.opened is not None]
     inside = Markup("").join(Markup(part.__html__()) for part in opened)
     blocks.append(
-        Markup('<details id="all-tokens"><summary>Tokens in context, {} clusters</summary>{}</details>').format(
-            len(opened), inside
-        )
+        Markup(
+            '<details id="all-tokens"><summary>Tokens in context, {} clusters</summary>{}</details>'
+        ).format(len(opened), inside)
     )
     return Section("POLCA's clusters and interventional ones", blocks)
 
@@ -208,7 +207,11 @@ def best_table(view: RunView, groups: Sequence[Group], hues: Mapping[str, str]) 
                 continue
             value = best.f1[skill]
             look = "strong" if value >= NAMED_F1 else "soft"
-            cells += [Cell(best.place, look="place"), Cell(best.called, look="named"), Cell(decimal(value), sort=value, look=look)]
+            cells += [
+                Cell(best.place, look="place"),
+                Cell(best.called, look="named"),
+                Cell(decimal(value), sort=value, look=look),
+            ]
         rows.append(cells)
     return table(columns, rows)
 
@@ -244,5 +247,3 @@ def groups_table(groups: Sequence[Group], hues: Mapping[str, str]) -> Table:
         for group in groups
     ]
     return table(columns, rows)
-
-

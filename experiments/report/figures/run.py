@@ -79,6 +79,22 @@ def training_losses(
     return figure
 
 
+@styled()
+def both_losses(
+    runs: Sequence[tuple[np.ndarray, Mapping[str, np.ndarray]]], names: Sequence[str], hues: Mapping[str, str]
+) -> Figure:
+    """Mean losses of two runs, (steps, group -> (T,) nats) each: the first solid, the second dashed."""
+    figure = new_figure(4.2)
+    axes = figure.subplots()
+    for (steps, groups), name, line in zip(runs, names, ("-", "--"), strict=True):
+        for group, path in groups.items():
+            hue, width = hues.get(group, INK), 1.3 if group in hues else 2.2
+            axes.plot(steps, path, line, color=hue, lw=width, label=f"{group}, {name}")
+    axes.set(xlabel="optimiser step", ylabel="exact loss (nats per token)", ylim=(0, None))
+    figure.legend(loc="outside lower center", ncols=4)
+    return figure
+
+
 PARTS = (
     ("exact", "exact change", INK),
     ("attributed", "attributed to the basis", SLATE),

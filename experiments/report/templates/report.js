@@ -1,6 +1,6 @@
 "use strict";
 (function () {
-  var MINUS = "\u2212", MISSING = "\u2013", FILTER_FROM = 8;
+  var MINUS = "\u2212", MISSING = "\u2013", FILTER_FROM = 6;
   var tip = document.getElementById("tip");
 
   function make(name, attributes, text) {
