@@ -46,7 +46,9 @@ def pages(tmp_path_factory) -> tuple[Path, Path]:
     save_record(discovery_file(path), found)
     save_record(cluster_file(path, "hessian"), ClusterFile("hessian", (row,), 0.2, 20, ((20, 0.9),)))
     labels = torch.where(torch.as_tensor(MEMBERS[0, 0]), 0, -1)
-    signed = SignatureRecord(torch.ones(2, TOKENS), ("hessian",) * 2, labels, labels.clone(), labels.clone(), ())
+    signed = SignatureRecord(
+        torch.ones(2, TOKENS), ("hessian",) * 2, labels, labels.clone(), labels.clone(), ()
+    )
     save_record(path / "discover" / "signatures-hessian.safetensors", signed)
     report = write_report(directory, lambda _: None)
     second = path.with_name("second")

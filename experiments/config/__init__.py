@@ -63,6 +63,9 @@ class RunConfig(Section):
     basis_memory_gb: float = Field(
         4.0, ge=0, description="larger bases are built with their rows streamed from disk"
     )
+    memory_gb: float | None = Field(
+        None, gt=0, description="memory of the whole run; vectors, batches and directions are cut to fit"
+    )
     compiled: bool = Field(False, description="torch.compile the derivative graphs")
     model: ModelConfig = ModelConfig()
     arithmetic: ArithmeticConfig = ArithmeticConfig()

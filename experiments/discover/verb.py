@@ -129,8 +129,10 @@ def _axes(run: Run, settings: DiscoverSettings, target: str) -> tuple[list[AxisR
     from interventions.edits import project_out
 
     directory = run.directory.path
-    run_stages(run, stages=discovery_stages(run.config, settings.window))
-    upstream = {n: run.key(f"signatures:{n}") for n in signature_names(run.config, settings.window)}
+    run_stages(run, stages=discovery_stages(run.config, settings.window, settings.bases))
+    upstream = {
+        n: run.key(f"signatures:{n}") for n in signature_names(run.config, settings.window, settings.bases)
+    }
     tokens = unseen_tokens(run, settings.unseen).fingerprint()
     open_evaluate(run, DiscoverPlan(settings, tokens, upstream), by="axis")
     rows, edits = [], []

@@ -61,3 +61,7 @@ Groups = Annotated[
 Unseen = Annotated[int | None, typer.Option(min=0, help="Sequences drawn anew; 0: the evaluate split.")]
 Nulls = Annotated[int, typer.Option(min=0, help="Random token sets that get the same search.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes; default one per core.")]
+Engine = Annotated[str | None, typer.Option(help="Where derivative work runs: local or ray.")]
+Memory = Annotated[str | None, typer.Option(help="Memory of the whole run, e.g. 16GB or 800MB.")]
+Layers = Annotated[str | None, typer.Option(help="Vectors in these layers only, e.g. 3-5 or 0,2.")]
+Parameters = Annotated[str | None, typer.Option(help="Vectors in parameters of this pattern, e.g. '*mlp*'.")]
