@@ -23,9 +23,9 @@ from experiments.report.formats import decimal
 from experiments.report.tables import Column, Table, table
 from experiments.run.run import Run, open_run
 from experiments.run.stages.training import trained_series
-from experiments.study.carry import GroupDamage, eligible_clusters, group_damage
 from experiments.study.measured import OnSelect, Say, on_select, second_order
 from experiments.study.multiverse import thinned
+from experiments.study.reproduce.carry import GroupDamage, eligible_clusters, group_damage
 from experiments.study.results import publish, show
 from experiments.verbs.options import finite
 from interventions.damage import EvaluatedSplit

@@ -118,9 +118,9 @@ def train(shape: str, folder: Path) -> None:
         next_token_loss(model, ids).mean().backward()
         optimiser.step()
         optimiser.zero_grad()
-    ids = np.random.default_rng(2).integers(1, 1000, (60 * 70,)).astype(np.int64)
-    ids[::70] = 0
-    np.save(folder / "text.npy", ids)
+    text = np.random.default_rng(2).integers(1, 1000, (60 * 70,)).astype(np.int64)
+    text[::70] = 0
+    np.save(folder / "text.npy", text)
 
 
 def few_scored() -> TokenSet:

@@ -111,7 +111,7 @@ class _Stack:
     def combined(self, coefficients: Float[Tensor, "n m"]) -> Float[Tensor, "m N"]:
         """Coefficients' times the rows."""
         parts = coefficients.split([len(block) for block in self.blocks])
-        total = parts[0].T @ self.blocks[0].to(parts[0])
+        total: Tensor = parts[0].T @ self.blocks[0].to(parts[0])
         for part, block in zip(parts[1:], self.blocks[1:], strict=True):
             total.addmm_(part.T, block.to(part))
         return total
