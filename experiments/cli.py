@@ -7,6 +7,7 @@ completion answer at once; its options are those of the function it names.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Annotated, Any
@@ -41,12 +42,20 @@ class Verb:
         """The examples, one a line."""
         return "\n\n".join(["Examples:" if len(self.examples) > 1 else "Example:", *self.examples])
 
-    def command(self, *, to_run: bool = False) -> Any:
-        """Its options; imported only where it is to run, or where its signature needs more than is light."""
+    def signature(self) -> Callable[..., Any]:
+        """The function with its options; imported only where its signature needs more than is light."""
         module, _, attribute = self.function.partition(":")
-        function = None if to_run else signature_alone(f"experiments.{module}", attribute)
-        if function is None:
-            function = getattr(importlib.import_module(f"experiments.{module}"), attribute)
+        return signature_alone(f"experiments.{module}", attribute) or self.imported()
+
+    def imported(self) -> Callable[..., Any]:
+        """The function that runs."""
+        module, _, attribute = self.function.partition(":")
+        found: Callable[..., Any] = getattr(importlib.import_module(f"experiments.{module}"), attribute)
+        return found
+
+    def command(self, *, to_run: bool = False) -> Any:
+        """What typer makes of it."""
+        function = self.imported() if to_run else self.signature()
         return typer.main.get_command(single(function, self.epilog))
 
 

@@ -14,8 +14,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-#: ``token_loss(module, inputs)`` -> losses (B, P) in nats, one per prediction slot of a sequence.
-TokenLossFunction = Callable[[nn.Module, Tensor], Tensor]
+from polca_edit.derivatives.heads import cross_entropy, gathered_before_head
+
+#: ``token_loss(module, inputs)`` -> losses (B, P) in nats, one per prediction slot of a sequence. One with a
+#: third parameter ``slots`` (B, R) is asked for those slots alone, -> (B, R), where few are scored.
+TokenLossFunction = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -238,13 +241,43 @@ def group_means(
     return {name: (float(values[mask].double().sum()), int(mask.sum())) for name, mask in groups.items()}
 
 
-def next_token_loss(module: nn.Module, inputs: Int[Tensor, "B L"]) -> Float[Tensor, "B Lm1"]:
+def next_token_loss(
+    module: nn.Module, inputs: Int[Tensor, "B L"], slots: Int[Tensor, "B R"] | None = None
+) -> Float[Tensor, "B P"]:
     """Cross-entropy of each next token, in nats, for a module whose output is logits (B, L, V).
 
     A Hugging Face output object with a ``logits`` field is accepted too.
+
+    Args:
+        module: the model.
+        inputs: (B, L) token ids.
+        slots: (B, R) the slots that are wanted, all L-1 by default. Hidden states are gathered before the
+            output layer, so that only their logits are computed (:mod:`polca_edit.derivatives.heads`).
     """
-    output = module(inputs)
+    if slots is None:
+        output = module(inputs)
+        logits = output.logits if hasattr(output, "logits") else output
+        return cross_entropy(logits[:, :-1], inputs[:, 1:])
+    with gathered_before_head(module, slots) as head:
+        output = module(inputs)
     logits = output.logits if hasattr(output, "logits") else output
-    return torch.nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1), inputs[:, 1:].flatten(), reduction="none"
-    ).view(inputs.shape[0], -1)
+    if head.calls != 1 or logits.shape[:2] != slots.shape:
+        if head.calls:  # an output layer of another kind: all positions, then the wanted ones
+            return next_token_loss(module, inputs).gather(1, slots)
+        logits = logits.gather(1, slots[:, :, None].expand(-1, -1, logits.shape[2]))
+    return cross_entropy(logits, inputs[:, 1:].gather(1, slots))
+
+
+def scored_slots(scored: Bool[Tensor, "S P"]) -> tuple[Int[Tensor, "S R"], Bool[Tensor, "S R"]]:
+    """(the r-th scored slot of every sequence, whether it has that many).
+
+    R is the largest number in one sequence; sequences with fewer repeat a slot that is not scored.
+
+    >>> slots, valid = scored_slots(torch.tensor([[False, True, True], [True, False, False]]))
+    >>> slots.tolist(), valid.tolist()
+    ([[1, 2], [0, 1]], [[True, True], [True, False]])
+    """
+    counts = scored.sum(1)
+    ranks = int(counts.max())
+    slots = torch.argsort(scored.to(torch.int8), dim=1, descending=True, stable=True)[:, :ranks]
+    return slots, torch.arange(ranks, device=scored.device) < counts[:, None]

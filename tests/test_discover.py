@@ -31,7 +31,7 @@ from experiments.discover.stages import (
 from experiments.discover.targets import aims_of, null_pools
 from experiments.report.chapters.discovery import discovery_section
 from experiments.run.driver import run_stages
-from experiments.run.keys import signature_names, stage_names
+from experiments.run.keys import discovery_stages, signature_names, stage_names
 from experiments.run.run import Run, open_run
 from experiments.run.run_record import read_run_record
 from experiments.tasks.arithmetic import token_set
@@ -39,6 +39,7 @@ from experiments.verdicts.choose import split_of, unseen_tokens
 from interventions.discovery.axes import AxisSettings
 from interventions.discovery.search import SearchSettings
 from polca_edit.artifacts import load_record, to_plain
+from polca_edit.derivatives.objective import Objective
 
 QUICK = DiscoverSettings(
     ("hessian",),
@@ -218,3 +219,24 @@ def test_the_axis_verb_saves_an_edit_that_applies(run, tmp_path):
     split = split_of(run, unseen_tokens(run, 60))
     share = split.damage(kept.edit).share_by(split.tokens.skills)["10s"]
     assert row["share"] == pytest.approx(share, abs=1e-4)
+
+
+def test_discovery_on_a_trajectory_builds_nothing_else_and_takes_no_derivative(tmp_path, monkeypatch):
+    small = {"discover.edits": 6, "discover.windows": 3, "training.steps": 40, "training.record_every": 8}
+    opened = open_run(load_config("smoke", small), tmp_path / "run", lambda _: None)
+
+    def refuse(*given: object, **named: object) -> None:
+        raise AssertionError("a derivative was asked for")
+
+    for name in ("hessian", "directional", "mean_gradient"):
+        monkeypatch.setattr(Objective, name, refuse)
+    stages = discovery_stages(opened.config, None, ("trajectory",))
+    assert stages == ["signatures:trajectory", "timeline:trajectory"]
+    run_stages(opened, stages=["train", "basis:trajectory", *stages])
+    assert not opened.directory.basis("hessian").exists()
+    timeline = load_timeline(opened, None, ("trajectory",))
+    assert set(opened.task.splits.select.skills) <= set(timeline.curves)
+    with pytest.raises(AssertionError, match="a derivative"):
+        run_stages(opened, stages=["basis:hessian"])
+    # All bases by name are those of no name, whatever their order.
+    assert discovery_stages(opened.config, None, ("trajectory", "hessian")) == discovery_stages(opened.config)

@@ -107,6 +107,7 @@ def test_passes_products_and_bytes_of_a_real_run(size, compared):
     for key in ("forward_sequences", "hvps", "bytes_read", "bytes_written"):
         assert getattr(found, key) == pytest.approx(measured[key], rel=0.25), key
     assert found.peak_bytes > found.parameters * 4 * 10
+    assert found.curvature_route == "traced"
 
 
 @pytest.mark.timing
@@ -191,10 +192,58 @@ def test_more_documents_find_smaller_effects():
 
 
 def test_the_verb_prints_json_with_the_promised_keys():
-    result = CliRunner().invoke(app, ["plan", "smoke", "--json", "--budget-minutes", "1"])
+    result = CliRunner().invoke(app, ["plan", "smoke", "--json", "-", "--budget-minutes", "1"])
     assert result.exit_code == 0, result.output
-    found = json.loads(result.output)
+    found = json.loads(result.stdout)
     promised = {"forward_passes", "hvps", "bytes_read", "bytes_written", "peak_bytes", "seconds"}
     assert promised <= found.keys()
     assert all(found[key] > 0 for key in promised)
     assert found["budget"]["fits"]
+
+
+def test_the_rehearsal_draws_few_directions_however_many_a_run_has(tmp_path, monkeypatch):
+    from polca_edit.derivatives.objective import Objective
+
+    settings, drawn = config(32, 1, bases=[{"kind": "trajectory", "vectors": 9}]), []
+    real = Objective.directional
+
+    def noted(self, theta, rows, *given, **named):
+        drawn.append(len(rows))
+        return real(self, theta, rows, *given, **named)
+
+    monkeypatch.setattr(Objective, "directional", noted)
+    assert planning.make_plan(settings, tmp_path).curvature_route is None
+    assert max(drawn) == 4
+
+
+def test_more_vectors_than_checkpoints_are_refused_as_a_run_refuses_them(tmp_path):
+    for kind in ("hessian", "trajectory"):
+        settings = config(32, 1, bases=[{"kind": kind, "vectors": 11}])
+        with pytest.raises(ValueError, match=f"'{kind}' wants 11 checkpoints, only 10 are recorded"):
+            planning.make_plan(settings, tmp_path)
+
+
+def test_a_memory_budget_is_shared_out_and_what_exceeds_it_is_said():
+    from experiments.run.cost.memory import memory_warnings, peak_bytes, transient_bytes
+    from experiments.run.memory import memory_shares, parse_memory
+
+    large = costs.Sizes(50_000_000, 20, 0, 8, 50, 200, 50, 50, 50, 0, sizes().bases, 3, 2, "jvp", False)
+    free, vector = config(32, 1), 200_000_000
+    tight = free.model_copy(update={"memory_gb": parse_memory("5GB")})
+    assert memory_shares(tight, 50_000_000).directions == 6  # half of what is left after 12 vectors
+    assert memory_shares(tight, 50_000_000).rows == 1_300_000_000
+    assert memory_shares(free, 50_000_000).directions is None
+    with pytest.raises(
+        ValueError, match=r"16 vectors of 50,000,000 weights, 3.2 GB, got 3 GB; raise --memory"
+    ):
+        memory_shares(free.model_copy(update={"memory_gb": 3.0}), 50_000_000)
+    with pytest.raises(ValueError, match="16GB or 800MB, got 'much'"):
+        parse_memory("much")
+    # Twenty rows and twenty-four directions at once, against six directions and the rows' share.
+    saved = peak_bytes(large, SPEEDS, free) - peak_bytes(large, SPEEDS, tight)
+    assert saved == 44 * vector - (6 * vector + 1_300_000_000)
+    assert peak_bytes(large, SPEEDS, tight) < 5_000_000_000 < peak_bytes(large, SPEEDS, free)
+    assert transient_bytes(large, tight) > transient_bytes(large, free)
+    assert memory_warnings(tight, 6_000_000_000)
+    assert memory_warnings(tight, 4_000_000_000) == []
+    assert memory_warnings(free, 6_000_000_000) == []

@@ -20,6 +20,16 @@ def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "wraps" in capsys.readouterr().out
 
 
+def test_it_is_two_screens_with_a_picture_that_is_there() -> None:
+    place = Path(__file__).parent.parent
+    text = (place / "README.md").read_text()
+    assert len(text.split()) <= 700
+    links = re.findall(r"\]\(([^)#]+)\)", text)
+    assert any(link.endswith(".png") for link in links)
+    for link in links:
+        assert link.startswith("https://") or (place / link).exists(), link
+
+
 def test_the_two_commands_come_first() -> None:
     text = (Path(__file__).parent.parent / "README.md").read_text()
     first = re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)[0]

@@ -14,8 +14,9 @@ from experiments.application import single
 from experiments.removal.apply import apply
 from experiments.removal.undo.records import RemovalFile
 from experiments.removal.undo.remove import UndoOptions, adapted, repair_batches, undo_of, windows_of
-from experiments.removal.verb import fit_stream, logits_of, remove, skill_groups
+from experiments.removal.verb import logits_of, remove
 from experiments.run.run import load_run
+from experiments.verbs.targets import fit_stream, skill_groups
 from interventions.damage import EvaluatedSplit
 from interventions.edit_files import load_edit
 from interventions.edits import from_delta, weights_fingerprint

@@ -10,12 +10,14 @@ import torch
 from typer.testing import CliRunner
 
 from experiments.application import single
-from experiments.removal.verb import RemovalFile, cluster_groups, fit_stream, remove, skill_groups
+from experiments.removal.undo.records import RemovalFile
+from experiments.removal.verb import remove
 from experiments.run.run import load_run
 from experiments.run.run_record import read_run_record
 from experiments.run.stages.clusters import ClusterRecord
 from experiments.run.store import RunDirectory
 from experiments.tasks.arithmetic import first_and_second
+from experiments.verbs.targets import cluster_groups, fit_stream, skill_groups
 from interventions.edit_files import load_edit
 from polca_edit.artifacts import load_record
 

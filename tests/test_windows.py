@@ -130,7 +130,7 @@ def test_discovery_of_a_window_lies_beside_that_of_the_run(whole: Run) -> None:
 
 
 def test_remove_searches_the_window_alone(whole: Run) -> None:
-    from experiments.removal.verb import edit_span
+    from experiments.verbs.targets import edit_span
 
     span = edit_span(whole, None, WINDOW)
     assert "steps 12 to 36" in span.kind

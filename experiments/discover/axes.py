@@ -43,7 +43,9 @@ def measure_span(place: Path, label: str, settings: DiscoverSettings, threads: i
     if threads is not None:
         torch.set_num_threads(threads)
     name = f"discover/axes-{label}{window_suffix(settings.window)}"
-    upstream = [run.key(f"signatures:{n}") for n in signature_names(run.config, settings.window)]
+    upstream = [
+        run.key(f"signatures:{n}") for n in signature_names(run.config, settings.window, settings.bases)
+    ]
     own = replace(settings, bases=(label,))
     key = run.key_for(name, own, run.key(f"basis:{label}"), upstream)
     return run.directory.kept(name, key, AxesRecord, lambda: find_span(run, label, own), run.objective.passes)
@@ -68,7 +70,7 @@ def find_span(run: Run, label: str, settings: DiscoverSettings) -> AxesRecord:
     basis = load_record(Basis, run.directory.basis(label))
     search = split_of(run, run.task.splits.select, settings.window)
     unseen = split_of(run, unseen_tokens(run, settings.unseen), settings.window)
-    names = signature_names(run.config, settings.window)
+    names = signature_names(run.config, settings.window, settings.bases)
     found = load_found(run, names[-1]) if names else None
     aims, skipped = aims_of(run, search, unseen, found, settings.targets)
     if not aims:

@@ -19,19 +19,24 @@ from experiments.discover.records import (
 )
 from experiments.discover.stages import cluster_rows, load_found, load_timeline
 from experiments.run.driver import run_stages
-from experiments.run.keys import discovery_stages, signature_names, stage_names, window_suffix
+from experiments.run.keys import (
+    discovery_stages,
+    measured_labels,
+    signature_names,
+    stage_names,
+    window_suffix,
+)
 from experiments.run.run import Run
 from experiments.run.run_record import open_evaluate
 from experiments.verdicts.choose import unseen_tokens
 from interventions.discovery.timeline import Timeline
 from polca_edit.artifacts import save_record
 
-#: Stages that discovery stands on.
-NEEDED = ("train", "basis")
-
 
 def discover(run: Run, settings: DiscoverSettings, *, workers: int = 1) -> DiscoverResult:
     """Run what is missing, write the plan, measure the axes of every span, and keep the result.
+
+    Only the named bases are built and undone, so that trajectory bases need forward passes alone.
 
     Args:
         run: any run of this tool; stages that are missing are run.
@@ -42,18 +47,22 @@ def discover(run: Run, settings: DiscoverSettings, *, workers: int = 1) -> Disco
         ValueError: for a basis the run does not have, or a run whose config leaves discovery out.
     """
     started = time.perf_counter()
-    names = signature_names(run.config, settings.window)
+    names = signature_names(run.config, settings.window, settings.bases)
     if not names:
         raise ValueError("discovery needs partial undo edits, the config has discover.edits=0; run with more")
     run.require_bases(settings.bases)
-    stages = [name for name in stage_names(run.config) if name.partition(":")[0] in NEEDED]
-    run_stages(run, stages=[*stages, *discovery_stages(run.config, settings.window)])
+    labels = settings.bases
+    built = {"train", *(f"basis:{name}" for name in (*measured_labels(run.config, labels), *labels))}
+    if any(spec.rotated for spec in run.config.bases if spec.label in labels):
+        built.add("projections")
+    stages = [name for name in stage_names(run.config) if name in built]
+    run_stages(run, stages=[*stages, *discovery_stages(run.config, settings.window, labels)])
     tokens = unseen_tokens(run, settings.unseen)
     upstream = {name: run.key(f"signatures:{name}") for name in names}
     opening = open_evaluate(run, DiscoverPlan(settings, tokens.fingerprint(), upstream), by="discover")
     spans = _spans(run.directory.path, settings, workers)
     found = [load_found(run, name) for name in names]
-    timeline = load_timeline(run, settings.window)
+    timeline = load_timeline(run, settings.window, labels)
     result = DiscoverResult(
         tuple(row for one in found for row in cluster_rows(run, one)),
         timeline_rows(timeline),

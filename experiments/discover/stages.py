@@ -17,7 +17,7 @@ from experiments.discover.records import (
     cluster_file,
     timeline_file,
 )
-from experiments.run.keys import Window, signature_names, window_of, window_suffix
+from experiments.run.keys import Labels, Window, signature_names, timeline_stage, window_of, window_suffix
 from experiments.run.run import Run
 from experiments.run.stages.damage import evaluated
 from interventions.damage import EvaluatedSplit
@@ -61,9 +61,10 @@ def run_signatures(run: Run, stage: str) -> None:
     path = signatures_file(run, name)
     settings = signature_settings(run)
     rows = cluster_file(run.directory.path, name)
+    # Before the stage, with a split of its own: what a stopped stage finds done must not change its count.
+    windows = window_record(run, evaluated(run, run.task.splits.select, window), window)
     with run.directory.stage(stage, run.key(stage), [path, rows], run.objective.passes):
         split = evaluated(run, run.task.splits.select, window)
-        windows = window_record(run, split, window)
         alone = plain.split("+")
         signed = _joined(run, alone, window) if len(alone) > 1 else _drawn(run, split, plain, settings)
         signed = replace(signed, windows=windows.changes.double().numpy(), spans=windows.spans)
@@ -151,12 +152,14 @@ def token_groups(tokens: TokenSet) -> dict[str, Tensor]:
 
 def run_timeline(run: Run, stage: str) -> None:
     """Undo every window in the final model: shares lost by each skill and each interventional cluster."""
-    _, window = window_of(stage)
-    path = timeline_file(run.directory.path, window_suffix(window))
+    plain, window = window_of(stage)
+    some = plain.partition(":")[2]
+    names = signature_names(run.config, window, some.split("+") if some else None)
+    path = _timeline_path(run, stage)
     with run.directory.stage(stage, run.key(stage), [path], run.objective.passes):
         split, series = evaluated(run, run.task.splits.select, window), run.observed(window)
         groups = token_groups(split.tokens)
-        found = load_found(run, signature_names(run.config, window)[-1])
+        found = load_found(run, names[-1])
         groups |= {f"found {name}": mask for name, mask in found.clusters.items()}
         known = known_losses(run, split, series.steps)
         pieces = min(run.config.discover.windows, len(series) - 1)
@@ -176,9 +179,13 @@ def known_losses(run: Run, split: EvaluatedSplit, steps: tuple[int, ...]) -> Ten
     return projections.losses[at] if whole else None
 
 
-def load_timeline(run: Run, window: Window = None) -> Timeline:
+def load_timeline(run: Run, window: Window = None, labels: Labels = None) -> Timeline:
     """The timeline of a finished stage."""
-    return load_record(Timeline, timeline_file(run.directory.path, window_suffix(window)))
+    return load_record(Timeline, _timeline_path(run, timeline_stage(run.config, window, labels)))
+
+
+def _timeline_path(run: Run, stage: str) -> Path:
+    return timeline_file(run.directory.path, stage.removeprefix("timeline").replace(":", "-"))
 
 
 def cluster_rows(run: Run, found: Found) -> list[ClusterRow]:

@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from experiments.application import console, json_result, say, then
-from experiments.options import Bases, Directory, DryRun, Groups, Json, Nulls, Unseen, Window, Workers
+from experiments.verbs.options import (
+    Bases,
+    Directory,
+    DryRun,
+    Groups,
+    Json,
+    Nulls,
+    Unseen,
+    Window,
+    Workers,
+    finite,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -61,7 +72,8 @@ def axis(
     basis: Bases = None,
     rank: Annotated[int, typer.Option(min=1, help="Axes, each orthogonal to those before it.")] = 1,
     limit: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Share that another group may lose at most.")
+        float | None,
+        typer.Option(min=0.0, max=1.0, callback=finite, help="Share that another group may lose at most."),
     ] = None,
     refine: Annotated[int, typer.Option(min=0, help="Steps on the true losses.")] = 60,
     unseen: Unseen = None,
@@ -117,8 +129,10 @@ def _axes(run: Run, settings: DiscoverSettings, target: str) -> tuple[list[AxisR
     from interventions.edits import project_out
 
     directory = run.directory.path
-    run_stages(run, stages=discovery_stages(run.config, settings.window))
-    upstream = {n: run.key(f"signatures:{n}") for n in signature_names(run.config, settings.window)}
+    run_stages(run, stages=discovery_stages(run.config, settings.window, settings.bases))
+    upstream = {
+        n: run.key(f"signatures:{n}") for n in signature_names(run.config, settings.window, settings.bases)
+    }
     tokens = unseen_tokens(run, settings.unseen).fingerprint()
     open_evaluate(run, DiscoverPlan(settings, tokens, upstream), by="axis")
     rows, edits = [], []

@@ -7,13 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
-from torch import Tensor
 
 from experiments.application import json_result, say, then
 from experiments.config import parse_window
-from experiments.options import DryRun, Groups, Json
 from experiments.removal.undo.records import Removal, RemovalFile, RemovalPlan
 from experiments.removal.undo.remove import (
     UndoOptions,
@@ -30,9 +27,10 @@ from experiments.report.page import write_report
 from experiments.run.machine import hardware, versions
 from experiments.run.run import Run, load_run
 from experiments.run.run_record import open_evaluate
-from experiments.run.stages.clusters import ClusterRecord
 from experiments.verbs.groups import with_groups
 from experiments.verbs.guard import existing
+from experiments.verbs.options import DryRun, Groups, Json, bound
+from experiments.verbs.targets import cluster_groups, edit_span, fit_stream, skill_groups
 from interventions.damage import EvaluatedSplit
 from interventions.edit_files import save_edit
 from interventions.edits import Edit
@@ -41,7 +39,6 @@ from interventions.removal.grouped import (
     GroupRule,
     LogitFunction,
     Predictor,
-    labelled,
 )
 from interventions.removal.problem import Limits, RemovalProblem
 from interventions.removal.remove import (
@@ -54,116 +51,16 @@ from interventions.removal.remove import (
     remove_skill,
 )
 from interventions.removal.spans import (
-    BLOCK,
-    LEADING,
     Span,
-    span_by_tensor,
-    span_of_rows,
-    stacked_displacements,
 )
 from interventions.removal.undo import UNDO_LIMITS, Undo
-from polca_edit.artifacts import load_record, to_plain
-from polca_edit.basis.record import Basis
+from polca_edit.artifacts import to_plain
 from polca_edit.checkpoints.files import write_json
-from polca_edit.clusters.membership import fit_rule
-from polca_edit.seeds import generator_for
 from polca_edit.tokens import TokenSet
 
 Batches = Callable[[int], TokenSet]
 #: Sequences of a repair batch.
 REPAIR_SEQUENCES = 64
-
-# -- what is removed -------------------------------------------------------------------------------
-
-
-def skill_groups(run: Run, skill: str) -> GroupRule:
-    """Groups of a named skill: those of the task's partition, or the skill against all others.
-
-    Raises:
-        ValueError: for a skill the run does not know.
-    """
-    partition = run.task.partition
-    if partition is not None and skill in partition.skills:
-        return partition.rule(skill)
-    known = run.task.splits.select.skills
-    if skill not in known:
-        raise ValueError(f"a skill must be one this run labels, got '{skill}'; known are {sorted(known)}")
-    return labelled(skill, [name for name in known if name != skill])
-
-
-def cluster_groups(run: Run, cluster: str) -> GroupRule:
-    """Members of one cluster by its rule on input features; everyone else by partition, or one group.
-
-    No skill label decides membership, and the rule never sees a loss, so it holds on any tokens.
-
-    Args:
-        run: the run.
-        cluster: BASIS:VECTOR:CLUSTER.
-
-    Raises:
-        ValueError: for a cluster that is not named so, or does not exist.
-    """
-    basis, *numbers = cluster.split(":")
-    if len(numbers) != 2 or not all(number.isdigit() for number in numbers):
-        raise ValueError(f"--cluster needs BASIS:VECTOR:CLUSTER, got '{cluster}'; for example hessian:3:0")
-    vector, index = (int(number) for number in numbers)
-    labels = load_record(ClusterRecord, run.directory.clusters(basis)).labels
-    if not vector < len(labels) or not bool((labels[vector] == index).any()):
-        raise ValueError(f"cluster {cluster} does not exist in this run; see 'polca-edit inspect'")
-    rule = fit_rule(run.task.splits.select, labels[vector] == index, seed=run.config.seed)
-    partition = run.task.partition
-    rest = ("(rest)",) if partition is None else partition.names
-
-    def assign(tokens: TokenSet) -> Tensor:
-        ones = torch.ones(tokens.count, dtype=torch.long)
-        groups = ones if partition is None else partition.assign(tokens) + 1
-        groups[rule.assign(tokens)] = 0
-        return groups
-
-    return GroupRule((cluster, *rest), (True, *[False] * len(rest)), assign, cluster)
-
-
-def fit_stream(run: Run, size: int) -> Callable[[int], TokenSet]:
-    """Batches for the fit: new sequences that training may see, or draws from curvature and select."""
-    fresh = run.task.fresh
-    parts = (run.task.splits.curvature, run.task.splits.select)
-
-    def batch(step: int) -> TokenSet:
-        generator = generator_for(run.config.seed, "removal fit", step)
-        if fresh is not None:
-            return fresh(size, generator)
-        part = parts[step % 2]
-        return part.select(torch.randperm(part.sequences, generator=generator)[:size])
-
-    return batch
-
-
-def edit_span(run: Run, basis: str | None, window: tuple[int, int] | None = None) -> Span:
-    """All recorded displacements and Hessian vectors by groups of neurons, or one stored basis.
-
-    Args:
-        run: with checkpoints.
-        basis: name of a stored basis.
-        window: steps of the displacements that are taken; Hessian vectors are left out then.
-    """
-    if basis is not None:
-        return span_of_rows(load_record(Basis, run.directory.basis(basis)).rows, f"basis {basis}")
-    checkpoints = run.observed(window)
-    rows = stacked_displacements([checkpoints[index].clone() for index in range(len(checkpoints))])
-    if window is not None:
-        return span_by_tensor(
-            rows,
-            run.task.space,
-            f"movement of steps {window[0]} to {window[1]} by groups of neurons",
-            block=BLOCK,
-            per_block=LEADING,
-        )
-    stored = [run.directory.basis(b.label) for b in run.config.bases if b.kind == "hessian"]
-    rows = torch.cat([rows, *(load_record(Basis, path).rows for path in stored if path.exists())])
-    return span_by_tensor(
-        rows, run.task.space, "recorded movement by groups of neurons", block=BLOCK, per_block=LEADING
-    )
-
 
 # -- removing ----------------------------------------------------------------------------------------
 
@@ -279,16 +176,9 @@ def remove(
     repair: Annotated[int, typer.Option(min=0, help="Training steps without the skill after undoing.")] = 60,
     relearn: Annotated[int, typer.Option(min=0, help="Steps of an attack that is measured.")] = 0,
     lora: Annotated[int | None, typer.Option(min=1, help="Measure the edit's part of this rank.")] = None,
-    target: Annotated[
-        float | None,
-        typer.Option(min=0.0, max=1.0, help="Damage wanted, share of headroom (.99; undoing .9)."),
-    ] = None,
-    off: Annotated[
-        float | None, typer.Option(min=0.0, help="Damage allowed to any other group (.005; undoing .02).")
-    ] = None,
-    kl: Annotated[
-        float | None, typer.Option(min=0.0, help="KL to the original allowed, nats (.05; undoing 1).")
-    ] = None,
+    target: Annotated[float | None, bound("Damage wanted, share of headroom (.99; undoing .9).", 1)] = None,
+    off: Annotated[float | None, bound("Damage allowed to any other group (.005; undoing .02).")] = None,
+    kl: Annotated[float | None, bound("KL to the original allowed, nats (.05; undoing 1).")] = None,
     groups: Groups = None,
     out: Annotated[Path | None, typer.Option(help="Edit file (default RUN/edits/NAME).")] = None,
     dry_run: DryRun = False,
@@ -308,8 +198,7 @@ def remove(
     plan = _plan(opened, names, _limits(method, target, off, kl), chosen, how, options)
     path = out or run / "edits" / _file_name(names)
     if dry_run:
-        say(f"{path}: would take out {', '.join(names)} by {method}, budget {budget}, judged on evaluate")
-        return
+        return say(f"{path}: would take out {', '.join(names)} by {method} ({budget}), judged on evaluate")
     with existing(run):
         opening = open_evaluate(opened, plan, by="remove")
         edit, removals = removed(opened, rules, plan, how, batch)
@@ -318,7 +207,12 @@ def remove(
         record = _written(opened, path, edit, removals, plan, opening.exploratory)
         _reported(opened, path)
     json_result(record, json_)
-    then("apply", path.with_suffix(".json"), opened.directory.last_weights or "MODEL", "--out", "edited")
+    _ended(opened, path, record)
+
+
+def _ended(run: Run, path: Path, record: RemovalFile) -> None:
+    """The next command; a bound that was missed is said, and ends the verb with 1."""
+    then("apply", path.with_suffix(".json"), run.directory.last_weights or "MODEL", "--out", "edited")
     for sentence in record.missed:
         typer.echo(f"polca-edit: {sentence}", err=True)
     if record.missed:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from experiments.run.memory import memory_shares
 from experiments.run.run import Run, load_run
 from polca_edit.allocation.allocate import CheckpointSlopes, directions_at, slopes_from
 from polca_edit.artifacts import load_record
@@ -78,14 +79,13 @@ def compute_piece(
     sequences: range,
 ) -> Piece:
     """Derivatives of one token shard along one vector block at one checkpoint."""
-    theta, rows = directions_at(checkpoints, bases, index)
+    theta, rows = directions_at(checkpoints, bases, index, vectors)
     shard = tokens
     if len(sequences) < tokens.sequences:
         shard = tokens.select(torch.arange(sequences.start, sequences.stop))
     before = objective.passes.as_dict()
-    losses, slopes = objective.directional(
-        theta, rows[vectors.start : vectors.stop], shard, expected=len(rows) * len(checkpoints)
-    )
+    planned = sum(len(basis) + 2 for basis in bases) * len(checkpoints)
+    losses, slopes = objective.directional(theta, rows, shard, expected=planned)
     passes = {kind: value - before[kind] for kind, value in objective.passes.as_dict().items()}
     return Piece(losses, slopes, passes)
 
@@ -129,7 +129,7 @@ def slope_engine(
         wanted: indices that will be asked for, in that order; others are kept already.
     """
     config = run.config
-    blocks = Blocks(config.vector_block, config.token_shard)
+    blocks = Blocks(memory_shares(config, run.task.space.size).directions, config.token_shard)
     if config.engine == "local":
         yield lambda index: local_slopes(run.objective, checkpoints, bases, tokens, index, blocks)
         return

@@ -7,6 +7,7 @@ moved does not.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from experiments.config import BasisConfig, RunConfig
@@ -16,6 +17,8 @@ from polca_edit.artifacts import key_of
 #: Raised when stage bodies change so that results of earlier code no longer stand.
 SCHEMA = 2
 Window = tuple[int, int] | None
+#: Names of bases; None means all of a run's.
+Labels = Sequence[str] | None
 #: Settings that are paths; their contents stand for them.
 PATHS = {
     "model": ("path",),
@@ -39,10 +42,31 @@ def stage_names(config: RunConfig) -> list[str]:
     ]
 
 
-def discovery_stages(config: RunConfig, window: Window = None) -> list[str]:
-    """Stages of discovery, of the run's own movement or of a window's, which is kept beside it."""
-    names = [f"signatures:{name}" for name in signature_names(config, window)]
-    return [*names, f"timeline{window_suffix(window)}"] if names else []
+def discovery_stages(config: RunConfig, window: Window = None, labels: Labels = None) -> list[str]:
+    """Stages of discovery, of the run's own movement or of a window's, which is kept beside it.
+
+    Args:
+        config: the run's.
+        window: of training.
+        labels: bases; others are neither built nor undone. Default all.
+    """
+    names = [f"signatures:{name}" for name in signature_names(config, window, labels)]
+    return [*names, timeline_stage(config, window, labels)] if names else []
+
+
+def timeline_stage(config: RunConfig, window: Window = None, labels: Labels = None) -> str:
+    """Stage of the timeline; one that stands on some of the bases names them."""
+    chosen = measured_labels(config, labels)
+    some = "" if chosen == measured_labels(config) else f":{'+'.join(chosen)}"
+    return f"timeline{some}{window_suffix(window)}"
+
+
+def measured_labels(config: RunConfig, labels: Labels = None) -> list[str]:
+    """Measured bases of a config that the given ones are or are turned from, in the config's order."""
+    if labels is None:
+        return [basis.label for basis in config.measured_bases()]
+    wanted = {config.source_of(basis).label for basis in config.bases if basis.label in labels}
+    return [basis.label for basis in config.measured_bases() if basis.label in wanted]
 
 
 def window_suffix(window: Window) -> str:
@@ -61,11 +85,11 @@ def window_of(name: str) -> tuple[str, Window]:
     return plain, (int(start), int(end)) if at else None
 
 
-def signature_names(config: RunConfig, window: Window = None) -> list[str]:
+def signature_names(config: RunConfig, window: Window = None, labels: Labels = None) -> list[str]:
     """Bases whose movement is undone for interventional clusters: each alone, and all of them together."""
     if not config.discover.edits:
         return []
-    measured = [basis.label for basis in config.measured_bases()]
+    measured = measured_labels(config, labels)
     names = [*measured, "+".join(measured)] if len(measured) > 1 else measured
     return [f"{name}{window_suffix(window)}" for name in names]
 
@@ -134,7 +158,9 @@ def stage_key(config: RunConfig, contents: str, stage: str) -> str:
         own = [settings["discover"], settings["damage"]["reference"], *([] if window is None else [window])]
         return key_of("signatures", bases, data_key(config, contents), own)
     if window_of(kind)[0] == "timeline":
-        found = [upstream(f"signatures:{name}") for name in signature_names(config, window_of(kind)[1])]
+        some, window = window_of(label or kind)
+        needed = signature_names(config, window, some.split("+") if label else None)
+        found = [upstream(f"signatures:{name}") for name in needed]
         return key_of("timeline", found, settings["discover"])
     every = [upstream(f"clusters:{basis.label}") for basis in config.bases]
     return key_of("evaluate", every, settings["damage"])

@@ -66,13 +66,25 @@ def this_machine() -> Hardware:
     return Hardware(model, os.cpu_count(), torch.get_num_threads(), accelerator)
 
 
+def _status_bytes(field: str) -> int | None:
+    """A size in /proc/self/status, None where there is none."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    line = next((n for n in lines if n.startswith(f"{field}:")), None)
+    return None if line is None else int(line.split()[1]) * 1024
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now (its peak where the system tells no more)."""
+    found = _status_bytes("VmRSS")
+    return peak_rss_bytes() if found is None else found
+
+
 def peak_rss_bytes() -> int:
     """Largest resident memory of this process so far."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        # getrusage would count the peak of the process that started this one.
-        line = next((n for n in status.read_text().splitlines() if n.startswith("VmHWM")), None)
-        if line is not None:
-            return int(line.split()[1]) * 1024
+    # getrusage would count the peak of the process that started this one.
+    found = _status_bytes("VmHWM")
+    if found is not None:
+        return found
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from experiments.config import RunConfig
+from experiments.run.memory import memory_shares
 from experiments.tasks import TASKS, own_task
 from interventions.causal.control import Plant
 from interventions.removal.grouped import GroupRule, LogitFunction
@@ -159,8 +160,15 @@ class Task:
 
     def objective(self, config: RunConfig) -> Objective:
         """The derivatives of this task's loss."""
+        shares = memory_shares(config, self.space.size)
         return Objective(
-            self.module, self.token_loss, self.space, batch_size=config.batch_size, compiled=config.compiled
+            self.module,
+            self.token_loss,
+            self.space,
+            batch_size=config.batch_size,
+            compiled=config.compiled,
+            memory_budget=shares.slopes,
+            curvature_budget=shares.curvature,
         )
 
 

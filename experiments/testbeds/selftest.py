@@ -11,11 +11,11 @@ from typing import Annotated
 import typer
 
 from experiments.application import json_result, say
-from experiments.options import Json, Workers
 from experiments.run.machine import hardware, peak_rss_bytes, versions
 from experiments.testbeds.base import BedResult, BedSettings
 from experiments.testbeds.mistakes import MISTAKES
 from experiments.testbeds.scorecard import BEDS, FULL, QUICK, confusion, release_gate, run_beds
+from experiments.verbs.options import Json, Workers
 from polca_edit.artifacts import to_plain
 
 

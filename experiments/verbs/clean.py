@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from experiments.application import json_result, say, then
-from experiments.options import Directory, DryRun, Json
+from experiments.verbs.options import Directory, DryRun, Json
 
 
 def clean(

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from experiments.application import console, json_result, say
-from experiments.options import Json
+from experiments.application import console, json_result, say, then
+from experiments.verbs.options import Json
 
 
 def compare(
@@ -37,3 +37,4 @@ def compare(
         say(in_words(found))
     if out is not None:
         say(f"Page: {write_comparison(*views, found, out)}")
+    then("test", first, second, "--out", "studies/both")

@@ -9,16 +9,32 @@ from typing import Annotated
 import typer
 
 from experiments.application import json_result, say, settings_from, then
-from experiments.options import Device, Json, Seed, Set, Task
+from experiments.verbs.options import (
+    Device,
+    Engine,
+    Json,
+    Layers,
+    Memory,
+    Parameters,
+    Seed,
+    Set,
+    Task,
+    finite,
+)
 from experiments.verbs.pipeline import config_for
+from experiments.verbs.subsets import confined
 
 
 def plan(
     config: Annotated[str | None, typer.Argument(help="Config file, or a preset by name.")] = None,
     task: Task = None,
     text: Annotated[str | None, typer.Option(help="Text file for task 'text'.")] = None,
+    memory: Memory = None,
+    layers: Layers = None,
+    parameters: Parameters = None,
+    engine: Engine = None,
     budget_minutes: Annotated[
-        float | None, typer.Option(min=0.01, max=1e6, help="Find settings that fit this.")
+        float | None, typer.Option(min=0.01, max=1e6, callback=finite, help="Find settings that fit this.")
     ] = None,
     seed: Seed = None,
     device: Device = None,
@@ -28,10 +44,12 @@ def plan(
     """What a run would cost on this machine: passes, products, bytes, memory, time. Nothing is run."""
     from experiments.config import load_config
     from experiments.run.cost.plan import describe, make_plan
+    from experiments.run.memory import parse_memory
 
-    overrides = settings_from(set_, task=task, seed=seed, device=device, text__file=text)
+    given = {"memory_gb": parse_memory(memory), "engine": engine}
+    overrides = settings_from(set_, task=task, seed=seed, device=device, text__file=text, **given)
     named = config_for(config, task)
-    resolved = load_config(named, overrides)
+    resolved = load_config(named, confined(named, overrides, layers, parameters))
     with tempfile.TemporaryDirectory() as folder:
         budget = None if budget_minutes is None else 60 * budget_minutes
         found = make_plan(resolved, Path(folder), budget)

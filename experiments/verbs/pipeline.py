@@ -9,7 +9,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from experiments.application import console, json_result, say, settings_from, then
-from experiments.options import Device, DryRun, Json, Out, Redo, Seed, Set, Task, Window
+from experiments.verbs.options import (
+    Device,
+    DryRun,
+    Engine,
+    Json,
+    Layers,
+    Memory,
+    Out,
+    Parameters,
+    Redo,
+    Seed,
+    Set,
+    Task,
+    Window,
+)
+from experiments.verbs.subsets import confined
 
 if TYPE_CHECKING:
     from experiments.config import RunConfig
@@ -156,7 +171,10 @@ def run(
     ] = None,
     window: Window = None,
     device: Device = None,
-    engine: Annotated[str | None, typer.Option(help="Where derivative work runs: local or ray.")] = None,
+    engine: Engine = None,
+    memory: Memory = None,
+    layers: Layers = None,
+    parameters: Parameters = None,
     address: Annotated[str | None, typer.Option(help="Ray head node for --engine ray.")] = None,
     set_: Set = None,
     redo: Redo = None,
@@ -167,6 +185,8 @@ def run(
 
     A run that was stopped goes on where it was; finished stages are not repeated.
     """
+    from experiments.run.memory import parse_memory
+
     named = config_for(config, task)
     overrides = settings_from(
         set_,
@@ -177,8 +197,10 @@ def run(
         window=window,
         device=device,
         engine=engine,
+        memory_gb=parse_memory(memory),
         engine_address=address,
     )
+    overrides = confined(named, overrides, layers, parameters)
     execute(named, out or default_out(named, task, seed), overrides, redo, dry_run, json_)
 
 
@@ -247,6 +269,10 @@ def open_checkpoints(
     step_pattern: Annotated[str | None, typer.Option(help="Regular expression, group 1 is the step.")] = None,
     skip_damaged: Annotated[bool, typer.Option(help="Leave incomplete checkpoints out.")] = False,
     preset: Annotated[str, typer.Option(help="Config file or preset for everything else.")] = "huggingface",
+    memory: Memory = None,
+    layers: Layers = None,
+    parameters: Parameters = None,
+    engine: Engine = None,
     seed: Seed = None,
     device: Device = None,
     set_: Set = None,
@@ -255,6 +281,8 @@ def open_checkpoints(
     json_: Json = None,
 ) -> None:
     """Analyse Hugging Face checkpoints: Trainer folders, Pythia or OLMo revisions, adapters."""
+    from experiments.run.memory import parse_memory
+
     overrides = open_overrides(
         folder,
         text,
@@ -264,7 +292,9 @@ def open_checkpoints(
         skip_damaged=skip_damaged,
         preset=preset,
     )
-    overrides.update(settings_from(set_, seed=seed, device=device))
+    given = {"memory_gb": parse_memory(memory), "engine": engine}
+    overrides.update(settings_from(set_, seed=seed, device=device, **given))
+    overrides = confined(preset, overrides, layers, parameters)
     target = out or default_out(folder.resolve().name + ".yaml", None, seed)
     execute(preset, target, overrides, redo, dry_run, json_)
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from experiments.application import console, json_result, say, then
-from experiments.options import Directory, Json
+from experiments.verbs.options import Directory, Json
 
 
 def report(directory: Directory, json_: Json = None) -> None:

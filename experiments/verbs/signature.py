@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 #: What options are written with.
-LIGHT = frozenset({"typing", "pathlib", "typer", "collections", "collections.abc", "experiments.options"})
+LIGHT = frozenset(
+    {"typing", "pathlib", "typer", "collections", "collections.abc", "experiments.verbs.options"}
+)
 
 
 def signature_alone(module: str, name: str) -> Callable[..., Any] | None:

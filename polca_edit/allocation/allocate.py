@@ -176,16 +176,37 @@ def slopes_at(
 
 
 def directions_at(
-    checkpoints: Checkpoints, bases: Sequence[Basis], index: int
+    checkpoints: Checkpoints, bases: Sequence[Basis], index: int, chosen: range | None = None
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, "R N"]]:
-    """Weights at one checkpoint and all directions wanted there: per basis its rows and two residuals."""
+    """Weights at one checkpoint and the directions wanted there: per basis its rows and two residuals.
+
+    Args:
+        checkpoints: the series.
+        bases: whose directions.
+        index: of the checkpoint.
+        chosen: which of the directions; only those are made. Default all.
+    """
     theta = checkpoints[index]
-    before = theta - checkpoints[index - 1] if index > 0 else torch.zeros_like(theta)
-    after = checkpoints[index + 1] - theta if index < len(checkpoints) - 1 else torch.zeros_like(theta)
-    rows = []
-    for basis in bases:
-        rows += [basis.rows, residual_direction(basis, before)[None], residual_direction(basis, after)[None]]
-    return theta, torch.cat(rows)
+    counts = [len(basis) + 2 for basis in bases]
+    chosen = range(sum(counts)) if chosen is None else chosen
+    rows, first = theta.new_empty(len(chosen), theta.numel()), 0
+    for basis, count in zip(bases, counts, strict=True):
+        for number in range(max(chosen.start, first), min(chosen.stop, first + count)):
+            place, own = number - chosen.start, number - first
+            if own < len(basis):
+                rows[place] = basis.rows[own]
+            else:
+                rows[place] = residual_direction(basis, _moved(checkpoints, index, own - len(basis)))
+        first += count
+    return theta, rows
+
+
+def _moved(checkpoints: Checkpoints, index: int, side: int) -> Float[Tensor, " N"]:
+    """The displacement that leads to a checkpoint (side 0) or away from it (1); zero beyond the ends."""
+    theta, other = checkpoints[index], index - 1 + 2 * side
+    if not 0 <= other < len(checkpoints):
+        return torch.zeros_like(theta)
+    return theta - checkpoints[other] if side == 0 else checkpoints[other] - theta
 
 
 def slopes_from(
@@ -203,7 +224,7 @@ def slopes_from(
 
 def residual_direction(basis: Basis, moved: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
     """(I - B'B) moved, with no normalisation."""
-    return moved - basis.rows.T @ (basis.rows @ moved)
+    return torch.addmv(moved, basis.rows.T, basis.rows @ moved, alpha=-1)
 
 
 def project(

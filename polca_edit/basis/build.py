@@ -30,7 +30,7 @@ class BasisInputs:
         settings: accuracy, seed, mask and vectors per checkpoint.
         outputs: logits of the scored slots, for Gauss-Newton.
         second_moments: step -> Adam's second moments, None where no optimiser state was kept.
-        keeping: hooks for resuming and streaming, used by ``hessian``.
+        keeping: hooks for resuming and streaming, used by ``hessian``; ``trajectory`` uses ``allocate``.
     """
 
     objective: Objective
@@ -136,7 +136,8 @@ def _adam(given: BasisInputs, count: int) -> Basis:
 
 
 def _trajectory(given: BasisInputs, count: int) -> Basis:
-    return path.trajectory_basis(given.checkpoints, count, mask=given.settings.mask)
+    allocate = given.keeping.allocate
+    return path.trajectory_basis(given.checkpoints, count, mask=given.settings.mask, allocate=allocate)
 
 
 def _gradients(given: BasisInputs) -> Tensor:

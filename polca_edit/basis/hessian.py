@@ -15,7 +15,7 @@ from torch import Tensor
 
 from polca_edit.basis.record import Basis
 from polca_edit.checkpoints.series import Checkpoints
-from polca_edit.derivatives.lanczos import LanczosSettings, projected_lanczos
+from polca_edit.derivatives.lanczos import Allocate, LanczosSettings, projected_lanczos
 from polca_edit.derivatives.objective import Objective
 from polca_edit.tokens import TokenSet
 
@@ -82,13 +82,15 @@ class Keeping:
         rows_in_memory: bytes of earlier vectors that may be held beside the Krylov vectors; above it
             they are taken block by block from where the parts hold them. None: no limit.
         allocate: makes the (K, N) tensor of the joined rows; None joins in memory.
+        krylov: makes the tables of one checkpoint's Krylov vectors; None keeps them in memory.
     """
 
     finished: Sequence[BasisCheckpoint] = ()
     on_checkpoint: Callable[[BasisCheckpoint], BasisCheckpoint | None] | None = None
     products: Callable[[int, Product], Product] | None = None
     rows_in_memory: int | None = None
-    allocate: Callable[[int, int], Tensor] | None = None
+    allocate: Allocate | None = None
+    krylov: Allocate | None = None
 
 
 def hessian_basis(
@@ -123,7 +125,7 @@ def hessian_basis(
     seed = int(torch.randint(2**31, (1,), generator=settings.generator()))
     expected = 8 * settings.per_checkpoint * len(chosen)
     parts = _algorithm_one(
-        lambda index: objective.hessian(chosen[index], tokens, expected=expected),
+        lambda index: objective.hessian(chosen[index], tokens, expected=expected, mask=settings.mask),
         chosen,
         range(len(keeping.finished), len(chosen)),
         settings,
@@ -180,7 +182,7 @@ def _algorithm_one(
         if keeping.products is not None:
             product = keeping.products(index, product)
         step, generator = checkpoints.steps[index], generator_at(index)
-        part = next_vectors(product, theta, parts, step, generator, settings, keeping.rows_in_memory)
+        part = next_vectors(product, theta, parts, step, generator, settings, keeping)
         if parts:
             parts[-1] = replace(parts[-1], following=None)
         parts.append(part)
@@ -196,7 +198,7 @@ def next_vectors(
     step: int,
     generator: torch.Generator,
     settings: EigenSettings,
-    rows_in_memory: int | None = None,
+    keeping: Keeping | None = None,
 ) -> BasisCheckpoint:
     """Top eigenpairs of the operator at one checkpoint, off the vectors found so far and inside the mask.
 
@@ -207,8 +209,9 @@ def next_vectors(
         step: optimiser step of this one.
         generator: draws what the warm start does not supply.
         settings: vectors, accuracy, mask.
-        rows_in_memory: see :class:`Keeping`.
+        keeping: its ``rows_in_memory`` and ``krylov``.
     """
+    keeping = keeping or Keeping()
     mask, k = settings.mask, settings.per_checkpoint
     # Lanczos runs on the masked coordinates alone, so a subset costs its own size, not N.
     inside = settings.inside(theta.numel())
@@ -228,7 +231,7 @@ def next_vectors(
         start = torch.stack([restricted(vector) for vector in parts[-1].rows.to(theta)])
         extra = len(start)
     size = sum(part.rows.numel() * part.rows.element_size() for part in parts)
-    streamed = rows_in_memory is not None and size > rows_in_memory
+    streamed = keeping.rows_in_memory is not None and size > keeping.rows_in_memory
     pairs = projected_lanczos(
         restricted,
         theta[inside] if mask is not None else theta,
@@ -237,6 +240,7 @@ def next_vectors(
         settings.lanczos(following=k, noise=1e-3 if extra == 0 else 0.02),
         rows=blocks if streamed or not blocks else torch.cat(blocks).to(theta),
         start=start,
+        allocate=keeping.krylov,
     )
     vectors, behind = pairs.vectors, pairs.following
     if mask is not None:

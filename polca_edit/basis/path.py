@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -10,8 +10,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from polca_edit.basis.record import Basis, unlabelled
+from polca_edit.basis.streamed import combined, displacement_gram, displacements
 from polca_edit.checkpoints.series import Checkpoints
-from polca_edit.derivatives.lanczos import gram, inner_products, orthonormalise, remove_rows
+from polca_edit.derivatives.lanczos import Allocate, inner_products, orthonormalise, remove_rows
 from polca_edit.derivatives.objective import Objective
 from polca_edit.tokens import TokenSet
 
@@ -21,26 +22,28 @@ def odd_checkpoints(checkpoints: Checkpoints) -> Checkpoints:
     return checkpoints.subset(range(0, len(checkpoints), 2))
 
 
-def displacements_from_start(checkpoints: Checkpoints) -> Iterator[tuple[int, Float[Tensor, " N"]]]:
-    """(index, theta_t - theta_0) for t = 1 .. T-1, one at a time."""
-    origin = checkpoints[0].clone()
-    for index in range(1, len(checkpoints)):
-        yield index, checkpoints[index] - origin
-
-
 def trajectory_basis(
-    checkpoints: Checkpoints, count: int, *, mask: Bool[Tensor, " N"] | None = None
+    checkpoints: Checkpoints,
+    count: int,
+    *,
+    mask: Bool[Tensor, " N"] | None = None,
+    allocate: Allocate | None = None,
 ) -> Basis:
     """Right singular vectors of the rows theta_t - theta_0, from the T x T Gram matrix.
 
-    Eigenvalues are squared singular values. No derivative is taken.
+    Eigenvalues are squared singular values. No derivative is taken. Displacements are streamed: beside
+    the K rows of the result a few vectors of N entries are in memory, however many checkpoints there are.
+
+    Args:
+        checkpoints: the series.
+        count: K.
+        mask: restrict vectors to these parameters.
+        allocate: makes the (K, N) table of the rows, for example in a mapped file; None: in memory.
 
     Raises:
         ValueError: if the movement has fewer independent directions than asked for.
     """
-    keep = slice(None) if mask is None else mask
-    rows = torch.stack([moved[keep] for _, moved in displacements_from_start(checkpoints)])
-    values, vectors = torch.linalg.eigh(gram(rows))
+    values, vectors = torch.linalg.eigh(displacement_gram(checkpoints, mask))
     order = torch.argsort(values, descending=True)[:count]
     values = values[order]
     if len(values) < count or float(values[-1]) <= 1e-12 * float(values[0]):
@@ -48,12 +51,15 @@ def trajectory_basis(
             f"a trajectory basis of {count} vectors needs as many independent displacements, "
             f"got {int((values > 1e-12 * values.max()).sum())}; use fewer vectors"
         )
-    found = orthonormalise(vectors[:, order].T.to(rows) @ rows)
+    wanted = vectors[:, order].T / values.sqrt()[:, None]
+    found, coefficients = combined(checkpoints, wanted, mask, None if mask is not None else allocate)
     if mask is not None:
-        full = torch.zeros(len(found), mask.numel(), dtype=found.dtype)
-        full[:, mask] = found
+        make = found.new_empty if allocate is None else allocate
+        full = make(len(found), mask.numel()).zero_()
+        for row, inside in zip(full, found, strict=True):
+            row[mask] = inside.to(row)
         found = full
-    return replace(unlabelled("trajectory", found), eigenvalues=values)
+    return replace(unlabelled("trajectory", found), eigenvalues=values, coefficients=coefficients)
 
 
 def mean_gradients(objective: Objective, checkpoints: Checkpoints, tokens: TokenSet) -> Float[Tensor, "T N"]:
@@ -169,7 +175,7 @@ def loss_weighted_basis(
     """
     secants = max(1, round(count / 5)) if secants is None else secants
     keep = torch.ones(gradients.shape[1]) if mask is None else mask.float()
-    moved = torch.stack([row for _, row in displacements_from_start(checkpoints)]) * keep
+    moved = torch.stack([row for _, row in displacements(checkpoints)]) * keep
     around = torch.cat([(density[:-1] + density[1:]) / 2, density[-1:] / 2])  # of checkpoints 2 .. T
     first, sizes = principal_rows(moved * around.sqrt().to(moved)[:, None], count - secants)
     changes = remove_rows(gradients.diff(dim=0).to(first) * keep, first)

@@ -31,6 +31,8 @@ class Basis:
         residuals: (K,) relative eigen-residual, NaN where it has none.
         supervised: True if labels went into it.
         products: Hessian-vector products it took.
+        coefficients: (K, T-1) where rows are made of displacements: rows = coefficients times the rows
+            theta_t - theta_0, so that rows can be made anew from the series; None where they are not.
     """
 
     kind: str
@@ -40,6 +42,7 @@ class Basis:
     residuals: Float[Tensor, " K"]
     supervised: bool = False
     products: int = 0
+    coefficients: Float[Tensor, "K Tm1"] | None = None
 
     def __len__(self) -> int:
         return self.rows.shape[0]
@@ -62,6 +65,7 @@ class Basis:
             origins=self.origins[index],
             eigenvalues=self.eigenvalues[index],
             residuals=self.residuals[index],
+            coefficients=None if self.coefficients is None else self.coefficients[index],
         )
 
     def rotated(self, rotation: Float[Tensor, "K K"], kind: str, *, supervised: bool = False) -> Basis:

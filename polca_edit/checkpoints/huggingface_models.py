@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -161,9 +162,10 @@ def plain_attention(token_loss: TokenLossFunction) -> TokenLossFunction:
     second derivative; its ``MATH`` backend has both.
     """
 
-    def loss(module: nn.Module, inputs: Tensor) -> Tensor:
+    @wraps(token_loss)  # keeps the parameter ``slots`` of a loss that has one
+    def loss(module: nn.Module, inputs: Tensor, *slots: Tensor, **named: Tensor) -> Tensor:
         with sdpa_kernel(SDPBackend.MATH):
-            return token_loss(module, inputs)
+            return token_loss(module, inputs, *slots, **named)
 
     return loss
 

@@ -29,6 +29,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from polca_edit.derivatives.contacts import Contact, Kind, contact_shares, kind_of
+from polca_edit.derivatives.heads import SlotLoss, at_slots
 from polca_edit.parameters import ParameterSpace, call_with
 from polca_edit.tokens import TokenLossFunction
 
@@ -54,9 +55,18 @@ class AdjointRoute:
     token_loss: TokenLossFunction
     memory_budget: int
     leftovers: tuple[str, ...] = ()
+    _slot_loss: SlotLoss = field(init=False, repr=False)
     _batched: list[bool] = field(default_factory=list, repr=False)
     _bytes: list[tuple[int, int]] = field(default_factory=list, repr=False)
     _checked: set[tuple[object, ...]] = field(default_factory=set, repr=False)
+
+    def __post_init__(self) -> None:
+        self._slot_loss = at_slots(self.token_loss)
+
+    def _picked(self, values: Mapping[str, Tensor], inputs: Tensor, slots: Tensor) -> Tensor:
+        """Losses (B, R) of the chosen slots."""
+        found: Tensor = call_with(self.module, self.space, values, self._slot_loss, inputs, slots)
+        return found
 
     # -- watching -------------------------------------------------------------------------------
 
@@ -129,14 +139,14 @@ class AdjointRoute:
         contacts.append(Contact(kind, names[0], names[1], given, output))
         return output
 
-    def _probe(self, values: Mapping[str, Tensor], inputs: Tensor) -> None:
+    def _probe(self, values: Mapping[str, Tensor], inputs: Tensor, slots: Tensor) -> None:
         """Find which calls carry the batch axis, by running two and three sequences."""
         seen = []
         for count in (2, 3):
             shapes: list[tuple[int, ...]] = []
-            rows = inputs[torch.arange(count, device=inputs.device) % len(inputs)]
+            rows = torch.arange(count, device=inputs.device) % len(inputs)
             with torch.no_grad(), self._watched([], None, shapes):
-                call_with(self.module, self.space, values, self.token_loss, rows)
+                self._picked(values, inputs[rows], slots[rows])
             seen.append(shapes)
         if len(seen[0]) != len(seen[1]) or not seen[0]:
             raise AdjointUnavailable(
@@ -162,11 +172,11 @@ class AdjointRoute:
     def _cotangents(
         self, values: Mapping[str, Tensor], inputs: Tensor, slots: Int[Tensor, "B R"]
     ) -> tuple[Tensor, list[Contact], list[Tensor]]:
-        """(losses (B, P), contacts, per contact (B, R, L, out))."""
+        """(losses (B, R), contacts, per contact (B, R, L, out))."""
         contacts: list[Contact] = []
         with torch.enable_grad(), self._watched(contacts, len(inputs), []):
-            losses: Tensor = call_with(self.module, self.space, values, self.token_loss, inputs)
-            picked = losses.gather(1, slots).sum(0).unbind()
+            losses = self._picked(values, inputs, slots)
+            picked = losses.sum(0).unbind()
         results = [contact.result for contact in contacts]
         ranks = slots.shape[1]
         deltas = [
@@ -189,10 +199,7 @@ class AdjointRoute:
             return {}
 
         def losses(chosen: dict[str, Tensor], row: Tensor, slot: Tensor) -> Tensor:
-            found: Tensor = call_with(
-                self.module, self.space, {**values, **chosen}, self.token_loss, row[None]
-            )
-            return found[0][slot]
+            return self._picked({**values, **chosen}, row[None], slot[None])[0]
 
         chosen = {name: values[name] for name in self.leftovers}
         with torch.enable_grad():
@@ -228,8 +235,8 @@ class AdjointRoute:
         rows: Mapping[str, Tensor],
         inputs: Tensor,
         slots: Int[Tensor, "B R"],
-    ) -> tuple[Float[Tensor, "B P"], Float[Tensor, "B R K"]]:
-        """Token losses, and <row, grad loss> of the R chosen slots of every sequence.
+    ) -> tuple[Float[Tensor, "B R"], Float[Tensor, "B R K"]]:
+        """Token losses and <row, grad loss> of the R chosen slots of every sequence.
 
         Args:
             values: canonical name -> weights.
@@ -257,7 +264,7 @@ class AdjointRoute:
         if key in self._checked:
             return
         try:
-            self._probe(values, inputs)
+            self._probe(values, inputs, slots)
             # Late slots see the most of a causal model: at slot 0 attention has no gradient to check.
             few = slots.amax(1).topk(min(len(inputs), 4)).indices
             self.chunk(slots.shape[1], 8, len(few))
@@ -294,11 +301,9 @@ class AdjointRoute:
         generator = torch.Generator().manual_seed(0)
         leaves = {name: value.detach().requires_grad_() for name, value in values.items()}
         with torch.enable_grad():
-            losses: Tensor = call_with(self.module, self.space, leaves, self.token_loss, inputs)
+            losses = self._picked(leaves, inputs, slots)
             random = torch.randn(slots.shape, generator=generator, dtype=torch.float64).to(losses)
-            pulled = torch.autograd.grad(
-                (losses.gather(1, slots) * random).sum(), list(leaves.values()), allow_unused=True
-            )
+            pulled = torch.autograd.grad((losses * random).sum(), list(leaves.values()), allow_unused=True)
         rows = {
             name: torch.randn(1, *value.shape, generator=generator, dtype=torch.float64).to(value)
             for name, value in values.items()

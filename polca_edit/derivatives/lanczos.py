@@ -86,23 +86,35 @@ def remove_rows(vectors: Float[Tensor, "k N"], rows: Rows | None, times: int = 2
     return vectors
 
 
-class _Stack:
-    """Rows appended to one tensor, with room ahead so that few appends copy."""
+#: (rows, columns) -> an empty table, for example in a mapped file.
+Allocate = Callable[[int, int], Tensor]
 
-    def __init__(self, rows: Float[Tensor, "k N"], room: int = 8) -> None:
-        self._room, self._kept, self._count = room, rows, len(rows)
+
+class _Stack:
+    """Rows in blocks as they came; none is ever copied, and each may lie in a mapped file."""
+
+    def __init__(self, allocate: Allocate | None, *blocks: Tensor) -> None:
+        self.blocks: list[Tensor] = []
+        self._allocate = allocate
+        for block in blocks:
+            self.append(block)
 
     def append(self, rows: Float[Tensor, "k N"]) -> None:
-        if self._count + len(rows) > len(self._kept):
-            longer = rows.new_empty(self._count + len(rows) + self._room, rows.shape[1])
-            longer[: self._count] = self.rows
-            self._kept = longer
-        self._kept[self._count : self._count + len(rows)] = rows
-        self._count += len(rows)
+        if self._allocate is not None:
+            rows = self._allocate(*rows.shape).copy_(rows)
+        self.blocks.append(rows)
 
-    @property
-    def rows(self) -> Float[Tensor, "n N"]:
-        return self._kept[: self._count]
+    def against(self, new: Float[Tensor, "k N"]) -> Float[Tensor, "n k"]:
+        """<row_i, new_j> in float64."""
+        return torch.cat([inner_products(block.to(new), new) for block in self.blocks])
+
+    def combined(self, coefficients: Float[Tensor, "n m"]) -> Float[Tensor, "m N"]:
+        """Coefficients' times the rows."""
+        parts = coefficients.split([len(block) for block in self.blocks])
+        total: Tensor = parts[0].T @ self.blocks[0].to(parts[0])
+        for part, block in zip(parts[1:], self.blocks[1:], strict=True):
+            total.addmm_(part.T, block.to(part))
+        return total
 
 
 def orthonormalise(vectors: Float[Tensor, "k N"]) -> Float[Tensor, "r N"]:
@@ -147,6 +159,7 @@ def projected_lanczos(
     *,
     rows: Rows | None = None,
     start: Float[Tensor, "s N"] | None = None,
+    allocate: Allocate | None = None,
 ) -> Eigenpairs:
     """The k algebraically largest eigenpairs of Pi A Pi, Pi the projector off ``rows``.
 
@@ -158,28 +171,26 @@ def projected_lanczos(
         settings: accuracy.
         rows: orthonormal rows to project out (Algorithm 1 of arXiv 2506.15872), in one tensor or in blocks.
         start: warm start, for example the last checkpoint's eigenvectors.
+        allocate: makes the tables that hold the Krylov vectors and their images, two vectors a product.
 
     Raises:
         ValueError: if fewer than k dimensions remain after projection, or a product is not finite.
     """
-    settings = settings or LanczosSettings()
-    left = like.numel() - sum(len(block) for block in ([rows] if isinstance(rows, Tensor) else rows or []))
-    if not 1 <= k <= left:
-        raise ValueError(f"k must be between 1 and the {left} dimensions left, got {k}")
+    settings, left = settings or LanczosSettings(), _room(like, rows, k)
     block = _first_block(like, k, generator, rows, start, settings.noise)
-    basis, images, used = _Stack(block), _Stack(block[:0]), 0
+    basis, images, used = _Stack(allocate, block), _Stack(allocate), 0
     projected = torch.zeros(0, 0, dtype=torch.float64, device=block.device)
     while True:
         new = _images(product, block, rows)
         used += len(new)
         images.append(new)
-        projected = _bordered(projected, inner_products(basis.rows, new))
+        projected = _bordered(projected, basis.against(new))
         ritz, coefficients = torch.linalg.eigh((projected + projected.T) / 2)
         ranked = torch.argsort(ritz, descending=True)
         values, chosen = ritz[ranked[:k]], coefficients[:, ranked[:k]].to(block)
         # What the new images add to the Krylov space; the older ones lie in it, so the residual of a
         # Ritz vector is this times its share of the new rows. The rows come off in the same two turns.
-        outside = remove_rows(remove_rows(remove_rows(new, basis.rows, 1), rows, 1), basis.rows, 1)
+        outside = remove_rows(remove_rows(remove_rows(new, basis.blocks, 1), rows, 1), basis.blocks, 1)
         foreseen = (chosen[-len(new) :].T @ outside).norm(dim=1).double()
         block = orthonormalise(remove_rows(outside, rows, 1))
         full = len(projected) >= left or len(block) == 0
@@ -187,17 +198,24 @@ def projected_lanczos(
         if not last and (len(values) < k or bool((foreseen > settings.tolerance * values.abs()).any())):
             basis.append(block)
             continue
-        vectors = chosen.T @ basis.rows
-        remainder = chosen.T @ images.rows - values[:, None].to(block) * vectors
+        vectors = basis.combined(chosen)
+        remainder = images.combined(chosen).sub_(values[:, None].to(block) * vectors)
         residuals = remainder.norm(dim=1).double() / values.abs().clamp_min(1e-30)
         done = len(values) == k and bool((residuals <= settings.tolerance).all())
         if done or last:
+            next_ones = basis.combined(coefficients[:, ranked[k : k + settings.following]].to(block))
             break
         basis.append(block)
-    next_ones = coefficients[:, ranked[k : k + settings.following]].to(block)
     vectors = orthonormalise(remove_rows(vectors, rows))
-    # `basis` has not grown since the last Rayleigh-Ritz step, so the coefficients still fit it.
-    return Eigenpairs(values.cpu(), vectors, residuals.cpu(), used, done or full, next_ones.T @ basis.rows)
+    return Eigenpairs(values.cpu(), vectors, residuals.cpu(), used, done or full, next_ones)
+
+
+def _room(like: Float[Tensor, " N"], rows: Rows | None, k: int) -> int:
+    """Dimensions left after projection, of which k are wanted."""
+    left = like.numel() - sum(map(len, [rows] if isinstance(rows, Tensor) else rows or []))
+    if not 1 <= k <= left:
+        raise ValueError(f"k must be between 1 and the {left} dimensions left, got {k}")
+    return left
 
 
 def _first_block(

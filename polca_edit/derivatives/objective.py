@@ -13,40 +13,26 @@ Everything is exact (no finite differences). Four routes compute the same number
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from polca_edit.derivatives.adjoint import AdjointRoute, AdjointUnavailable
+from polca_edit.derivatives.batches import Batch, LossAtSlots, slot_weights
+from polca_edit.derivatives.curvature import BatchedProducts, Chosen
+from polca_edit.derivatives.passes import PassCount as PassCount
 from polca_edit.derivatives.routes import TRACE_BREAK_EVEN, Route, Routes
-from polca_edit.derivatives.settled import require_settled, require_slots
+from polca_edit.derivatives.settled import require_settled
 from polca_edit.derivatives.tracing import PointLinearization
 from polca_edit.parameters import ParameterSpace, call_with
-from polca_edit.tokens import TokenLossFunction, TokenSet
+from polca_edit.tokens import TokenLossFunction, TokenSet, scored_slots
 
 #: Forward passes per vector by route (measured on the two arithmetic shapes, docs/results).
 PASSES_PER_VECTOR = {"adjoint": 1.0, "traced": 1.9, "jvp": 3.0}
 #: Forward passes per scored token of a sequence that the adjoint route needs before any vector.
 PASSES_PER_COTANGENT = 1.25
-
-
-@dataclass
-class PassCount:
-    """Work done, in passes over tokens: one unit is one sequence through the model once.
-
-    ``weighted(S)`` divides by a token-set size to give passes over that set.
-    """
-
-    forward: float = 0.0
-    backward: float = 0.0
-    tangent: float = 0.0
-    hvp: float = 0.0
-
-    def as_dict(self) -> dict[str, float]:
-        """Counts by kind, in sequences."""
-        return {"forward": self.forward, "backward": self.backward, "tangent": self.tangent, "hvp": self.hvp}
 
 
 class Objective:
@@ -68,8 +54,11 @@ class Objective:
         route: how derivatives are computed; ``auto`` picks by the number of vectors.
         compiled: pass traced tangent parts through ``torch.compile``.
         memory_budget: bytes for what the adjoint route keeps of a batch; batches shrink to fit.
-        route_used: the route of the last :meth:`directional` call, ``None`` before the first.
-        route_note: why a cheaper route was not taken, empty if it was.
+        curvature_budget: bytes for linearised batches of a Hessian; those beyond it are streamed.
+        route_used: the route the last :meth:`directional` call really went, ``None`` before the first.
+        curvature_route: the same of the last Hessian-vector product.
+        streamed_batches: batches of the last Hessian that did not fit ``curvature_budget``.
+        batch_bytes: what one of its linearised batches holds.
         passes: running count of the work done.
     """
 
@@ -83,6 +72,7 @@ class Objective:
         route: Route = "auto",
         compiled: bool = False,
         memory_budget: int = 1 << 30,
+        curvature_budget: int = 4 << 30,
     ) -> None:
         """See the attributes; ``space`` defaults to all trainable parameters."""
         self.module = module
@@ -92,12 +82,22 @@ class Objective:
         self.route: Route = route
         self.compiled = compiled
         self.memory_budget = memory_budget
+        self.curvature_budget = curvature_budget
         self.route_used: Route | None = None
-        self.route_note = ""
+        self.curvature_route: Route | None = None
+        self.streamed_batches = self.batch_bytes = 0
+        self._adjoint_note = ""
         self.passes = PassCount()
         self._routes = Routes(route, compiled)
         self._adjoint: AdjointRoute | None = None
         self._settled = False
+        self._loss = LossAtSlots(token_loss)
+
+    @property
+    def route_note(self) -> str:
+        """Why a cheaper route was not taken, empty if it was."""
+        notes = (self._adjoint_note, self._routes.note)
+        return "; ".join(note for note in notes if note)
 
     # -- devices: the module's for the work, the caller's for what goes in and comes out -------------
 
@@ -124,20 +124,14 @@ class Objective:
             for rows in tokens.batches(self.batch_size)
         ]
 
-    def _padded_batches(self, tokens: TokenSet) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """The same with equal shapes, the last batch padded with unscored repeats: one trace serves all."""
-        size = min(self.batch_size, tokens.sequences)
-        require_settled(
-            self.module, self.token_loss, None if self._settled else self.placed(tokens.inputs[:2])
-        )
-        self._settled = True
-        batches = []
-        for rows in tokens.batches(size):
-            padded = torch.cat([rows, rows[:1].expand(size - len(rows))])
-            scored = tokens.scored[padded].clone()
-            scored[len(rows) :] = False
-            batches.append((self.placed(tokens.inputs[padded]), self.placed(scored), rows))
-        return batches
+    def _batches(self, tokens: TokenSet) -> list[Batch]:
+        """Batches of equal shapes, with the scored slots alone where the loss can be asked for them."""
+        if not self._settled:
+            require_settled(self.module, self.token_loss, self.placed(tokens.inputs[:2]))
+            self._settled = True
+        else:
+            require_settled(self.module, self.token_loss, None)
+        return self._loss.batches(self.module, tokens, self.batch_size, self.placed)
 
     def evaluate(self, function: Callable[..., Tensor], weights: Sequence[Tensor], *inputs: Tensor) -> Tensor:
         """``function(module, *inputs)`` at other weights, from :meth:`weights`."""
@@ -145,8 +139,8 @@ class Objective:
         result: Tensor = call_with(self.module, self.space, values, function, *inputs)
         return result
 
-    def _losses(self, weights: Sequence[Tensor], inputs: Tensor) -> Tensor:
-        return require_slots(self.evaluate(self.token_loss, weights, inputs), inputs)
+    def _losses(self, weights: Sequence[Tensor], *given: Tensor) -> Tensor:
+        return self.evaluate(self._loss, weights, *given)
 
     def losses(self, theta: Float[Tensor, " N"], tokens: TokenSet) -> Float[Tensor, " M"]:
         """Exact loss of every scored token, in nats.
@@ -157,8 +151,8 @@ class Objective:
         weights = self.weights(theta)
         parts = []
         with torch.no_grad():
-            for inputs, scored, _ in self._padded_batches(tokens):
-                parts.append(self._losses(weights, inputs)[scored].cpu())
+            for batch in self._batches(tokens):
+                parts.append(self._losses(weights, *batch.given)[batch.kept].cpu())
         self.passes.forward += tokens.sequences
         result = torch.cat(parts)
         if not torch.isfinite(result).all():
@@ -186,7 +180,7 @@ class Objective:
             expected: number of vectors this objective will see in all, for the choice of route.
         """
         planned = expected if expected is not None else rows.shape[0]
-        if self._wants_adjoint(rows.shape[0], tokens, planned):
+        if self.wants_adjoint(rows.shape[0], tokens, planned):
             try:
                 return self._directional_adjoint(theta, rows, tokens)
             except AdjointUnavailable as reason:
@@ -194,29 +188,30 @@ class Objective:
                     raise ValueError(
                         f"route 'adjoint' must fit the model: {reason}; use route 'auto'"
                     ) from reason
-                self._adjoint, self.route_note = None, str(reason)
+                self._adjoint, self._adjoint_note = None, str(reason)
         route = self._routes.choose(planned)
         weights = self.weights(theta)
         values, slopes = [], []
         with torch.no_grad():
-            for inputs, scored, _ in self._padded_batches(tokens):
-                linear = self._linear_losses(route, weights, inputs)
-                values.append(linear.values[0][scored].cpu())
+            for batch in self._batches(tokens):
+                kept = batch.kept
+                linear = self._linear_losses(route, weights, batch.given)
+                values.append(linear.values[0][kept].cpu())
                 slopes.append(
-                    torch.stack([linear(self.weights(row, theta.dtype))[0][scored].cpu() for row in rows])
+                    torch.stack([linear(self.weights(row, theta.dtype))[0][kept].cpu() for row in rows])
                     if len(rows)
-                    else torch.zeros(0, int(scored.sum()), dtype=theta.dtype)
+                    else torch.zeros(0, int(kept.sum()), dtype=theta.dtype)
                 )
-        self.route_used = "double_backward" if self._routes.reverse_only else route
+        self.route_used = self._routes.taken(route)
         self.passes.forward += tokens.sequences
         self.passes.tangent += tokens.sequences * len(rows)
         return torch.cat(values), torch.cat(slopes, dim=1)
 
-    def _wants_adjoint(self, count: int, tokens: TokenSet, planned: int) -> bool:
+    def wants_adjoint(self, count: int, tokens: TokenSet, planned: int) -> bool:
         """Whether the adjoint route was asked for, or is the cheapest and not known to fail."""
         if self.route != "auto":
             return self.route == "adjoint"
-        if self.route_note or count == 0:
+        if self._adjoint_note or count == 0:
             return False
         ranks = int(tokens.scored.sum(1).max())
         adjoint = 1.0 + PASSES_PER_COTANGENT * ranks + PASSES_PER_VECTOR["adjoint"] * count
@@ -231,11 +226,8 @@ class Objective:
             self._adjoint = AdjointRoute(self.module, self.space, self.token_loss, self.memory_budget)
         values = self.space.unflatten(self.placed(theta))
         directions = self.space.unflatten(self.placed(rows, theta.dtype))
-        # The r-th scored slot of each sequence; sequences with fewer repeat slot 0, dropped below.
-        counts = tokens.scored.sum(1)
-        ranks = int(counts.max())
-        slots = torch.argsort(tokens.scored.to(torch.int8), dim=1, descending=True, stable=True)[:, :ranks]
-        valid = torch.arange(ranks) < counts[:, None]
+        slots, valid = scored_slots(tokens.scored)
+        ranks = slots.shape[1]
         first = slice(self.batch_size)
         self._adjoint.prepare(values, self.placed(tokens.inputs[first]), self.placed(slots[first]))
         size = self._adjoint.chunk(ranks, theta.element_size(), self.batch_size)
@@ -245,7 +237,7 @@ class Objective:
                 found, parts = self._adjoint.slopes(
                     values, directions, self.placed(tokens.inputs[batch]), self.placed(slots[batch])
                 )
-                losses.append(found.cpu()[tokens.scored[batch]])
+                losses.append(found.cpu()[valid[batch]])
                 slopes.append(parts.cpu()[valid[batch]])
         self.route_used = "adjoint"
         self.passes.forward += tokens.sequences
@@ -253,11 +245,13 @@ class Objective:
         self.passes.tangent += tokens.sequences * len(rows)
         return torch.cat(losses), torch.cat(slopes).T.contiguous()
 
-    def _linear_losses(self, route: Route, weights: list[Tensor], inputs: Tensor) -> PointLinearization:
+    def _linear_losses(
+        self, route: Route, weights: list[Tensor], inputs: Sequence[Tensor]
+    ) -> PointLinearization:
         def function(point: Sequence[Tensor], given: Sequence[Tensor]) -> Sequence[Tensor]:
-            return (self._losses(point, given[0]),)
+            return (self._losses(point, *given),)
 
-        return self._routes.linear("losses", function, route, weights, [inputs])
+        return self._routes.linear("losses", function, route, weights, list(inputs))
 
     # -- gradients and curvature of the mean loss ------------------------------------------------
 
@@ -269,32 +263,28 @@ class Objective:
         The mean is over all scored tokens (sum divided once by the count), so unequal batches
         do not matter.
         """
-        token_weights = self._slot_weights(tokens, weights, theta.dtype)
+        batches, token_weights = self._weighted(tokens, weights, theta.dtype)
         parts = [w.requires_grad_() for w in self.weights(theta)]
         total = self.placed(theta.new_zeros(()))
         gradient = self.placed(torch.zeros_like(theta))
-        for (inputs, _, rows), slot_weights in zip(self._padded_batches(tokens), token_weights, strict=True):
+        for batch, each in zip(batches, token_weights, strict=True):
             with torch.enable_grad():
-                loss = (self._losses(parts, inputs) * slot_weights).sum()
+                loss = (self._losses(parts, *batch.given) * each).sum()
                 grads = torch.autograd.grad(loss, parts, materialize_grads=True)
             total += loss.detach()
             gradient += torch.cat([g.reshape(-1) for g in grads])
-            self.passes.forward += len(rows)
-            self.passes.backward += len(rows)
+            self.passes.forward += len(batch.rows)
+            self.passes.backward += len(batch.rows)
         return float(total), gradient.to(theta)
 
-    def _slot_weights(self, tokens: TokenSet, weights: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
-        """Per batch (B, P): the weight of each slot's loss, zero where nothing is scored."""
+    def _weighted(
+        self, tokens: TokenSet, weights: Tensor | None, dtype: torch.dtype
+    ) -> tuple[list[Batch], list[Tensor]]:
+        """Batches, and per batch the weight of each slot's loss, zero where nothing is scored."""
         if weights is None:
             weights = torch.full((tokens.count,), 1.0 / tokens.count, dtype=dtype)
-        full = torch.zeros(tokens.scored.shape, dtype=dtype)
-        full[tokens.scored] = weights.to(dtype)
-        result = []
-        for _, scored, rows in self._padded_batches(tokens):
-            padded = torch.zeros(scored.shape, dtype=dtype)
-            padded[: len(rows)] = full[rows]
-            result.append(self.placed(padded))
-        return result
+        batches = self._batches(tokens)
+        return batches, slot_weights(batches, weights.to(dtype), self.placed)
 
     def hessian(
         self,
@@ -303,38 +293,47 @@ class Objective:
         *,
         weights: Float[Tensor, " M"] | None = None,
         expected: int = 8,
+        mask: Bool[Tensor, " N"] | None = None,
     ) -> Callable[[Tensor], Tensor]:
         """The product v -> H v for the mean (or weighted) token loss at theta.
 
         The gradient is linearised once per batch; each product then costs about five forward
-        passes. The linearised batches stay in memory as long as the returned function lives.
+        passes. Linearised batches stay in memory as long as the returned function lives, those beyond
+        ``curvature_budget`` are linearised anew for every product.
 
         Args:
             theta: weights.
             tokens: the sample the loss is averaged over.
             weights: optional (M,) weights of the token losses.
             expected: number of products wanted, for the choice of route.
+            mask: parameters between which the Hessian is wanted: vectors must be zero elsewhere, and the
+                result is there. Tensors that the mask leaves out whole are not differentiated.
         """
-        parts = self.weights(theta)
-        slot_weights = self._slot_weights(tokens, weights, theta.dtype)
+        chosen = Chosen.of(self.space, mask)
+        moving, fixed = chosen.parted(self.weights(theta))
+        batches, token_weights = self._weighted(tokens, weights, theta.dtype)
+        first = len(fixed)
 
         def loss(point: Sequence[Tensor], given: Sequence[Tensor]) -> Tensor:
-            return (self._losses(point, given[0]) * given[1]).sum()
+            whole = chosen.merged(point, given[:first])
+            return (self._losses(whole, *given[first:-1]) * given[-1]).sum()
 
-        with torch.no_grad():
-            maps = [
-                self._routes.curvature(loss, expected, parts, [inputs, batch_weights])
-                for (inputs, _, _), batch_weights in zip(
-                    self._padded_batches(tokens), slot_weights, strict=True
-                )
-            ]
+        def linearise(batch: Batch, each: Tensor) -> PointLinearization:
+            inputs = [*fixed, *batch.given, each]
+            with torch.no_grad():
+                return self._routes.curvature(loss, expected, moving, inputs, chosen.name)
+
+        makers = [partial(linearise, b, w) for b, w in zip(batches, token_weights, strict=True)]
+        maps = BatchedProducts(makers, self.curvature_budget)
+        self.streamed_batches, self.batch_bytes = maps.streamed, maps.kept_bytes
 
         def product(vector: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-            tangents = self.weights(vector, theta.dtype)
+            tangents, _ = chosen.parted(self.weights(vector, theta.dtype))
             with torch.no_grad():
-                results = [torch.cat([part.reshape(-1) for part in linear(tangents)]) for linear in maps]
+                result = chosen.spread(maps(tangents), self.space)
             self.passes.hvp += tokens.sequences
-            return (torch.stack(results).sum(0) if len(results) > 1 else results[0]).to(vector.device)
+            self.curvature_route = self._routes.taken(self._routes.for_curvature(expected))
+            return result.to(vector.device)
 
         return product
 
@@ -379,10 +378,10 @@ class Objective:
         """Every token's own gradient (M, N): for small problems and references only."""
         weights = self.weights(theta)
         rows = []
-        for inputs, scored, _ in self.batches(tokens):
+        for batch in self._batches(tokens):
             with torch.enable_grad():
                 leaves = [w.detach().requires_grad_() for w in weights]
-                for loss in self._losses(leaves, inputs)[scored]:
+                for loss in self._losses(leaves, *batch.given)[batch.kept]:
                     grads = torch.autograd.grad(loss, leaves, retain_graph=True, materialize_grads=True)
                     rows.append(torch.cat([g.reshape(-1) for g in grads]))
         self.passes.forward += tokens.sequences

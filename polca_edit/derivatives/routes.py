@@ -63,6 +63,23 @@ class Routes:
             return self.wanted
         return "traced" if expected >= TRACE_BREAK_EVEN else "jvp"
 
+    def for_curvature(self, expected: int) -> Route:
+        """The route of products with the Hessian: a trace of the gradient costs as much as about twenty."""
+        return self.choose(expected * TRACE_BREAK_EVEN // 4)
+
+    @property
+    def note(self) -> str:
+        """What was learnt about the model that a caller did not ask for."""
+        if self.reverse_only:
+            return "the model has no forward mode"
+        return "the model branches on values, so it is not traced" if self.untraceable else ""
+
+    def taken(self, chosen: Route) -> Route:
+        """The route that a chosen one really went, after what was learnt about the model."""
+        if self.reverse_only:
+            return "double_backward"
+        return "jvp" if chosen == "traced" and self.untraceable else chosen
+
     def linear(
         self,
         kind: str,
@@ -141,8 +158,12 @@ class Routes:
         expected: int,
         weights: list[Tensor],
         inputs: list[Tensor],
-    ) -> Callable[[Sequence[Tensor]], tuple[Tensor, ...]]:
-        """The product tangents -> Hessian times tangents of a scalar loss (weights, inputs)."""
+        chosen: str = "",
+    ) -> PointLinearization:
+        """The product tangents -> Hessian times tangents of a scalar loss (weights, inputs).
+
+        ``chosen`` names which parameters the weights are, so that no trace serves two choices.
+        """
 
         def gradient(point: Sequence[Tensor], given: Sequence[Tensor]) -> Sequence[Tensor]:
             def total(*values: Tensor) -> Tensor:
@@ -159,8 +180,7 @@ class Routes:
         def reverse() -> PointLinearization:
             return symmetric_products(reverse_gradient, weights, inputs)
 
-        # A trace of the gradient costs as much as about twenty products, once per model.
-        route = self.choose(expected * TRACE_BREAK_EVEN // 4)
+        route = self.for_curvature(expected)
         if route == "double_backward":
             return reverse()
-        return self._forward("gradient", gradient, route, weights, inputs, reverse)
+        return self._forward(f"gradient{chosen}", gradient, route, weights, inputs, reverse)

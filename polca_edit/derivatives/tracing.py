@@ -21,6 +21,8 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.shape_prop import ShapeProp
 
+from polca_edit.derivatives.branches import ConstantBranches
+
 PointFunction = Callable[[Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]]
 
 
@@ -35,20 +37,42 @@ class Linearization:
     def at(self, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> PointLinearization:
         """Run the point part; the result maps tangents to output tangents."""
         results = self.point(*weights, *inputs)
-        return PointLinearization(results[: self.outputs], results[self.outputs :], self.tangent)
+        kept = bytes_beyond(results, [*weights, *inputs])
+        return PointLinearization(results[: self.outputs], results[self.outputs :], self.tangent, kept)
 
 
 @dataclass(frozen=True)
 class PointLinearization:
-    """The linear map at one point, with the outputs there."""
+    """The linear map at one point, with the outputs there.
+
+    Attributes:
+        values: outputs.
+        residuals: what the tangent part reads besides tangents.
+        tangent: (residuals, tangents) -> output tangents.
+        kept_bytes: memory that lives as long as this record, weights and inputs apart.
+    """
 
     values: tuple[Tensor, ...]
     residuals: tuple[Tensor, ...]
     tangent: Callable[..., tuple[Tensor, ...]]
+    kept_bytes: int = 0
 
     def __call__(self, tangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Output tangents for one set of weight tangents."""
         return self.tangent(*self.residuals, *tangents)
+
+
+def bytes_beyond(tensors: Sequence[Tensor], owned: Sequence[Tensor]) -> int:
+    """Bytes of the storages of ``tensors`` that are not those of ``owned``, each counted once.
+
+    >>> x = torch.zeros(4)
+    >>> bytes_beyond([x, x.view(2, 2), torch.zeros(2)], [x])
+    8
+    """
+    known = {tensor.untyped_storage().data_ptr() for tensor in owned}
+    real = [tensor for tensor in tensors if not tensor._is_zerotensor()]  # those own no memory
+    sizes = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in real}
+    return sum(size for place, size in sizes.items() if place not in known)
 
 
 def trace_linearization(
@@ -71,9 +95,12 @@ def trace_linearization(
 
     def derivative(*flat: Tensor) -> tuple[Tensor, ...]:
         given = flat[count : count + extra]
-        pair = torch.func.jvp(
-            lambda *point: tuple(function(point, given)), tuple(flat[:count]), tuple(flat[count + extra :])
-        )
+        with ConstantBranches():
+            pair = torch.func.jvp(
+                lambda *point: tuple(function(point, given)),
+                tuple(flat[:count]),
+                tuple(flat[count + extra :]),
+            )
         return (*pair[0], *pair[1])
 
     example = [w.detach().clone(memory_format=torch.contiguous_format) for w in weights]
@@ -337,8 +364,16 @@ def symmetric_products(
     gradient: PointFunction, weights: list[Tensor], inputs: list[Tensor]
 ) -> PointLinearization:
     """Hessian-vector products as the gradient of <gradient, v>, which is H'v = Hv."""
-    leaves = [w.detach().requires_grad_() for w in weights]
-    grads = tuple(gradient(leaves, inputs))
+    leaves, saved = [w.detach().requires_grad_() for w in weights], []
+
+    def note(tensor: Tensor) -> Tensor:
+        saved.append((tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        grads = tuple(gradient(leaves, inputs))
+    owned = {tensor.untyped_storage().data_ptr() for tensor in [*leaves, *inputs]}
+    kept = sum(size for place, size in dict(saved).items() if place not in owned)
 
     def tangent(*tangents: Tensor) -> tuple[Tensor, ...]:
         with torch.enable_grad():
@@ -346,4 +381,4 @@ def symmetric_products(
                 grads, leaves, list(tangents), retain_graph=True, materialize_grads=True
             )
 
-    return PointLinearization(grads, (), tangent)
+    return PointLinearization(grads, (), tangent, kept)

@@ -10,10 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from experiments.removal.verb import logits_of, skill_groups
+from experiments.removal.verb import logits_of
 from experiments.run.run import Run
 from experiments.run.stages.training import training_settings
 from experiments.tasks.arithmetic import data_of, first_and_second_of, token_set
+from experiments.verbs.targets import skill_groups
 from interventions.blocking import BranchPoint, open_branch_point
 from interventions.damage import EvaluatedSplit
 from interventions.discovery.timeline import Timeline

@@ -10,6 +10,8 @@ from matplotlib.figure import Figure
 
 from experiments.report.style import FIXED_INK, panels, styled
 
+#: Share from which a cell is so dark that letters are white.
+DARK_CELL = 0.6
 #: Letters beside a cell of the map.
 MARKS = {"carrier": "C", "selective": "S"}
 
@@ -45,15 +47,9 @@ def seeds_figure(maps: Sequence[Map], columns: int) -> Figure:
         place.set_title(one.title)
         for (vector, group), word in one.words.items():
             if word in MARKS:
-                place.text(
-                    one.groups.index(group),
-                    one.vectors.index(vector),
-                    MARKS[word],
-                    ha="center",
-                    va="center",
-                    color=FIXED_INK,
-                    weight="bold",
-                )
+                row, column = one.vectors.index(vector), one.groups.index(group)
+                ink = "white" if abs(one.shares[row, column]) > DARK_CELL else FIXED_INK
+                place.text(column, row, MARKS[word], ha="center", va="center", color=ink, weight="bold")
     figure.colorbar(image, ax=axes, label="share of headroom lost (unseen tokens)", shrink=0.4)
     figure.suptitle("What undoing one basis vector costs each skill; S selective, C carrier")
     return figure

@@ -14,10 +14,13 @@ from pathlib import Path
 import torch
 
 from experiments.config import RunConfig
-from experiments.run.cost.sizes import FLOAT, Sizes, Speeds, StageCost, sizes_of, stage_costs
+from experiments.run.cost.memory import memory_warnings, peak_bytes, transient_bytes
+from experiments.run.cost.sizes import Sizes, Speeds, StageCost, sizes_of, stage_costs
 from experiments.run.cost.speeds import rehearse
+from experiments.run.stages.bases import require_places
 from experiments.tasks.task import Task, build_task
 from interventions.causal.statistics import minimum_detectable
+from polca_edit.basis import build
 
 #: Learning rate times steps between checkpoints above which a trapezoid may miss much. Two arithmetic
 #: runs stand behind it: quadrature error 0.2 % at 3e-3; at 1.2e-2 18 % missing, residual included.
@@ -75,8 +78,10 @@ class CostPlan:
         bytes_read: of weights.
         bytes_written: of weights and records.
         peak_bytes: memory.
+        transient_bytes: disk that parts and mapped tables take while a basis is built.
         seconds: in all.
         route: how directional derivatives are taken.
+        curvature_route: how products with the Hessian are, None where there are none.
         parameters: N.
         checkpoints: T.
         stages: each stage's share.
@@ -91,8 +96,10 @@ class CostPlan:
     bytes_read: int
     bytes_written: int
     peak_bytes: int
+    transient_bytes: int
     seconds: float
     route: str
+    curvature_route: str | None
     parameters: int
     checkpoints: int
     stages: tuple[StageCost, ...]
@@ -152,11 +159,15 @@ def make_plan(config: RunConfig, folder: Path, budget_seconds: float | None = No
     task = build_task(config)
     given = task.given_checkpoints(config)
     steps = config.training.recorded if given is None else list(given.steps)
+    for spec in config.measured_bases():
+        if spec.kind in build.FROM_THE_WHOLE_SERIES - {"random"} and spec.steps is None:
+            require_places(spec, len(steps))
     effect = smallest_effect(task, config)
     sizes = sizes_of(task, config, steps)
     speeds, route = rehearse(task, config, sizes, folder)
     sizes = replace(sizes, route=route)
     stages = stage_costs(sizes, speeds, config)
+    peak = peak_bytes(sizes, speeds, config)
     forward = sum(stage.forward for stage in stages)
     return CostPlan(
         round(forward / sizes.select, 3),
@@ -164,27 +175,18 @@ def make_plan(config: RunConfig, folder: Path, budget_seconds: float | None = No
         sum(stage.hvps for stage in stages),
         sum(stage.bytes_read for stage in stages),
         sum(stage.bytes_written for stage in stages),
-        peak_bytes(sizes, speeds),
+        peak,
+        transient_bytes(sizes, config),
         sum(stage.seconds for stage in stages),
         route,
+        speeds.curvature_route,
         sizes.parameters,
         sizes.checkpoints,
         tuple(stages),
         effect,
-        tuple(gap_warnings(config, steps)),
+        (*gap_warnings(config, steps), *memory_warnings(config, peak)),
         None if budget_seconds is None else fit_budget(sizes, speeds, config, budget_seconds),
     )
-
-
-def peak_bytes(sizes: Sizes, speeds: Speeds) -> int:
-    """The rehearsal's peak, which holds all rows once, and what the run holds beside it.
-
-    Three checkpoints are cached, and the trajectory basis stacks all displacements.
-    """
-    weights = sizes.parameters * FLOAT
-    stacked = sizes.checkpoints if any(kind == "trajectory" for kind, _, _ in sizes.bases) else 0
-    slopes = sizes.select_tokens * sizes.checkpoints * sizes.rows * FLOAT
-    return speeds.peak_bytes + weights * (3 + max(stacked, sizes.vectors)) + 2 * slopes
 
 
 def fit_budget(sizes: Sizes, speeds: Speeds, config: RunConfig, seconds: float) -> Budget:
@@ -216,11 +218,12 @@ def describe(found: CostPlan) -> str:
     effect, budget = found.smallest_effect, found.budget
     nats = "" if effect.nats_per_token is None else f" (at most {effect.nats_per_token:.3f} nats per token)"
     lines = [
-        f"{found.parameters:,} parameters, {found.checkpoints} checkpoints, route {found.route}",
+        f"{found.parameters:,} parameters, {found.checkpoints} checkpoints, derivatives by route "
+        f"{found.route}, Hessian products by {found.curvature_route or 'none'}",
         f"forward passes {found.forward_passes:,.0f} (of the select split), "
         f"Hessian-vector products {found.hvps:,}",
         f"reads {found.bytes_read / 1e9:.2f} GB, writes {found.bytes_written / 1e9:.2f} GB, "
-        f"peak memory {found.peak_bytes / 1e9:.1f} GB",
+        f"peak memory {found.peak_bytes / 1e9:.1f} GB, disk for a while {found.transient_bytes / 1e9:.2f} GB",
         f"about {found.seconds / 60:.1f} minutes on this machine:",
         *(f"  {stage.stage:<24} {stage.seconds:8.1f} s" for stage in found.stages),
         f"smallest effect a 5 % test finds with power 0.8 on {effect.documents} documents: "

@@ -18,6 +18,8 @@ from polca_edit.derivatives.routes import TRACE_BREAK_EVEN
 #: first takes (arithmetic runs of 9,706 to 401,162 parameters: 17, 33 and 87 products at 3, 5, 12).
 PRODUCTS_PER_CHECKPOINT = 8
 FIRST_CHECKPOINT_FEWER = 7
+#: The same from LARGE parameters on (Pythia shapes of 14 and 70 million: 9 to 10 a vector).
+LARGE, PRODUCTS_OF_LARGE = 5_000_000, 9.5
 FLOAT = 4
 #: Kind of a basis that is turned from another one's stored projections.
 ROTATED = "rotated"
@@ -114,7 +116,9 @@ class Speeds:
         linearise_setup: what the first one costs beyond that.
         read: reading one checkpoint.
         write: writing one checkpoint.
-        peak_bytes: peak memory of the rehearsal.
+        base_bytes: resident memory before any derivative: libraries, data, the model.
+        sequence_bytes: what a linearised batch holds, per curvature sequence.
+        curvature_route: how products with the Hessian were taken, None where none were.
     """
 
     training_step: float
@@ -126,7 +130,9 @@ class Speeds:
     linearise_setup: float
     read: float
     write: float
-    peak_bytes: int
+    base_bytes: int
+    sequence_bytes: float = 0.0
+    curvature_route: str | None = None
 
 
 @dataclass(frozen=True)
@@ -147,12 +153,13 @@ def padded(sequences: int, batch: int) -> int:
     return math.ceil(sequences / size) * size
 
 
-def products(kind: str, checkpoints: int, tolerance: float, most: int) -> int:
+def products(kind: str, checkpoints: int, tolerance: float, most: int, parameters: int = 0) -> int:
     """Hessian-vector products of a basis; Lanczos gains about a digit in four products."""
     if kind != "hessian" or checkpoints == 0:
         return 0
     extra = max(0.0, 4 * math.log10(1e-2 / tolerance))
-    each = min(PRODUCTS_PER_CHECKPOINT + extra, most + 1)
+    usual = PRODUCTS_OF_LARGE if parameters >= LARGE else PRODUCTS_PER_CHECKPOINT
+    each = min(usual + extra, most + 1)
     return max(checkpoints, round(each * checkpoints - min(FIRST_CHECKPOINT_FEWER, each - 1)))
 
 
@@ -213,7 +220,7 @@ def _basis_cost(
     if kind != "hessian":
         return StageCost(name, 0, 0, s.checkpoints * weights, stored, s.checkpoints * speeds.read)
     curvature = padded(s.curvature, s.derivative_batch)
-    count = products(kind, taken, spec.tolerance, spec.max_products)
+    count = products(kind, taken, spec.tolerance, spec.max_products, s.parameters)
     # The choice of route is the objective's: a trace pays from four expected products on.
     traced = 8 * spec.per_checkpoint * taken * TRACE_BREAK_EVEN // 4 >= TRACE_BREAK_EVEN
     forward = min(s.curvature, s.derivative_batch) if traced else curvature * (taken + count)

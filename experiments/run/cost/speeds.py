@@ -13,13 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from experiments.config import RunConfig
-from experiments.run.cost.sizes import Sizes, Speeds
-from experiments.run.machine import peak_rss_bytes
+from experiments.run.cost.sizes import LARGE, Sizes, Speeds
+from experiments.run.machine import resident_bytes
 from experiments.tasks.task import BatchLoss, Task
 from polca_edit.checkpoints.files import read_weights, write_tensors
 from polca_edit.derivatives.objective import Objective
 from polca_edit.tokens import TokenSet
 
+#: Directions and, of a large model, sequences that are rehearsed.
+FEW_DIRECTIONS, FEW_SEQUENCES = 4, 2
 #: A rehearsed piece of work that took this long is not repeated for a steadier time.
 ENOUGH_SECONDS = 2.0
 
@@ -47,20 +49,15 @@ def _part(tokens: TokenSet, count: int) -> TokenSet:
 def rehearse(task: Task, config: RunConfig, sizes: Sizes, folder: Path) -> tuple[Speeds, str]:
     """Do one batch of every kind of work and time it; also the route that derivatives took."""
     objective = task.objective(config)
+    base = resident_bytes()
     theta = task.space.read(task.module)
-    select = _part(task.splits.select, config.batch_size)
-    curvature = _part(task.splits.curvature, config.batch_size)
+    # A large model fills the machine with a few sequences; a small one needs its whole batch for that.
+    most = config.batch_size if task.space.size < LARGE else min(config.batch_size, FEW_SEQUENCES)
+    select, curvature = _part(task.splits.select, most), _part(task.splits.curvature, most)
     training = 0.0 if task.batch_loss is None else _training_seconds(task.module, task.batch_loss)
     objective.losses(theta, select)
     forward = _fastest(lambda: objective.losses(theta, select), 3) / select.sequences
-    draw = torch.Generator().manual_seed(0)
-    rows = torch.randn(sizes.rows, task.space.size, generator=draw) / math.sqrt(task.space.size)
-    planned = sizes.rows * sizes.checkpoints
-
-    def slopes() -> object:
-        return objective.directional(theta, rows, select, expected=planned)
-
-    first, later = _timed(slopes), _fastest(slopes, 2)
+    rows, setup_slopes, later = _slope_seconds(objective, theta, select, sizes)
     linearise, setup, product = _product_seconds(objective, theta, rows[0], curvature, config, sizes)
     file = folder / "rehearsal.safetensors"
     write = _timed(lambda: write_tensors(file, task.space.unflatten(theta)))
@@ -70,15 +67,46 @@ def rehearse(task: Task, config: RunConfig, sizes: Sizes, folder: Path) -> tuple
         training,
         forward,
         later / select.sequences,
-        max(0.0, first - later),
+        setup_slopes,
         product / curvature.sequences,
         linearise / curvature.sequences,
         setup,
         read,
         write,
-        peak_rss_bytes(),
+        base,
+        objective.batch_bytes / curvature.sequences,
+        objective.curvature_route,
     )
     return speeds, objective.route_used or "jvp"
+
+
+def _slope_seconds(
+    objective: Objective, theta: Tensor, tokens: TokenSet, sizes: Sizes
+) -> tuple[Tensor, float, float]:
+    """(directions used, what the first time costs beyond, all of a checkpoint's directions), seconds.
+
+    Few directions are drawn and the cost of the others follows in proportion, on the route that all of
+    them would take.
+    """
+    few = min(FEW_DIRECTIONS, sizes.rows)
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.randn(few, theta.numel(), generator=draw).div_(math.sqrt(theta.numel()))
+    planned, asked = sizes.rows * sizes.checkpoints, objective.route
+    if objective.wants_adjoint(sizes.rows, tokens, planned):
+        objective.route = "adjoint"
+
+    def slopes(count: int) -> None:
+        try:
+            objective.directional(theta, rows[:count], tokens, expected=planned)
+        except ValueError:  # the route is not for this model
+            objective.route = asked
+            objective.directional(theta, rows[:count], tokens, expected=planned)
+
+    first = _timed(lambda: slopes(few))
+    several = _fastest(lambda: slopes(few), 2)
+    each = 0.0 if few == 1 else max(0.0, several - _fastest(lambda: slopes(1), 2)) / (few - 1)
+    objective.route = asked
+    return rows, max(0.0, first - several), several + each * (sizes.rows - few)
 
 
 def _training_seconds(module: nn.Module, batch_loss: BatchLoss, steps: int = 4) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from experiments.config import BasisConfig
+from experiments.run.memory import FLOAT, memory_shares
 from experiments.run.parts import Ledger, kept_parts, kept_products, mapped_rows, part_path
 from experiments.run.run import Run
 from experiments.run.stages.rotated import turned
@@ -26,6 +28,7 @@ from polca_edit.basis.path import odd_checkpoints
 from polca_edit.basis.record import Basis
 from polca_edit.checkpoints.files import SeriesFolder
 from polca_edit.checkpoints.series import Checkpoints
+from polca_edit.derivatives.lanczos import Allocate
 
 
 def run_basis(run: Run, stage: str) -> None:
@@ -98,6 +101,9 @@ def build_basis(run: Run, spec: BasisConfig, checkpoints: Checkpoints, parts: Pa
         source,
         EigenSettings(spec.per_checkpoint, spec.tolerance, spec.max_products, run.config.seed, mask),
     )
+    if _on_disk(run, spec):
+        keeping = Keeping(allocate=mapped_in(parts / "rows.bin"))
+        inputs = dataclasses.replace(inputs, keeping=keeping)
     if spec.kind != "hessian":
         return build.build_basis(spec.kind, inputs, spec.vectors)
     chosen = basis_checkpoints(run, checkpoints, spec)
@@ -120,13 +126,27 @@ def basis_inputs(run: Run, checkpoints: Checkpoints, settings: EigenSettings) ->
     )
 
 
+def _on_disk(run: Run, spec: BasisConfig) -> bool:
+    """Whether a basis is too large for the share of memory that its rows have."""
+    size = run.task.space.size
+    return spec.vectors * size * FLOAT > memory_shares(run.config, size).rows
+
+
+def mapped_in(path: Path) -> Allocate:
+    """Makes a table in a mapped file."""
+    return lambda rows, width: mapped_rows(path, rows, width)
+
+
 @contextmanager
 def kept_basis(run: Run, spec: BasisConfig, places: int, parts: Path) -> Iterator[Keeping]:
     """Hooks that keep every finished checkpoint and product of a basis on disk, with a progress bar."""
     ledger = Ledger(parts, run.objective.passes)
     keep = kept_parts(parts, BasisCheckpoint, ledger)
-    budget = round(run.config.basis_memory_gb * 1e9)
-    large = spec.vectors * run.task.space.size * 4 > budget
+    size, large = run.task.space.size, _on_disk(run, spec)
+    budget = memory_shares(run.config, size).rows
+    # Two vectors a product, and products until the budget of a checkpoint is used up in the worst case.
+    deep = run.config.memory_gb is not None and 2 * spec.max_products * size * FLOAT > budget
+    numbers = itertools.count()
     finished = [load_record(BasisCheckpoint, p) for p in sorted(parts.glob("part-*.safetensors"))]
     queue = list(finished)
     bar = tqdm(total=places, initial=len(finished), desc=f"basis {spec.label}", disable=None, leave=False)
@@ -136,6 +156,7 @@ def kept_basis(run: Run, spec: BasisConfig, places: int, parts: Path) -> Iterato
         index = len(queue)
         list(keep(lambda _: part, [index]))
         shutil.rmtree(parts / f"products-{index:05d}", ignore_errors=True)
+        shutil.rmtree(parts / "krylov", ignore_errors=True)
         queue.append(part if not large else load_record(BasisCheckpoint, part_path(parts, index)))
         bar.update()
         return queue[-1]
@@ -146,7 +167,12 @@ def kept_basis(run: Run, spec: BasisConfig, places: int, parts: Path) -> Iterato
             on_checkpoint=note,
             products=lambda index, product: kept_products(parts / f"products-{index:05d}", product, ledger),
             rows_in_memory=budget,
-            allocate=(lambda count, width: mapped_rows(parts / "rows.bin", count, width)) if large else None,
+            allocate=mapped_in(parts / "rows.bin") if large else None,
+            krylov=(
+                lambda rows, width: mapped_rows(parts / "krylov" / f"{next(numbers):05d}.bin", rows, width)
+            )
+            if deep
+            else None,
         )
 
 
@@ -163,12 +189,7 @@ def basis_checkpoints(run: Run, checkpoints: Checkpoints, spec: BasisConfig) -> 
                 f"basis '{spec.label}' wants steps {missing[:5]} that were not recorded; record or drop them"
             )
         return checkpoints.subset([checkpoints.steps.index(s) for s in spec.steps])
-    count = -(-spec.vectors // spec.per_checkpoint)
-    if count > len(checkpoints) - 1:
-        raise ValueError(
-            f"basis '{spec.label}' wants {count} checkpoints, only {len(checkpoints) - 1} are recorded; "
-            "lower vectors or raise per_checkpoint"
-        )
+    count = require_places(spec, len(checkpoints))
     if spec.placement == "equal":
         return checkpoints.spaced(count)
     sample = run.task.splits.curvature
@@ -176,6 +197,25 @@ def basis_checkpoints(run: Run, checkpoints: Checkpoints, spec: BasisConfig) -> 
         float(run.objective.losses(checkpoints[i], sample).double().mean()) for i in range(len(checkpoints))
     ]
     return checkpoints.subset(equal_falls(means, count))
+
+
+def require_places(spec: BasisConfig, recorded: int) -> int:
+    """Basis checkpoints that a section needs.
+
+    Args:
+        spec: of a basis that takes vectors at checkpoints, or of displacements.
+        recorded: T.
+
+    Raises:
+        ValueError: for more than there are.
+    """
+    count = -(-spec.vectors // (1 if spec.kind == "trajectory" else spec.per_checkpoint))
+    if count > recorded - 1:
+        raise ValueError(
+            f"basis '{spec.label}' wants {count} checkpoints, only {recorded - 1} are recorded; "
+            "lower vectors or raise per_checkpoint"
+        )
+    return count
 
 
 def equal_falls(means: Sequence[float], count: int) -> list[int]:

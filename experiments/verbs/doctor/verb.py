@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from experiments.application import json_result, say, then
-from experiments.options import Json
+from experiments.verbs.options import Json
 
 if TYPE_CHECKING:
     from experiments.verbs.doctor.examine import Diagnosis

@@ -1,0 +1,71 @@
+"""Peak memory and transient disk of a run, counted in vectors of N entries, tables of tokens and batches."""
+
+from __future__ import annotations
+
+from experiments.config import RunConfig
+from experiments.run.cost.sizes import FLOAT, ROTATED, Sizes, Speeds, products
+from experiments.run.memory import memory_shares
+from polca_edit.basis.streamed import HELD
+
+#: Cached checkpoints, weights in their own storage, tangents, a gradient, a product: at any stage.
+ALWAYS = 8
+#: Beside Krylov vectors and images: the new block, what is left of it, candidates, the warm start.
+LANCZOS = 6
+
+
+def peak_bytes(sizes: Sizes, speeds: Speeds, config: RunConfig) -> int:
+    """The largest stage: building a basis, or taking slopes along all rows."""
+    vector, shares = sizes.parameters * FLOAT, memory_shares(config, sizes.parameters)
+    batch = speeds.sequence_bytes * min(config.batch_size, sizes.curvature)
+    needs = []
+    for spec, (kind, vectors, taken) in zip(config.bases, sizes.bases, strict=True):
+        held = min(vectors * vector, shares.rows)
+        if kind == "hessian" and taken:
+            most = _products_of_one(sizes, spec.tolerance, spec.max_products) * spec.per_checkpoint
+            # As in stages.bases: with a budget, Krylov vectors that could exceed it lie in files.
+            deep = config.memory_gb is not None and 2 * spec.max_products * vector > shares.rows
+            krylov = 0 if deep else 2 * most * vector
+            kept = min(speeds.sequence_bytes * sizes.curvature, max(batch, shares.curvature))
+            needs.append(held + krylov + LANCZOS * vector + kept)
+        elif kind == "trajectory":
+            needs.append(held + (HELD + 2) * vector)
+    rows = sum(vectors for kind, vectors, _ in sizes.bases if kind != ROTATED)
+    directions = sizes.rows if shares.directions is None else min(shares.directions, sizes.rows)
+    table = 2 * sizes.select_tokens * sizes.checkpoints * sizes.rows * FLOAT
+    # Stored rows are read through mapped pages, which the system gives back where a budget is enforced.
+    held = rows * vector if config.memory_gb is None else min(rows * vector, shares.rows)
+    needs.append(held + directions * vector + table + min(batch, shares.slopes))
+    return round(speeds.base_bytes + ALWAYS * vector + max(needs))
+
+
+def _products_of_one(sizes: Sizes, tolerance: float, most: int) -> int:
+    """Products at a basis checkpoint behind the first."""
+    two, one = (products("hessian", n, tolerance, most, sizes.parameters) for n in (2, 1))
+    return two - one
+
+
+def transient_bytes(sizes: Sizes, config: RunConfig) -> int:
+    """The largest basis's finished parts, kept products and, where they are mapped, tables."""
+    vector, shares = sizes.parameters * FLOAT, memory_shares(config, sizes.parameters)
+    found = [0]
+    for spec, (kind, vectors, taken) in zip(config.bases, sizes.bases, strict=True):
+        rows = vectors * vector
+        mapped = rows if rows > shares.rows else 0
+        if kind == "hessian" and taken:
+            each = _products_of_one(sizes, spec.tolerance, spec.max_products) * spec.per_checkpoint
+            deep = config.memory_gb is not None and 2 * spec.max_products * vector > shares.rows
+            # A part holds its vectors and as many that follow.
+            found.append(2 * rows + mapped + each * vector * (3 if deep else 1))
+        elif kind == "trajectory":
+            found.append(mapped)
+    return max(found)
+
+
+def memory_warnings(config: RunConfig, peak: int) -> list[str]:
+    """What to change where the budget is too small for the plan."""
+    if config.memory_gb is None or peak <= config.memory_gb * 1e9:
+        return []
+    return [
+        f"peak memory {peak / 1e9:.1f} GB is above the budget of {config.memory_gb:g} GB; lower batch_size "
+        "(linearised batches shrink with it), then the vectors of the bases"
+    ]

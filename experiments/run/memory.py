@@ -1,0 +1,74 @@
+"""One memory budget for a run, and what of it each kind of work may hold.
+
+Weights, gradients and a few vectors of N entries are needed in any case; the budget is shared by what
+grows with vectors, products and tokens. Without a budget the defaults of the library hold.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from experiments.config import RunConfig
+
+#: Vectors of N entries that are needed however small the budget is: three cached checkpoints, the model,
+#: its weights in their own storage, tangents, a gradient, a product and what Lanczos takes it from.
+FIXED_VECTORS = 12
+FLOAT = 4
+UNITS = {"": 1e9, "MB": 1e6, "GB": 1e9, "TB": 1e12, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class MemoryShares:
+    """Bytes by kind of work.
+
+    Attributes:
+        rows: earlier vectors held while a basis is built, and Krylov vectors; above it they lie on disk.
+        curvature: linearised batches of a Hessian; above it they are linearised anew.
+        slopes: what the adjoint route keeps of a batch.
+        directions: directions taken at once at a checkpoint, in number; None for all.
+    """
+
+    rows: int
+    curvature: int = 4 << 30
+    slopes: int = 1 << 30
+    directions: int | None = None
+
+
+def memory_shares(config: RunConfig, parameters: int) -> MemoryShares:
+    """The shares of a config's budget for a model of N parameters.
+
+    Raises:
+        ValueError: for a budget that the model alone exceeds.
+    """
+    rows = round(config.basis_memory_gb * 1e9)
+    if config.memory_gb is None:
+        return MemoryShares(rows, directions=config.vector_block)
+    budget, vector = round(config.memory_gb * 1e9), FLOAT * parameters
+    left = budget - FIXED_VECTORS * vector
+    if left < 4 * vector:
+        raise ValueError(
+            f"a memory budget must hold {FIXED_VECTORS + 4} vectors of {parameters:,} weights, "
+            f"{(FIXED_VECTORS + 4) * vector / 1e9:.1f} GB, got {config.memory_gb:g} GB; raise --memory"
+        )
+    block = max(1, left // 2 // vector)
+    if config.vector_block is not None:
+        block = min(block, config.vector_block)
+    return MemoryShares(min(rows, left // 2), left // 3, min(1 << 30, left // 3), block)
+
+
+def parse_memory(text: str | None) -> float | None:
+    """Gigabytes (10^9 bytes) of ``16GB``, ``800MB``, ``1.5GiB`` or a plain number of gigabytes.
+
+    >>> parse_memory("16GB"), parse_memory("500MB"), parse_memory(None)
+    (16.0, 0.5, None)
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
+    if found is None or found[2].upper() not in UNITS or float(found[1]) <= 0:
+        raise ValueError(f"--memory must be a size such as 16GB or 800MB, got '{text}'")
+    return float(found[1]) * UNITS[found[2].upper()] / 1e9

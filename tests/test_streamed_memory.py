@@ -1,0 +1,133 @@
+"""Vectors of N entries that are alive at once, counted by torch's own allocator record at three sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from polca_edit.allocation.allocate import directions_at
+from polca_edit.basis.path import trajectory_basis
+from polca_edit.basis.streamed import HELD, displacement_gram
+from polca_edit.checkpoints.series import Checkpoints
+from polca_edit.derivatives.lanczos import LanczosSettings, projected_lanczos
+from polca_edit.parameters import ParameterSpace
+
+SIZES = (50_000, 100_000, 200_000)
+
+
+def peak_vectors(work: Callable[[], object], size: int) -> float:
+    """The largest sum of allocated minus freed bytes while working, in vectors of ``size`` float32."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        kept = work()
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    del kept
+    return peak / (4 * size)
+
+
+def in_file(path: Path, rows: int, width: int) -> Tensor:
+    """A mapped table; numpy's, because torch's own counts as an allocation in its record."""
+    return torch.from_numpy(np.memmap(path, dtype=np.float32, mode="w+", shape=(rows, width)))
+
+
+def walk(size: int, count: int) -> Checkpoints:
+    """A series that is drawn anew at every read, as if it lay on disk."""
+    space = ParameterSpace(("w",), ((size,),), (("w", "w"),))
+
+    def read(index: int) -> dict[str, Tensor]:
+        return {"w": torch.empty(size).normal_(generator=torch.Generator().manual_seed(index))}
+
+    return Checkpoints(space, tuple(range(count)), read)
+
+
+def test_the_counter_counts():
+    size = SIZES[0]
+    assert peak_vectors(lambda: [torch.empty(size) for _ in range(5)], size) == pytest.approx(5, abs=0.01)
+    assert peak_vectors(lambda: [torch.empty(size).sum() for _ in range(5)], size) == pytest.approx(
+        1, abs=0.01
+    )
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_trajectory_basis_holds_its_rows_and_a_few_displacements(size):
+    found = {t: peak_vectors(lambda t=t: trajectory_basis(walk(size, t), 3), size) for t in (6, 12)}
+    # Three rows, the held displacements, three cached checkpoints, the start, and what a read makes.
+    assert max(found.values()) < 3 + HELD + 3 + 5, found
+    assert abs(found[12] - found[6]) < 1.1, found  # not one more per checkpoint
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_rows_in_a_mapped_table_are_not_in_memory(size, tmp_path):
+    def mapped(rows: int, width: int) -> Tensor:
+        path = tmp_path / f"{size}.bin"
+        return torch.from_file(str(path), shared=True, size=rows * width, dtype=torch.float32).view(
+            rows, width
+        )
+
+    inside = peak_vectors(lambda: trajectory_basis(walk(size, 12), 9), size)
+    outside = peak_vectors(lambda: trajectory_basis(walk(size, 12), 9, allocate=mapped), size)
+    assert outside < HELD + 3 + 5
+    assert inside > outside
+
+
+def test_streamed_gram_and_coefficients_against_all_displacements_at_once():
+    series = walk(5000, 11)
+    moved = torch.stack([series[t] - series[0] for t in range(1, 11)]).double()
+    for held in (1, 3, 20):
+        torch.testing.assert_close(
+            displacement_gram(series, None, held), moved @ moved.T, rtol=1e-9, atol=1e-6
+        )
+    mask = torch.arange(5000) % 3 == 0
+    for chosen in (None, mask):
+        basis = trajectory_basis(series, 4, mask=chosen)
+        assert basis.coefficients is not None
+        assert basis.coefficients.shape == (4, 10)
+        rows = basis.coefficients.float() @ (moved if chosen is None else moved * chosen).float()
+        torch.testing.assert_close(rows, basis.rows, rtol=0, atol=2e-6)
+        assert torch.equal(basis[1:3].coefficients, basis.coefficients[1:3])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_directions_of_a_block_are_all_that_is_made(size):
+    series = walk(size, 5)
+    basis = trajectory_basis(series, 4)
+    theta, rows = directions_at(series, [basis, basis], 2)
+    for first in range(0, 12, 3):
+        part = directions_at(series, [basis, basis], 2, range(first, first + 3))[1]
+        assert torch.equal(part, rows[first : first + 3])
+    assert len(rows) == 12
+    few = peak_vectors(lambda: directions_at(series, [basis, basis], 2, range(3)), size)
+    assert few < 3 + 2 < peak_vectors(lambda: directions_at(series, [basis, basis], 2), size)
+    assert torch.equal(theta, series[2])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_lanczos_holds_two_vectors_a_product_or_none_where_they_are_mapped(size, tmp_path):
+    diagonal = torch.linspace(0, 1, size).pow(8)
+    made: list[Tensor] = []
+
+    def mapped(rows: int, width: int) -> Tensor:
+        made.append(in_file(tmp_path / f"{size}-{len(made)}.bin", rows, width))
+        return made[-1]
+
+    def pairs(allocate: Callable[[int, int], Tensor] | None):
+        settings = LanczosSettings(tolerance=1e-12, max_products=12)
+        draw = torch.Generator().manual_seed(0)
+        return projected_lanczos(lambda v: diagonal * v, diagonal, 1, draw, settings, allocate=allocate)
+
+    inside, outside = peak_vectors(lambda: pairs(None), size), peak_vectors(lambda: pairs(mapped), size)
+    assert 24 <= inside < 24 + 8
+    assert outside < 9
+    assert len(made) == 24
+    near, same = pairs(None), pairs(mapped)
+    torch.testing.assert_close(near.values, same.values)
+    assert float((near.vectors @ same.vectors.T).abs()) == pytest.approx(1, abs=1e-4)
