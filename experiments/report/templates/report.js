@@ -238,11 +238,11 @@
 
   // -- scrolling parts are reached by keyboard; the printed page shows what is folded -------------
   function reach() {
-    document.querySelectorAll(".scroll").forEach(function (part) {
+    document.querySelectorAll(".scroll").forEach(function (part, place) {
       if (part.scrollWidth > part.clientWidth + 1) {
         part.tabIndex = 0;
         part.setAttribute("role", "region");
-        part.setAttribute("aria-label", part.querySelector("table") ? "Table, scrolls sideways" : "Figure, scrolls sideways");
+        part.setAttribute("aria-label", (part.querySelector("table") ? "Table " : "Figure ") + (place + 1) + ", scrolls sideways");
       } else { part.removeAttribute("tabindex"); part.removeAttribute("role"); part.removeAttribute("aria-label"); }
     });
   }
