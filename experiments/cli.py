@@ -104,6 +104,14 @@ VERBS = {
         "Print what a finished run found.",
         ("polca-edit inspect runs/demo", "polca-edit inspect runs/demo --json - | jq .cost"),
     ),
+    "compare": Verb(
+        "verbs.compare:compare",
+        "Say in what two runs differ and whether they found the same.",
+        (
+            "polca-edit compare runs/demo runs/demo-1",
+            "polca-edit compare runs/demo runs/demo-1 --out compare.html --json compare.json",
+        ),
+    ),
     "label": Verb(
         "verbs.records:label",
         "Label the clusters of a run from what their tokens share.",

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from polca_edit.heads import cross_entropy, gathered_before_head
+from polca_edit.derivatives.heads import cross_entropy, gathered_before_head
 
 #: ``token_loss(module, inputs)`` -> losses (B, P) in nats, one per prediction slot of a sequence. One with a
 #: third parameter ``slots`` (B, R) is asked for those slots alone, -> (B, R), where few are scored.
@@ -252,7 +252,7 @@ def next_token_loss(
         module: the model.
         inputs: (B, L) token ids.
         slots: (B, R) the slots that are wanted, all L-1 by default. Hidden states are gathered before the
-            output layer, so that only their logits are computed (:mod:`polca_edit.heads`).
+            output layer, so that only their logits are computed (:mod:`polca_edit.derivatives.heads`).
     """
     if slots is None:
         output = module(inputs)

@@ -177,7 +177,7 @@ def read_everything(out: Path) -> tuple[int, str]:
 
     from experiments.cli import app
 
-    result = CliRunner().invoke(app, ["inspect", str(out), "--json"])
+    result = CliRunner().invoke(app, ["inspect", str(out), "--json", "-"])
     error = result.exception if result.exit_code else None
     if error is not None and not isinstance(error, (ValueError, OSError, SystemExit)):
         return 2, f"{type(error).__name__}: {error}"

@@ -58,6 +58,22 @@ TABLE: list[tuple[str, int, str]] = [
     ("run english-demo --text {gone} --out {new}", 1, "a text must exist"),
     ("run english-demo --text {blank} --out {new}", 1, "at least one document|is empty"),
     ("run smoke --nope", 2, "No such option"),
+    ("run smoke --set damage.doses=[.nan]", 1, "finite number, got nan"),
+    ("run smoke --set damage.doses=[1000000]", 1, "less than or equal to 100"),
+    ("run smoke --set damage.reference=99", 1, "damage.reference must be below 10, .* got 99"),
+    ("run smoke --set training.learning_rate=.inf", 1, "finite number, got inf"),
+    ("run smoke --set training.steps=1000000000000", 1, "less than or equal to 100000000"),
+    ("run smoke --set training.betas=[0.9,1.5]", 1, "training.betas.1: .*less than 1, got 1.5"),
+    ('run smoke --set bases=[{"kind":"nope"}]', 1, "bases.0.kind: .*'hessian'.* got 'nope'"),
+    ('run smoke --set bases=[{"kind":"trajectory","vectors":99}]', 1, "at most 10 vectors from 11 check"),
+    ("run smoke --seed 99999999999", 1, "less than 4294967296, got 99999999999"),
+    ("run smoke --out {run} --seed 3", 1, "holds a run with seed 0, got 3; choose another --out"),
+    ("run smoke --out {run} --set clusters.selection=leaf", 1, "clusters.selection 'eom', got 'leaf'"),
+    ("run mini --out {run} --dry-run", 1, "holds a run with .* other settings differ"),
+    ("run smoke --out {run} --redo hessian", 1, "--redo needs a stage of this run"),
+    ("demo --out {run}", 1, "holds a run with"),
+    ("demo --seed -1", 1, "greater than or equal to 0, got -1"),
+    ("demo --redo nope", 1, "--redo needs a stage of this run"),
     ("demo --seed x", 2, "Invalid value for '--seed'"),
     ("demo --set nothing=1", 1, "unknown key 'nothing'"),
     ("open {gone} --text {file}", 1, "gone"),
@@ -70,6 +86,12 @@ TABLE: list[tuple[str, int, str]] = [
     ("doctor {empty}", 1, "empty"),
     ("plan nope", 1, "a config must be a file"),
     ("plan smoke --budget-minutes x", 2, "Invalid value for '--budget-minutes'"),
+    ("plan smoke --budget-minutes nan", 2, "must be a finite number, got nan"),
+    ("plan smoke --budget-minutes -3", 2, "Invalid value for '--budget-minutes'"),
+    ("clean {gone}", 1, "must be a run directory"),
+    ("doctor {gone}", 1, "gone"),
+    ("study nope", 2, "No such command"),
+    ("open {empty} --text {file} --step-pattern (", 1, "empty|regular expression"),
     ("report", 2, "Missing argument"),
     ("report {gone}", 1, "must be a run directory"),
     ("inspect {gone}", 1, "summary.json|run directory"),
@@ -85,12 +107,18 @@ TABLE: list[tuple[str, int, str]] = [
     ("test {run} --groups {short}", 1, "must have 200 values"),
     ("test {run} --groups {integers}", 1, "list of true and false, got int64"),
     ("test {run} --unseen 2000000", 1, "unseen sums, got 2000000 to draw"),
+    ("test {run} --unseen -5", 2, "Invalid value for '--unseen'"),
+    ("test {run} --out {run}", 1, "is a run and keeps its own result"),
+    ("test {run} --out {file}", 1, "is a file; choose another"),
+    ("test {run} --groups {nobody}", 1, "nobody|at least|must"),
     ("discover {gone}", 1, "must be a run directory"),
     ("discover {run} --basis nope", 1, "--basis must be one of"),
     ("discover {run} --window 30:12", 1, "must end after it starts"),
     ("discover {run} --window 12:18", 1, "at least three checkpoints"),
     ("axis {run}", 2, "Missing option '--target'"),
     ("axis {run} --target nope --unseen 0", 1, "--target must be one of"),
+    ("axis {run} --target 10s --limit nan", 2, "must be a finite number, got nan"),
+    ("axis {run} --target 10s --rank 0", 2, "Invalid value for '--rank'"),
     ("axis {run} --target 10s --groups {file}", 1, "--groups must be an .npz or a JSON file"),
     ("blocking {gone} --target 10s", 1, "must be a run directory"),
     ("blocking {run} --target 10s --branches 1", 1, "needs at least two, got 1"),
@@ -102,6 +130,8 @@ TABLE: list[tuple[str, int, str]] = [
     ("remove {run} --cluster hessian:99:0", 1, "does not exist in this run"),
     ("remove {run} --skill 10s --basis hessian --window 6:30", 1, "both say where to search"),
     ("remove {run} --skill 10s --target 2", 2, "Invalid value for '--target'"),
+    ("remove {run} --skill 10s --kl inf", 2, "must be a finite number, got inf"),
+    ("apply {file} {file} --out {new} --dose nan", 2, "must be a finite number, got nan"),
     ("apply {gone}.json {file} --out {new}", 1, "gone"),
     ("apply {file} {file} --out {new}", 1, "edit|record|cannot be read|must"),
     ("demo-table {gone}", 1, "gone"),
@@ -124,6 +154,8 @@ def places(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         found[name].write_text(text)
     found["short"] = folder / "short.json"
     found["short"].write_text(json.dumps({"a": [True]}))
+    found["nobody"] = folder / "nobody.json"
+    found["nobody"].write_text(json.dumps({"nobody": [False] * 200}))
     found["integers"] = folder / "integers.npz"
     np.savez(found["integers"], a=np.ones(200, dtype=np.int64))
     return found
@@ -161,6 +193,26 @@ def test_bad_input_is_a_sentence(
         assert said.count("\n") == 0
         assert len(said) < 600
     assert not (new / "config.yaml").exists()
+
+
+#: Rows of ``run`` that hold for ``plan`` too: those about settings, which plan takes in the same words.
+PLANNED = [
+    (command.replace("run", "plan", 1), code, sentence)
+    for command, code, sentence in TABLE
+    if re.match(r"run smoke --(set|task|device|seed) \S+$", command)
+]
+
+
+@pytest.mark.parametrize(("command", "code", "sentence"), PLANNED, ids=[row[0] for row in PLANNED])
+def test_plan_refuses_what_run_refuses(
+    places: dict[str, Path], monkeypatch: pytest.MonkeyPatch, command: str, code: int, sentence: str
+) -> None:
+    monkeypatch.chdir(places["empty"].parent)
+    for name, path in places.items():
+        command = command.replace(f"{{{name}}}", str(path))
+    given, said = said_by(command.split())
+    assert given == code, said
+    assert re.search(sentence, said.replace("│ ", "").replace(" │", "")), said
 
 
 def test_the_table_covers_the_verbs_of_a_run() -> None:

@@ -92,7 +92,7 @@ def test_what_does_not_open_rightly_is_named_and_the_exit_code_says_so(fault, tm
     result = CliRunner().invoke(app, ["doctor", str(tmp_path), "--json", "-"])
     assert result.exit_code != 0
     assert "does not open rightly" in str(result.exception)
-    found = json.loads(result.output)
+    found = json.loads(result.stdout)
     assert [one["name"] for one in found["checkpoints"] if one["problem"]] == ["checkpoint-20"]
     assert expected[fault] in found["problems"][0]
     if fault == "config":  # both losses are there to be seen

@@ -204,7 +204,7 @@ def invoke(*arguments: str) -> tuple[int, str]:
         (["run", "smoke", "--set", "training.stepz=5"], "unknown key 'training.stepz'"),
         (["run", "smoke", "--set", "training.steps=4"], "at least 3 checkpoints"),
         (["run", "smoke", "--set", "nonsense"], "KEY=VALUE"),
-        (["run", "smoke", "--set", "bases=[{kind: hessian, vectors: 99}]"], "lower vectors"),
+        (["run", "smoke", "--set", "bases=[{kind: hessian, vectors: 99}]"], "ask for fewer"),
         (["run", "smoke", "--device", "tpu9"], "device"),
         (["run", "smoke", "--redo", "train2"], "one of"),
         (["run", "smoke", "--checkpoints", "missing-folder"], "does not"),
@@ -276,8 +276,9 @@ def test_inspect_prints_a_table_and_json(finished: tuple[Path, dict]) -> None:
     code, output = invoke("inspect", str(finished[0]))
     assert code == 0
     assert "How much of the loss change each basis accounts for" in output
-    code, output = invoke("inspect", str(finished[0]), "--json")
-    assert json.loads(output) == summary_values(finished[0])
+    result = CliRunner().invoke(app, ["inspect", str(finished[0]), "--json", "-"])
+    assert json.loads(result.stdout) == summary_values(finished[0])
+    assert "next: polca-edit" in result.stderr
 
 
 def test_read_back_records_are_the_ones_written(finished: tuple[Path, dict]) -> None:

@@ -192,9 +192,9 @@ def test_more_documents_find_smaller_effects():
 
 
 def test_the_verb_prints_json_with_the_promised_keys():
-    result = CliRunner().invoke(app, ["plan", "smoke", "--json", "--budget-minutes", "1"])
+    result = CliRunner().invoke(app, ["plan", "smoke", "--json", "-", "--budget-minutes", "1"])
     assert result.exit_code == 0, result.output
-    found = json.loads(result.output)
+    found = json.loads(result.stdout)
     promised = {"forward_passes", "hvps", "bytes_read", "bytes_written", "peak_bytes", "seconds"}
     assert promised <= found.keys()
     assert all(found[key] > 0 for key in promised)

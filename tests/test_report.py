@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import re
@@ -273,14 +272,12 @@ class TestPage:
         _, page = drawn
         assert "<link" not in page
         assert "<script src" not in page
-        sources = re.findall(r'<img src="([^"]*)"', page)
-        assert sources
-        for source in sources:
-            kind, _, content = source.partition(",")
-            assert kind == "data:image/svg+xml;base64"
-            assert b"<svg" in base64.b64decode(content)
+        assert "<img" not in page
+        assert len(re.findall(r'<svg [^>]*role="img" aria-label="\w', page)) >= 5
         assert all(target.startswith("#") for target in re.findall(r'href="([^"]*)"', page))
-        assert not re.search(r"url\(|@import|fetch\(|XMLHttpRequest|https?://", page)
+        assert not re.search(r"url\((?!#)|@import|fetch\(|XMLHttpRequest|https?://", page)
+        names = re.findall(r'\sid="([^"]*)"', page)
+        assert len(set(names)) == len(names)
 
     def test_every_link_has_a_target(self, drawn) -> None:
         targets = re.findall(r'href="#([^"]*)"', drawn[1])
@@ -288,19 +285,43 @@ class TestPage:
         assert set(targets) <= set(re.findall(r'id="([^"]*)"', drawn[1]))
 
     def test_figures_follow_the_theme(self, drawn) -> None:
-        first = re.search(r'<img src="data:image/svg\+xml;base64,([^"]*)"', drawn[1])
-        svg = base64.b64decode(first.group(1)).decode()
-        assert "prefers-color-scheme:dark" in svg
-        assert "var(--ink)" in svg
-        assert "#222222" not in svg.replace("--ink:#222222", "")
-
-    def test_same_figures_as_png_and_no_stale_ones(self, drawn) -> None:
         directory, page = drawn
-        named = set(re.findall(r"figures/([\w-]+\.png)", page))
-        assert {p.name for p in (directory / "figures").iterdir()} == named
-        assert len(named) == page.count("<img ")
-        for name in named:
-            assert (directory / "figures" / name).read_bytes().startswith(b"\x89PNG")
+        for svg in ((directory / "figures" / "training.svg").read_text(), page[page.index("<svg ") :]):
+            assert "var(--ink)" in svg
+            assert "#222222" not in svg.replace("--ink:#222222", "")
+        assert "prefers-color-scheme:dark" in (directory / "figures" / "training.svg").read_text()
+
+    def test_same_figures_as_svg_with_their_numbers_and_no_stale_ones(self, drawn) -> None:
+        directory, page = drawn
+        named = set(re.findall(r'data-name="([\w-]+)"', page))
+        wanted = {f"{name}.{ending}" for name in named for ending in ("svg", "csv")}
+        assert {p.name for p in (directory / "figures").iterdir()} == wanted
+        training = pd.read_csv(directory / "figures" / "training.csv")
+        assert list(training.columns) == ["panel", "series", "x", "value"]
+        means = training[training["series"] == "all tokens"]
+        assert means["x"].tolist() == STEPS.tolist()
+        assert means["value"].tolist() == [6.0] * 6 + [5.0, 4.0, 3.0, 2.0, 1.0]
+        mapped = pd.read_csv(directory / "figures" / "damage-overview.csv")
+        one = mapped[(mapped["series"] == "hessian v2") & (mapped["x"] == "10s")]["value"]
+        assert one.item() == pytest.approx(damage_table()[2, SKILLS["10s"]].mean(), rel=1e-5)
+
+    def test_dose_curves_pass_through_the_known_zero(self, drawn) -> None:
+        doses = pd.read_csv(drawn[0] / "figures" / "hessian-doses-vectors.csv")
+        for _, line in doses.groupby(["panel", "series"]):
+            assert line["x"].tolist() == [0.0, 0.5, 1.0]
+            assert line["value"].tolist()[0] == 0.0
+
+    def test_the_report_is_a_stage(self, drawn) -> None:
+        record = json.loads((drawn[0] / "stages" / "report.json").read_text())
+        assert record["seconds"] > 0
+        assert len(rows_of(drawn[1], "report")) == 1
+
+    def test_apart_from_training_is_said_where_it_is_known(self, tmp_path, drawn) -> None:
+        assert "kept out of training" in words(drawn[1])
+        directory = make_run(tmp_path, {"hessian": True})
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({"checkpoints": {"directory": "x"}}))
+        page = write_report(directory, lambda _: None).read_text(encoding="utf-8")
+        assert "kept out of training" not in page
 
     def test_numbers_come_from_the_records(self, drawn) -> None:
         page, text = drawn[1], words(drawn[1])
@@ -309,11 +330,13 @@ class TestPage:
         assert "(3 hessian and 3 trajectory)" in text
         # Cost: 80 sequences over 40 select sequences are two passes.
         assert rows_of(page, "projections") == [["projections", "3.2", "2.0", "0.0", "0.0", "0.0", "1.50"]]
-        assert rows_of(page, "together") == [["together", "12.5", "3.0", "1.0", "2.0", "4.0", "2.00"]]
+        assert rows_of(page, "together, without the report") == [
+            ["together, without the report", "12.5", "3.0", "1.0", "2.0", "4.0", "2.00"]
+        ]
         # Cluster v0.c1 holds tokens 30..39, half of them 10s: damage 3.45 on it, 1.45 on the others.
         plain, judged = rows_of(page, "v0·c1")
-        assert plain[:9] == ["v0·c1", "10", "–", "0.33", "0.50", "0.25", "0.25", "0.50", "50"]
-        assert plain[9:] == ["yes", "+3.450", "+1.450", "–", "+2.000"]
+        assert plain[:10] == ["v0·c1", "unnamed", "10", "–", "0.33", "0.50", "0.25", "0.25", "0.50", "50"]
+        assert plain[10:] == ["yes", "+3.450", "+1.450", "–", "+2.000"]
         assert judged[1] == "the rule assigns no evaluate token"
         evaluated = rows_of(page, "v0·c0")[1]
         assert evaluated[1:4] == ["place &lt;= 0 &amp; digit &gt; 3", "0.88", "9"]
@@ -338,8 +361,8 @@ class TestPage:
     def test_a_cluster_carries_a_skill_only_where_it_fits(self, drawn) -> None:
         page = drawn[1]
         # v2.c0 holds exactly the 10s; the others have an F1 of a third.
-        assert rows_of(page, "v2·c0")[0][2:5] == ["10s", "1.00", "1.00"]
-        assert rows_of(page, "v0·c0")[0][2] == "–"
+        assert rows_of(page, "v2·c0")[0][1:6] == ["10s", "20", "10s", "1.00", "1.00"]
+        assert rows_of(page, "v0·c0")[0][1:4] == ["unnamed", "10", "–"]
         assert "v2·c0 10s" in page
         assert "v0·c0 10s" not in page
         assert "v0·c0 carry" not in page
@@ -353,8 +376,8 @@ class TestPage:
     def test_a_basis_without_clusters_says_so(self, drawn) -> None:
         directory, page = drawn
         assert page.count("No cluster was found along any vector") == 1
-        assert not (directory / "figures" / "trajectory-curves.png").exists()
-        assert (directory / "figures" / "trajectory-loss-change.png").exists()
+        assert not (directory / "figures" / "trajectory-curves.svg").exists()
+        assert (directory / "figures" / "trajectory-loss-change.svg").exists()
 
     def test_contexts_are_escaped_and_marked(self, drawn) -> None:
         page = drawn[1]
@@ -369,11 +392,11 @@ class TestPage:
         section = Section("A study's own", blocks)
         added = write_report(directory, lambda _: None, [section]).read_text(encoding="utf-8")
         assert "<p>told <em>apart</em></p>" in added
-        assert '<a href="#added-1">A study&#39;s own</a>' in added
-        assert (directory / "figures" / "extra.png").exists()
+        assert '<a href="#added-2">A study&#39;s own</a>' in added
+        assert (directory / "figures" / "extra.svg").exists()
         # All other pictures are the same bytes as before.
-        pictures = re.findall(r'<img src="([^"]*)"', page)
-        assert [p for p in re.findall(r'<img src="([^"]*)"', added) if p in pictures] == pictures
+        pictures = re.findall(r"<svg .*?</svg>", page, re.DOTALL)
+        assert [p for p in re.findall(r"<svg .*?</svg>", added, re.DOTALL) if p in pictures] == pictures
         twice = replace(section, blocks=[*section.blocks, *section.blocks])
         with pytest.raises(ValueError, match="own title"):
             write_report(directory, lambda _: None, [twice])
@@ -385,7 +408,7 @@ class TestPage:
         page = write_report(directory, told.append).read_text(encoding="utf-8")
         assert "showing 2 of 3" in words(page)
         assert any("1 smaller clusters" in line for line in told)
-        assert not (directory / "figures" / "hessian-composition.png").exists()
+        assert not (directory / "figures" / "hessian-composition.svg").exists()
         # The first table tells of clusters instead; v2.c0 loses 5.7 nats, no headroom to speak of.
         assert rows_of(page, "hessian v2·c0")[0][2:4] == ["+5.700", "–"]
 
@@ -468,14 +491,15 @@ class TestAnswers:
     def test_the_first_screen_says_it(self, tmp_path, view, monkeypatch) -> None:
         monkeypatch.setattr("experiments.report.page.read_run", lambda _: view)
         text = words(write_report(view.directory, lambda _: None).read_text(encoding="utf-8"))
-        assert "1 of 3 skills can be taken away alone by undoing one direction: 10s." in text
+        assert "1 of 3 skills can be taken away alone by undoing one recorded vector: 10s." in text
+        assert "No causal test was run here" in text
         assert (
             "Undoing hessian v0 costs 10s +8.00 nats (160 %), and no other skill loses more than 1s 0.00"
             in text
         )
         # The answer stands before the map, and the map before the clusters.
         assert text.index("Undoing hessian v0") < text.index("What undoing each vector costs")
-        assert text.index("What undoing each vector costs") < text.index("Clusters: tokens")
+        assert text.index("What undoing each vector costs") < text.index("Clusters of each basis: tokens")
 
     def test_no_headroom_no_answer(self, view) -> None:
         assert answers(replace(view, headroom=np.full(TOKENS, 0.01))) == []
@@ -519,7 +543,14 @@ class TestSections:
             "POLCA&#39;s own cluster",
         ]  # fmt: skip
         assert "Undoing &lt;v2&gt; costs the 10s." in page
-        assert rows_of(page, "a+b") == [["a+b", "0", "77", "10s", "0.75", "0.51", "0.61", "place = 2"]]
+        # The records do not say which tokens these are, so there is nothing to open.
+        assert rows_of(page, "a+b i0") == [["a+b i0", "interventional", "place = 2", "77", "10s", "0.61"]]
+        assert ["10s", "hessian v2·c0", "10s", "1.00", "a+b i0", "place = 2", "0.61"] in rows_of(page, "10s")
+        # No vector was put to the test for the whole skill; the axis takes it alone and beats its null.
+        first = next(row for row in rows_of(page, "10s") if len(row) == 8)
+        assert first[1:7] == [
+            "hessian axis", "–", "90.0\xa0%", "5.0\xa0%", "random sets 30.0\xa0%; p = 0.025", "axis",
+        ]  # fmt: skip
         assert [
             "hessian", "10s", "90.0\xa0%", "5.0\xa0%", "–", "0.025", "30.0\xa0%", "95.0\xa0%", "20.0\xa0%",
             "–", "–",
@@ -617,15 +648,14 @@ class TestFigures:
         _, page = drawn
         dots = set(re.findall(r'background:(#\w+)"></span>10s', page))
         assert dots == {"#0072B2"}
-        svgs = [base64.b64decode(c).decode() for c in re.findall(r"base64,([^\"]*)", page)]
-        training, overview = svgs[:2]
+        training, overview = re.findall(r"<svg .*?</svg>", page, re.DOTALL)[:2]
         for svg in (training, overview):
             assert "#0072b2" in svg
             assert "#e69f00" in svg
 
     def test_the_map_is_white_at_zero_in_both_signs(self) -> None:
         figure = damage_map(np.array([[2.0, -1.0, np.nan]]), ["v0"], ["a", "b", "c"], {"a": "#0072B2"})
-        image = figure.axes[0].images[0]
+        image = figure.axes[0].collections[0]
         assert image.norm(0.0) == 0.5
         assert image.get_clim() == (-2.0, 2.0)
         assert [t.get_text() for t in figure.axes[0].texts] == ["2.00", "−1.00", "–"]
@@ -763,9 +793,10 @@ class TestSmoke:
         run, text = page
         summary = json.loads((run / "summary.json").read_text())
         skills = {skill for r in summary["analyses"]["hessian"]["damage"] for skill in r["groups"]}
-        shown = [row for skill in skills for row in rows_of(text, skill) if len(row) == 7]
+        shown = [row for skill in skills for row in rows_of(text, skill) if len(row) == 8]
+        shown = [row for row in shown if " v" in row[1]]
         assert len(shown) >= 4
-        for skill, _, place, damage, of_headroom, *_ in shown:
+        for skill, place, damage, of_headroom, *_ in shown:
             basis, _, vector = place.partition(" v")
             row = next(
                 r

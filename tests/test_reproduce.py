@@ -11,7 +11,6 @@ from sklearn.metrics import adjusted_rand_score
 from experiments.config import load_config
 from experiments.run.run import open_run
 from experiments.run.stages.training import trained_series
-from experiments.study.carry import GroupDamage, counted_places, group_damage
 from experiments.study.measured import on_select
 from experiments.study.multiverse import (
     FACTORS,
@@ -23,6 +22,7 @@ from experiments.study.multiverse import (
     thinned,
 )
 from experiments.study.reproduce import seed
+from experiments.study.reproduce.carry import GroupDamage, counted_places, group_damage
 from experiments.study.reproduce.claims import CLAIMS, Claim, judge_claim, judge_claims
 from experiments.study.reproduce.measure import ReproductionSettings, measure_bases
 from experiments.study.reproduce.rows import (

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from polca_edit import heads
+from polca_edit.derivatives.heads import cross_entropy, output_layer
 from polca_edit.derivatives.objective import Objective
-from polca_edit.heads import cross_entropy, output_layer
 from polca_edit.parameters import ParameterSpace
 from polca_edit.tokens import TokenSet, next_token_loss
 from tests import tiny_models as tiny

@@ -61,9 +61,10 @@ def run_signatures(run: Run, stage: str) -> None:
     path = signatures_file(run, name)
     settings = signature_settings(run)
     rows = cluster_file(run.directory.path, name)
+    # Before the stage, with a split of its own: what a stopped stage finds done must not change its count.
+    windows = window_record(run, evaluated(run, run.task.splits.select, window), window)
     with run.directory.stage(stage, run.key(stage), [path, rows], run.objective.passes):
         split = evaluated(run, run.task.splits.select, window)
-        windows = window_record(run, split, window)
         alone = plain.split("+")
         signed = _joined(run, alone, window) if len(alone) > 1 else _drawn(run, split, plain, settings)
         signed = replace(signed, windows=windows.changes.double().numpy(), spans=windows.spans)

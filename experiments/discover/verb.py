@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from experiments.application import console, json_result, say, then
-from experiments.verbs.options import Bases, Directory, DryRun, Groups, Json, Nulls, Unseen, Window, Workers
+from experiments.verbs.options import (
+    Bases,
+    Directory,
+    DryRun,
+    Groups,
+    Json,
+    Nulls,
+    Unseen,
+    Window,
+    Workers,
+    finite,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -61,7 +72,8 @@ def axis(
     basis: Bases = None,
     rank: Annotated[int, typer.Option(min=1, help="Axes, each orthogonal to those before it.")] = 1,
     limit: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Share that another group may lose at most.")
+        float | None,
+        typer.Option(min=0.0, max=1.0, callback=finite, help="Share that another group may lose at most."),
     ] = None,
     refine: Annotated[int, typer.Option(min=0, help="Steps on the true losses.")] = 60,
     unseen: Unseen = None,

@@ -76,7 +76,9 @@ class Validation:
 
 
 def validate(
-    case: Annotated[list[str] | None, typer.Option(help=f"Case: {', '.join(CASES)}; repeat.")] = None,
+    case: Annotated[
+        list[str] | None, typer.Option(help="Case by name; repeat. A wrong name lists them.")
+    ] = None,
     seeds: Annotated[int, typer.Option(help="Runs of every case and twin.", min=1)] = 1,
     basis: Annotated[
         list[str] | None, typer.Option(help="Basis beside the declared stretches; repeat; 'none' for none.")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from experiments.application import json_result, say, then
 from experiments.removal.stored import Applied, Survival, parameter_names, read_back
-from experiments.verbs.options import DryRun, Json
+from experiments.verbs.options import DryRun, Json, finite
 from interventions.edit_files import EditFile, load_edit, save_adapter
 from interventions.edits import weights_fingerprint
 from interventions.lora import Adapter, low_rank
@@ -279,7 +279,8 @@ def apply(
     model: Annotated[Path, typer.Argument(help="Hugging Face folder, safetensors file or torch state dict.")],
     out: Annotated[Path, typer.Option(help="New folder for the edited (or restored) model.")],
     dose: Annotated[
-        float, typer.Option(min=-100.0, max=100.0, help="Multiple of the edit; 0 changes nothing.")
+        float,
+        typer.Option(min=-100.0, max=100.0, callback=finite, help="Multiple of the edit; 0 changes nothing."),
     ] = 1.0,
     undo: Annotated[
         bool, typer.Option("--undo", help="Restore the model that 'apply' wrote, byte for byte.")

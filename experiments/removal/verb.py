@@ -29,7 +29,7 @@ from experiments.run.run import Run, load_run
 from experiments.run.run_record import open_evaluate
 from experiments.verbs.groups import with_groups
 from experiments.verbs.guard import existing
-from experiments.verbs.options import DryRun, Groups, Json
+from experiments.verbs.options import DryRun, Groups, Json, bound
 from experiments.verbs.targets import cluster_groups, edit_span, fit_stream, skill_groups
 from interventions.damage import EvaluatedSplit
 from interventions.edit_files import save_edit
@@ -176,16 +176,9 @@ def remove(
     repair: Annotated[int, typer.Option(min=0, help="Training steps without the skill after undoing.")] = 60,
     relearn: Annotated[int, typer.Option(min=0, help="Steps of an attack that is measured.")] = 0,
     lora: Annotated[int | None, typer.Option(min=1, help="Measure the edit's part of this rank.")] = None,
-    target: Annotated[
-        float | None,
-        typer.Option(min=0.0, max=1.0, help="Damage wanted, share of headroom (.99; undoing .9)."),
-    ] = None,
-    off: Annotated[
-        float | None, typer.Option(min=0.0, help="Damage allowed to any other group (.005; undoing .02).")
-    ] = None,
-    kl: Annotated[
-        float | None, typer.Option(min=0.0, help="KL to the original allowed, nats (.05; undoing 1).")
-    ] = None,
+    target: Annotated[float | None, bound("Damage wanted, share of headroom (.99; undoing .9).", 1)] = None,
+    off: Annotated[float | None, bound("Damage allowed to any other group (.005; undoing .02).")] = None,
+    kl: Annotated[float | None, bound("KL to the original allowed, nats (.05; undoing 1).")] = None,
     groups: Groups = None,
     out: Annotated[Path | None, typer.Option(help="Edit file (default RUN/edits/NAME).")] = None,
     dry_run: DryRun = False,

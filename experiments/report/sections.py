@@ -5,7 +5,7 @@ A section is a title over blocks; a block is anything with ``__html__``: words, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,11 +114,13 @@ def causal_section(summary: Summary) -> Section | None:
 # -- which chapters a run has ---------------------------------------------------------------------
 
 
-def sections_of(directory: RunDirectory, summary: Summary) -> Iterator[Section]:
+def sections_of(
+    directory: RunDirectory, summary: Summary, hues: Mapping[str, str] | None = None
+) -> Iterator[Section]:
     """Every added chapter that the run has records for."""
+    if (discovery := discovery_section(directory, hues)) is not None:
+        yield discovery
     if (causal := causal_section(summary)) is not None:
         yield causal
-    if (discovery := discovery_section(directory)) is not None:
-        yield discovery
     if (removals := removal_section(directory)) is not None:
         yield removals

@@ -6,13 +6,15 @@ figure of ours is drawn, so the caller's backend and settings stay as they are.
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import io
+import json
 import re
-from collections.abc import Iterator, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from experiments.report.figure_data import PanelData, csv_of, figure_data
+from polca_edit.artifacts import to_plain
 from polca_edit.checkpoints.files import write_atomically
 
 #: Okabe and Ito's colours and a few beside them: apart also for colour-blind readers. Skills only.
@@ -41,6 +45,8 @@ LIGHT = {"--ink": "#222222", "--soft": "#6b6b6b", "--pale": "#d9d9d9", "--paper"
 DARK = {"--ink": "#e6e6e6", "--soft": "#a0a0a0", "--pale": "#4a4d52", "--paper": "#16181b"}
 #: Inches of a figure as wide as the page; letters have one size in all figures.
 WIDTH = 11.0
+#: Inches of a figure that stands beside another, and on a phone's screen.
+PAIRED = 4.8
 #: Dots per inch of a PNG.
 DOTS = 150
 STYLE: Any = {
@@ -63,8 +69,10 @@ STYLE: Any = {
     "figure.facecolor": "none",
     "figure.titlesize": 10.5,
     "svg.hashsalt": "polca-edit",
-    "svg.fonttype": "path",
+    "svg.fonttype": "none",
 }
+#: Letters of figures: where the first is missing, one as wide.
+FONTS = "'DejaVu Sans', Verdana, Geneva, sans-serif"
 #: File names stay below this many characters.
 LONGEST_NAME = 60
 
@@ -136,6 +144,11 @@ def shared_legend(figure: Figure, axes: Sequence[Axes], columns: int) -> None:
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns)
 
 
+def wrapped(text: str, width: int = 36) -> str:
+    """A title over several lines; words are never cut."""
+    return textwrap.fill(text, width, break_long_words=False)
+
+
 def colours(names: Sequence[str]) -> dict[str, str]:
     """A colour per name, repeated after ten."""
     return {name: CYCLE[index % len(CYCLE)] for index, name in enumerate(names)}
@@ -185,22 +198,41 @@ class Drawing:
         return file_name(self.title)
 
     def __html__(self) -> str:
-        """The figure for the page, with its caption; wide ones scroll on narrow screens."""
+        """The figure for the page: real letters, its numbers beside it; wide ones scroll on narrow screens.
+
+        The picture takes the page's colours, and its numbers lie next to it for hovering and for CSV.
+        """
         inches = float(self.figure.get_figwidth())
         width = f"width:{100 * min(inches / WIDTH, 1.0):.0f}%;min-width:{min(52 * inches, 572):.0f}px"
+        numbers = json.dumps([to_plain(panel) for panel in self.data], separators=(",", ":"))
+        numbers = numbers.replace("</", "<\\/")
         return (
-            f'<figure><div class="scroll"><img src="{self.svg_uri()}" alt="{escape(self.caption)}" '
-            f'style="{width}"></div><figcaption>{escape(self.caption)} '
-            f'<span class="file">figures/{self.name}.png</span></figcaption></figure>'
+            f'<figure class="plot" id="fig-{self.name}" data-name="{self.name}"><div class="scroll">'
+            f'<div class="canvas" style="{width}">{inlined(self.svg, self.name, self.caption)}</div></div>'
+            f"<figcaption>{escape(self.caption)}</figcaption>"
+            f'<script type="application/json">{numbers}</script></figure>'
         )
 
-    def svg_uri(self) -> Markup:
-        """The drawing as a data URI that follows the reader's light or dark theme."""
+    @cached_property
+    def svg(self) -> str:
+        """The drawing as an SVG file that follows the reader's light or dark theme."""
         buffer = io.BytesIO()
         with self._laid_out("none"):
             FigureCanvasSVG(self.figure).print_svg(buffer, metadata={"Date": None})  # type: ignore[no-untyped-call]
-        text = themed(buffer.getvalue().decode())
-        return Markup("data:image/svg+xml;base64," + base64.b64encode(text.encode()).decode())
+        return themed(buffer.getvalue().decode())
+
+    @cached_property
+    def data(self) -> tuple[PanelData, ...]:
+        """The numbers it shows, with their places on the laid out drawing."""
+        _ = self.svg
+        return figure_data(self.figure)
+
+    def write(self, folder: Path) -> tuple[Path, Path]:
+        """The drawing as ``NAME.svg`` and its numbers as ``NAME.csv``."""
+        contents = {".svg": self.svg, ".csv": csv_of(self.data)}
+        for ending, text in contents.items():
+            write_atomically(folder / f"{self.name}{ending}", _writer(text))
+        return folder / f"{self.name}.svg", folder / f"{self.name}.csv"
 
     def png(self) -> bytes:
         """The drawing as PNG on white."""
@@ -224,11 +256,27 @@ class Drawing:
         self.figure.set_layout_engine("none")
 
 
+def _writer(text: str) -> Callable[[Path], object]:
+    return lambda part: part.write_text(text, encoding="utf-8")
+
+
 def themed(svg: str) -> str:
     """An SVG whose letters, lines and paper take the colours of the reader's theme."""
     for colour, variable in THEMED.items():
         svg = svg.replace(f": {colour}", f": var({variable})")
+    svg = svg.replace("'DejaVu Sans'", FONTS)
     return re.sub(r"(<svg [^>]*>)", rf"\1<style>{theme_css()}</style>", svg, count=1)
+
+
+def inlined(svg: str, name: str, told: str) -> Markup:
+    """An SVG as part of a page: the page's colours, names of its own, described in words."""
+    body = svg[svg.index("<svg ") :]
+    body = re.sub(r"<style>:root.*?</style>|<metadata>.*?</metadata>|<!--.*?-->", "", body, flags=re.DOTALL)
+    for old, new in (('id="', f'id="{name}-'), ('href="#', f'href="#{name}-'), ("url(#", f"url(#{name}-")):
+        body = body.replace(old, new)
+    head, _, rest = body.partition(">")
+    head = re.sub(r'\s(width|height|version|xmlns(:\w+)?)="[^"]*"', "", head)
+    return Markup('{} role="img" aria-label="{}">{}').format(Markup(head), told, Markup(rest))
 
 
 def theme_css() -> str:

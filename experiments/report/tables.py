@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import rich.table
 from markupsafe import Markup, escape
+from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
+from rich.padding import Padding
 from rich.text import Text
 
-#: From this shade on letters are white.
-DEEP = 0.55
+#: Opacity of the strongest shade: the page's letters keep a contrast of 4.5 on it in both themes.
+FULL = 0.58
 
 
 @dataclass(frozen=True)
@@ -86,20 +90,9 @@ class Table:
             f"<tbody>{body}</tbody>{total}</table></div>"
         )
 
-    def terminal(self) -> rich.table.Table:
-        """The table for a console; long words wrap and are never cut."""
-        made = rich.table.Table(title=self.title or None, title_justify="left", show_footer=bool(self.total))
-        for index, column in enumerate(self.columns):
-            footer = _plain(self.total[index]) if self.total else ""
-            made.add_column(
-                Text(column.heading),
-                footer=Text(footer),
-                justify="left" if column.left else "right",
-                overflow="fold",
-            )
-        for row in self.rows:
-            made.add_row(*(Text(_plain(cell)) for cell in row))
-        return made
+    def terminal(self) -> Terminal:
+        """The table for a console; one that is too wide is written row by row, and nothing is cut."""
+        return Terminal(self)
 
     def markdown(self) -> str:
         """The table for a document."""
@@ -113,6 +106,58 @@ class Table:
     def _html_row(self, row: Sequence[Cell]) -> str:
         cells = "".join(_html_cell(cell, column) for cell, column in zip(row, self.columns, strict=True))
         return f"<tr>{cells}</tr>"
+
+
+@dataclass(frozen=True)
+class Terminal:
+    """A table as a console shows it: a grid where that fits, else one line for each value of a row."""
+
+    table: Table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for edges in (box.HEAVY_HEAD, box.SIMPLE_HEAD):
+            grid = self.grid(edges)
+            if Measurement.get(console, options.update(width=1000), grid).maximum <= options.max_width:
+                yield grid
+                return
+        yield from self.records()
+
+    def grid(self, edges: box.Box = box.HEAVY_HEAD) -> rich.table.Table:
+        """Rows and columns; long words wrap."""
+        given, narrow = self.table, edges is not box.HEAVY_HEAD
+        made = rich.table.Table(
+            title=given.title or None,
+            title_justify="left",
+            show_footer=bool(given.total),
+            box=edges,
+            padding=(0, 0) if narrow else (0, 1),
+            pad_edge=not narrow,
+        )
+        for index, column in enumerate(given.columns):
+            footer = _plain(given.total[index]) if given.total else ""
+            made.add_column(
+                Text(column.heading),
+                footer=Text(footer),
+                justify="left" if column.left else "right",
+                overflow="fold",
+            )
+        for row in given.rows:
+            made.add_row(*(Text(_plain(cell)) for cell in row))
+        return made
+
+    def records(self) -> Iterator[Text | Padding]:
+        """Each row under its own words, a value a line."""
+        given = self.table
+        if given.title:
+            yield Text(given.title, style="italic")
+        width = max((len(column.heading) for column in given.columns), default=0)
+        heads = next((i for i, column in enumerate(given.columns) if not column.left), 1) or 1
+        for row in (*given.rows, *([given.total] if given.total else [])):
+            yield Text(" ".join(_plain(cell) for cell in row[:heads]), style="bold")
+            for column, cell in zip(given.columns[heads:], row[heads:], strict=True):
+                if _plain(cell).strip():
+                    line = Text(f"{column.heading:<{width}}  {_plain(cell)}")
+                    yield Padding(line, (0, 0, 0, 2))
 
 
 def table(
@@ -151,8 +196,6 @@ def _html_cell(cell: Cell, column: Column) -> str:
         dot = f'<span class="dot" style="background:{cell.colour}"></span>'
         text = Markup(f'<span class="joined">{dot}{first}</span>{space}{rest}')
     shade = _shade(cell.shade)
-    if cell.shade is not None and abs(cell.shade) > DEEP:
-        look += " deep"
     classes = f' class="{escape(look.strip())}"' if look else ""
     label = f' data-label="{escape(column.heading)}"'
     return f"<td{classes}{label}{sort}{shade}{_note(cell.note)}>{text}</td>"
@@ -163,7 +206,7 @@ def _shade(value: float | None) -> str:
     if value is None:
         return ""
     colour = "178,24,43" if value > 0 else "33,102,172"
-    return f' style="background:rgba({colour},{min(abs(value), 1.0):.2f})"'
+    return f' style="background:rgba({colour},{FULL * min(abs(value), 1.0):.2f})"'
 
 
 def _note(text: str) -> str:

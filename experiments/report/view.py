@@ -37,8 +37,6 @@ from polca_edit.clusters.breakthroughs import breakthrough_start, fitting_delta
 SMALL_HEADROOM = 0.05
 #: A cluster carries a skill's name from this F1 of homogeneity and recall on.
 NAMED_F1 = 0.5
-#: Letters of a cluster's title in figures.
-LONGEST_HEADING = 40
 
 
 @dataclass(frozen=True)
@@ -120,14 +118,21 @@ class ClusterView:
         return self.entry.label if self.f1 >= NAMED_F1 else None
 
     @property
-    def title(self) -> str:
-        """Its name, with the skill's where it may carry it."""
-        return self.name if self.skill is None else f"{self.name} {self.skill}"
+    def called(self) -> str:
+        """What its tokens are in words, where a description holds (F1 at least ``NAMED_F1``), never cut.
+
+        Records of earlier versions have no descriptions; there it is the skill's name, where it may carry it.
+        """
+        told = self.entry.name
+        if told.startswith("unnamed"):
+            most = told.partition(" (")[2]
+            return f"unnamed ({most}" if most else "unnamed"
+        return told or self.skill or "unnamed"
 
     @property
-    def heading(self) -> str:
-        """Its title for figures: rules found for texts are too long there, their name stays."""
-        return self.title if len(self.title) <= LONGEST_HEADING else self.name
+    def title(self) -> str:
+        """Its place and what it is called."""
+        return f"{self.name} {self.called}"
 
     @property
     def f1(self) -> float:

@@ -159,8 +159,8 @@ def stage_key(config: RunConfig, contents: str, stage: str) -> str:
         return key_of("signatures", bases, data_key(config, contents), own)
     if window_of(kind)[0] == "timeline":
         some, window = window_of(label or kind)
-        signed = signature_names(config, window, some.split("+") if label else None)
-        found = [upstream(f"signatures:{name}") for name in signed]
+        needed = signature_names(config, window, some.split("+") if label else None)
+        found = [upstream(f"signatures:{name}") for name in needed]
         return key_of("timeline", found, settings["discover"])
     every = [upstream(f"clusters:{basis.label}") for basis in config.bases]
     return key_of("evaluate", every, settings["damage"])

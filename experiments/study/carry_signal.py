@@ -23,10 +23,11 @@ from experiments.report.formats import decimal
 from experiments.report.tables import Column, Table, table
 from experiments.run.run import Run, open_run
 from experiments.run.stages.training import trained_series
-from experiments.study.carry import GroupDamage, eligible_clusters, group_damage
 from experiments.study.measured import OnSelect, Say, on_select, second_order
 from experiments.study.multiverse import thinned
+from experiments.study.reproduce.carry import GroupDamage, eligible_clusters, group_damage
 from experiments.study.results import publish, show
+from experiments.verbs.options import finite
 from interventions.damage import EvaluatedSplit
 from interventions.edits import project_out
 from polca_edit.allocation.allocate import Rule, allocate, explained_share
@@ -151,7 +152,9 @@ def carry_signal(
     preset: Annotated[str, typer.Option(help="demo, mini, paper or smoke.")] = "demo",
     seeds: Annotated[int, typer.Option(help="How many seeds.", min=1)] = 1,
     vectors: Annotated[int, typer.Option(help="Vectors of each basis.", min=2)] = 12,
-    min_share: Annotated[float, typer.Option(help="Smallest cluster, share of tokens.")] = 0.03,
+    min_share: Annotated[
+        float, typer.Option(min=1e-6, max=1.0, callback=finite, help="Smallest cluster, a share.")
+    ] = 0.03,
     json_: Annotated[
         Path | None, typer.Option("--json", help="Write all rows here, the table beside it.")
     ] = None,

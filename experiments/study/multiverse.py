@@ -13,7 +13,7 @@ from itertools import product
 import torch
 
 from experiments.report.figures.studies import Survival
-from experiments.study.carry import eligible_clusters
+from experiments.study.reproduce.carry import eligible_clusters
 from polca_edit.allocation.allocate import Projections, Rule, explained_share
 from polca_edit.clusters.density import ClusterSettings
 from polca_edit.observation import ObserveSettings, analyse

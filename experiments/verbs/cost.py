@@ -9,7 +9,18 @@ from typing import Annotated
 import typer
 
 from experiments.application import json_result, say, settings_from, then
-from experiments.verbs.options import Device, Engine, Json, Layers, Memory, Parameters, Seed, Set, Task
+from experiments.verbs.options import (
+    Device,
+    Engine,
+    Json,
+    Layers,
+    Memory,
+    Parameters,
+    Seed,
+    Set,
+    Task,
+    finite,
+)
 from experiments.verbs.pipeline import config_for
 from experiments.verbs.subsets import confined
 
@@ -23,7 +34,7 @@ def plan(
     parameters: Parameters = None,
     engine: Engine = None,
     budget_minutes: Annotated[
-        float | None, typer.Option(min=0.01, max=1e6, help="Find settings that fit this.")
+        float | None, typer.Option(min=0.01, max=1e6, callback=finite, help="Find settings that fit this.")
     ] = None,
     seed: Seed = None,
     device: Device = None,

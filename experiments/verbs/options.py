@@ -5,10 +5,28 @@ This module imports nothing heavy: ``--help`` reads it (:mod:`experiments.verbs.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+
+def finite(value: float | None) -> float | None:
+    """The value of a number option, which ranges alone do not keep from being NaN.
+
+    Raises:
+        typer.BadParameter: for NaN and infinity.
+    """
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"must be a finite number, got {value}; give another")
+    return value
+
+
+def bound(help_: str, most: float | None = None) -> Any:
+    """An option that takes a finite number from 0 on."""
+    return typer.Option(min=0.0, max=most, callback=finite, help=help_)
+
 
 Directory = Annotated[Path, typer.Argument(help="A run directory.")]
 Json = Annotated[

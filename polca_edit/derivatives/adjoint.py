@@ -29,7 +29,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from polca_edit.derivatives.contacts import Contact, Kind, contact_shares, kind_of
-from polca_edit.heads import SlotLoss, at_slots
+from polca_edit.derivatives.heads import SlotLoss, at_slots
 from polca_edit.parameters import ParameterSpace, call_with
 from polca_edit.tokens import TokenLossFunction
 

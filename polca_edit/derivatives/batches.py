@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from polca_edit.derivatives.heads import at_slots, takes_slots
 from polca_edit.derivatives.settled import require_slots
-from polca_edit.heads import at_slots, takes_slots
 from polca_edit.tokens import TokenLossFunction, TokenSet, scored_slots
 
 

@@ -8,22 +8,21 @@ from dataclasses import dataclass
 import numpy as np
 
 from experiments.report.answers import agreement_cells, count_cell, nats_cell, share_cell
+from experiments.report.chapters.grouping import TOKENS, Group, polca_group
 from experiments.report.figures import damage as figures_damage
 from experiments.report.figures import run as figures
 from experiments.report.figures.damage import DosePanel, cell_text, largest_of
-from experiments.report.formats import MISSING, decimal, highlighted, number, share
+from experiments.report.formats import MISSING, count, decimal, number, share
 from experiments.report.style import Drawing
 from experiments.report.tables import Cell, Column, Table, table
 from experiments.report.view import AnalysisView, ClusterView, Curves, RunView, exact_combinations
 from polca_edit.clusters.medoid import nearest_to_medoid
 
 MOST_CURVES = 8
-MOST_CLUSTERS = 24
+MOST_CLUSTERS = 40
 MOST_COLUMNS = 12
-MOST_CONTEXTS = 6
 MOST_DOSED_VECTORS = 4
 MOST_SKILLS = 16
-TOKENS_PER_CLUSTER = 10
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Chapter:
         transferred: the same on the evaluate split, by rules.
         on_skills: map of the damage of every vector on every skill, beside random directions.
         on_clusters: map of the damage of every vector on every listed cluster; None without clusters.
-        contexts: cluster title -> tokens nearest its medoid.
+        groups: the listed clusters with their tokens, for the chapter that opens them.
         drawings: figures by kind.
     """
 
@@ -49,7 +48,7 @@ class Chapter:
     transferred: Table
     on_skills: Table
     on_clusters: Table | None
-    contexts: Mapping[str, Table]
+    groups: tuple[Group, ...]
     drawings: Mapping[str, Drawing]
 
 
@@ -57,9 +56,9 @@ def chapter(view: RunView, analysis: AnalysisView, hues: Mapping[str, str]) -> C
     """Everything the template needs for one basis."""
     listed = analysis.clusters[:MOST_CLUSTERS]
     drawn = listed[:MOST_CURVES]
-    curves = view.curves(drawn)
-    starts = {c.name: float(own.starts.mean()) for c, own in zip(drawn, curves, strict=True)}
-    pairs = list(zip(drawn, curves, strict=True))[:MOST_CONTEXTS]
+    paths = view.curves(listed)
+    curves = paths[: len(drawn)]
+    starts = {c.name: float(own.starts.mean()) for c, own in zip(listed, paths, strict=True)}
     return Chapter(
         analysis,
         listed,
@@ -68,7 +67,7 @@ def chapter(view: RunView, analysis: AnalysisView, hues: Mapping[str, str]) -> C
         transferred_table(listed, hues),
         skills_map(view, analysis),
         clusters_map(analysis, listed[:MOST_COLUMNS]) if listed else None,
-        {cluster.title: contexts_table(view, analysis, cluster, own) for cluster, own in pairs},
+        tuple(_group(view, cluster, own) for cluster, own in zip(listed, paths, strict=True)),
         drawings(view, analysis, listed, curves, hues),
     )
 
@@ -121,8 +120,9 @@ def clusters_table(
 ) -> Table:
     """Clusters on the select split: agreement with skills, breakthrough, damage of their own vector."""
     columns: list[Column | str] = [
-        Column("cluster", left=True), "tokens", SKILL, "F1", "homogeneity", "recall",
-        "recall (clustered only)", "lift", "breakthrough", Column("hidden", left=True),
+        Column("cluster", left=True), Column("its tokens are", left=True), "tokens", SKILL, "F1",
+        "homogeneity", "recall", "recall (clustered only)", "lift", "breakthrough",
+        Column("hidden", left=True),
         "damage on its tokens", "on all others", "worst other cluster", "headroom",
     ]  # fmt: skip
     rows = []
@@ -135,6 +135,7 @@ def clusters_table(
         rows.append(
             [
                 Cell(c.name),
+                Cell(c.called, look="named soft" if c.called.startswith("unnamed") else "named"),
                 count_cell(c.entry.tokens),
                 skill_cell(c, hues),
                 Cell(decimal(c.f1 if c.entry.label else None), sort=c.f1),
@@ -213,7 +214,7 @@ def clusters_map(analysis: AnalysisView, columns: Sequence[ClusterView]) -> Tabl
             for value, part, cluster in zip(values, shares, columns, strict=True)
         ]
         rows.append([Cell(v.title, sort=v.vector), *cells])
-    return table([Column("vector", left=True), *(c.heading for c in columns)], rows)
+    return table([Column("vector", left=True), *(c.title for c in columns)], rows)
 
 
 def map_cell(value: float, part: float, largest: float, look: str = "") -> Cell:
@@ -224,18 +225,14 @@ def map_cell(value: float, part: float, largest: float, look: str = "") -> Cell:
     return Cell(cell_text(value), sort=float(value), look=look, note=note, shade=float(value) / largest)
 
 
-def contexts_table(view: RunView, analysis: AnalysisView, cluster: ClusterView, curves: Curves) -> Table:
-    """The tokens nearest the medoid of a cluster's projected trajectories."""
-    near = cluster.members.nonzero()[0][nearest_to_medoid(curves.projected, TOKENS_PER_CLUSTER)]
-    rows = [
-        [
-            Cell(highlighted(view.tokens["context"].iloc[row]), look="context"),
-            view.tokens["skills"].iloc[row].replace(",", ", ") or MISSING,
-            nats_cell(float(analysis.damage[cluster.vector, row])),
-        ]
-        for row in near
-    ]
-    return table([Column("context", left=True), Column("skills", left=True), "damage"], rows)
+def _group(view: RunView, cluster: ClusterView, curves: Curves) -> Group:
+    """A cluster with the tokens nearest the medoid of its projected trajectories."""
+    near = cluster.members.nonzero()[0][nearest_to_medoid(curves.projected, TOKENS)]
+    words = (
+        f"The {len(near)} of {count(cluster.entry.tokens)} tokens nearest the medoid of its trajectories; "
+        f"damage: loss change when vector {cluster.vector} is undone (nats)."
+    )
+    return polca_group(view, cluster, near.tolist(), words)
 
 
 # -- figures --------------------------------------------------------------------------------------

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from experiments.discover.records import (
-    AxesRecord,
     AxisRow,
-    ClusterFile,
     ClusterRow,
     DiscoverResult,
     FullAxis,
@@ -21,12 +19,13 @@ from experiments.discover.records import (
 from experiments.report.answers import share_cell
 from experiments.report.blocks import Block, Section, heading, note, paragraph
 from experiments.report.chapters.figures_discovery import (
-    AXIS_CAPTION,
+    AXES_CAPTION,
     TIMELINE_CAPTION,
-    axis_figure,
+    axes_figure,
     timeline_figure,
 )
-from experiments.report.formats import MISSING, decimal
+from experiments.report.formats import MISSING, decimal, listed
+from experiments.report.headline import full_axes
 from experiments.report.style import Drawing, colours
 from experiments.report.tables import Cell, Column, Table, table
 from experiments.report.view import NAMED_F1
@@ -38,62 +37,54 @@ if TYPE_CHECKING:
     # The study runs models; a page only reads what it found.
     from experiments.discover.blocking import BlockedStudy
 
-#: Axis figures are drawn for at most this many axes a span.
-MOST_FIGURES = 8
+#: Parts of the model in the map of where an axis acts.
+MOST_PARTS = 10
 
 
-def discovery_section(directory: RunDirectory) -> Section | None:
-    """What a run has of discovery; None where it has nothing."""
+def discovery_section(directory: RunDirectory, hues: Mapping[str, str] | None = None) -> Section | None:
+    """Timeline and skill axes of a run, with when and where; None where it has neither."""
     blocks: list[Block] = []
     path = timeline_file(directory.path)
     if path.exists():
-        blocks += _timeline_blocks(load_record(Timeline, path))
-    files = [
-        load_record(ClusterFile, p) for p in sorted((directory.path / "discover").glob("clusters-*.json"))
-    ]
-    if files:
-        blocks += _cluster_blocks(files)
+        blocks += _timeline_blocks(load_record(Timeline, path), hues)
     result = load_discovery(directory.path)
     if result is not None and result.axes:
-        blocks += _axis_blocks(directory, result)
-    return Section("Discovery", blocks) if blocks else None
+        blocks += _axis_blocks(directory, result, hues)
+    return Section("Skill axes: when and where", blocks) if blocks else None
 
 
-def _timeline_blocks(timeline: Timeline) -> list[Block]:
-    hues = colours(sorted(name for name in timeline.curves if not name.startswith("found ")))
-    held = [f"{d.skill} needs the window of {d.on}" for d in timeline.dependences if d.holds]
+def own_hues(names: Iterable[str], hues: Mapping[str, str] | None) -> Mapping[str, str]:
+    """The page's colours; where only this chapter is drawn, colours of the groups with a known skill."""
+    return hues if hues is not None else colours(sorted(n for n in names if not n.startswith("found ")))
+
+
+def _timeline_blocks(timeline: Timeline, hues: Mapping[str, str] | None) -> list[Block]:
+    needs: dict[str, list[str]] = {}
+    for d in timeline.dependences:
+        if d.holds and not (d.on + d.skill).count("found "):
+            needs.setdefault(d.on, []).append(d.skill)
+    held = [f"{on} by {listed(skills)}" for on, skills in needs.items()]
     found = None if timeline.alignment is None else timeline.alignment.estimate
     words = (
         f"Windows take what was learned in or after them: alignment {decimal(found, 3)}, "
         f"p = {decimal(timeline.p, 3)} among shuffled windows."
     )
+    figure = timeline_figure(timeline, own_hues(timeline.curves, hues))
     return [
         heading("Timeline: which stretch of training each skill needs"),
-        Drawing("causal timeline", TIMELINE_CAPTION, timeline_figure(timeline, hues)),
+        Drawing("causal timeline", TIMELINE_CAPTION, figure),
         paragraph(words),
-        *([paragraph("Order of dependence: " + "; ".join(held) + ".")] if held else []),
-    ]
-
-
-def _cluster_blocks(files: Sequence[ClusterFile]) -> list[Block]:
-    rows = [row for file in files for row in file.clusters]
-    words = "; ".join(
-        f"{file.basis}: {len(file.clusters)} clusters, {100 * file.outliers:.0f} % of tokens in none, "
-        f"{file.edits} edits, halves agree to {decimal(file.stability[-1][1])}"
-        for file in files
-    )
-    return [
-        heading("Tokens that are hurt together, found without labels"),
-        paragraph(
-            "Tokens grouped by what many random partial undo edits do to them; groups that the same "
-            "stretches of training carry are one cluster. Known skills came in afterwards."
+        *(
+            [paragraph("The window in which a skill was learned is needed: of " + "; of ".join(held) + ".")]
+            if held
+            else []
         ),
-        cluster_table(rows),
-        note(words + "."),
     ]
 
 
-def _axis_blocks(directory: RunDirectory, result: DiscoverResult) -> list[Block]:
+def _axis_blocks(
+    directory: RunDirectory, result: DiscoverResult, hues: Mapping[str, str] | None
+) -> list[Block]:
     blocks: list[Block] = [
         heading("Skill axes (found with the skill's tokens)"),
         paragraph(
@@ -101,27 +92,49 @@ def _axis_blocks(directory: RunDirectory, result: DiscoverResult) -> list[Block]
             "others; searched on select tokens, measured on unseen ones. The null is the same search for "
             "random token sets with a rule; the free edit may move anywhere and has the same norm."
         ),
-        axes_table(result.axes, _full(directory, result)),
+        axes_table(result.axes, full_axes(directory, result)),
     ]
-    drawn: dict[str, int] = {}
-    for (basis, target), full in _full(directory, result).items():
-        drawn[basis] = drawn.get(basis, 0) + 1
-        if drawn[basis] <= MOST_FIGURES:
-            title = f"axis {target} in {basis}"
-            blocks.append(
-                Drawing(title, AXIS_CAPTION.format(target=target, basis=basis), axis_figure(full.when))
-            )
+    if result.exploratory:
+        blocks.append(note("Another plan had opened these unseen tokens before: the axes are exploratory."))
+    by_span: dict[str, dict[str, FullAxis]] = {}
+    for (basis, target), full in full_axes(directory, result).items():
+        by_span.setdefault(basis, {})[target] = full
+    for basis, axes in by_span.items():
+        whens = {target: full.when for target, full in axes.items()}
+        shown = {name: when for name, when in whens.items() if not name.startswith("found ")}
+        figure = axes_figure(shown or whens, own_hues(shown or whens, hues))
+        blocks += [
+            heading(f"When and where the axes of the {basis} span act"),
+            Drawing(f"axes in {basis}", AXES_CAPTION.format(basis=basis), figure),
+            paragraph(
+                "When: share of the group lost if only that stretch's movement along its axis is undone."
+            ),
+            parts_table({name: when.windows for name, when in whens.items()}, hues or {}),
+            paragraph("Where: share of the effect that each part of the model holds, the largest parts."),
+            parts_table({name: when.parts for name, when in whens.items()}, hues or {}, MOST_PARTS),
+        ]
     return blocks
 
 
-def _full(directory: RunDirectory, result: DiscoverResult) -> dict[tuple[str, str], FullAxis]:
-    """(basis, target) -> axis, from the records the axes were measured into."""
-    found = {}
-    for basis in dict.fromkeys(row.basis for row in result.axes):
-        path = directory.path / "kept" / "discover" / f"axes-{basis}.safetensors"
-        if path.exists():
-            found.update({(basis, a.row.target): a for a in load_record(AxesRecord, path).axes})
-    return found
+def parts_table(
+    found: Mapping[str, Mapping[str, float]], hues: Mapping[str, str], most: int | None = None
+) -> Table:
+    """A shaded map of targets by windows or parts, those with the largest sum where there are too many."""
+    names = list(dict.fromkeys(name for own in found.values() for name in own))
+    if most is not None:
+        total = {name: sum(max(own.get(name, 0.0), 0.0) for own in found.values()) for name in names}
+        names = sorted(names, key=lambda name: -total[name])[:most]
+    rows = [
+        [
+            Cell(target, colour=hues.get(target), look="strong"),
+            *(
+                Cell(decimal(v), sort=v, shade=None if v is None else max(-1.0, min(v, 1.0)))
+                for v in (own.get(name) for name in names)
+            ),
+        ]
+        for target, own in found.items()
+    ]
+    return table([Column("target", left=True), *names], rows)
 
 
 def nearest(row: ClusterRow) -> str | None:

@@ -9,7 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from experiments.report.style import FIXED_INK, GREY, PALE, SLATE, WIDTH, new_figure, styled
+from experiments.report.formats import decimal
+from experiments.report.style import FIXED_INK, GREY, PALE, WIDTH, new_figure, styled
 from interventions.discovery.timeline import Timeline, WindowEffect
 from interventions.discovery.when_where import WhenWhere
 
@@ -19,10 +20,9 @@ TIMELINE_CAPTION = (
     "loses; it takes what was learned in the stretch and what builds on it. Small numbers: random movements "
     "of the same norm."
 )
-AXIS_CAPTION = (
-    "The axis of {target} in the {basis} span. Left: its coordinate over training beside the loss of the "
-    "group. Middle: share of the group lost when only one stretch's movement along the axis is undone. "
-    "Right: share of the effect in each part of the model."
+AXES_CAPTION = (
+    "When the axes of the {basis} span move: coordinate of the weights along each skill's axis over "
+    "training, as a share of its net movement (0 before, 1 at the end)."
 )
 
 
@@ -44,7 +44,7 @@ def timeline_figure(timeline: Timeline, hues: Mapping[str, str], kind: str = "eq
         style = "-" if name in hues else ":"
         above.plot(timeline.steps, timeline.curves[name], style, color=colour, linewidth=1.2, label=name)
     above.set_ylabel("loss (nats)")
-    above.legend(ncols=min(8, len(names)), loc="upper right")
+    figure.legend(*above.get_legend_handles_labels(), ncols=9, loc="outside upper center")
     _window_map(below, effects, names)
     below.set_xlabel("optimiser step of the stretch that is undone")
     return figure
@@ -62,11 +62,11 @@ def _window_map(axes: Axes, effects: Sequence[WindowEffect], names: Sequence[str
             middle = (effect.window.start + effect.window.end) / 2
             value = effect.shares[name]
             dark = "white" if value > 0.6 else FIXED_INK
-            axes.text(middle, row + 0.42, f"{value:.2f}", ha="center", va="center", fontsize=8, color=dark)
+            axes.text(middle, row + 0.42, decimal(value), ha="center", va="center", fontsize=8, color=dark)
             random = effect.random_shares.get(name)
             if random is not None:
                 axes.text(
-                    middle, row + 0.8, f"{random:.2f}", ha="center", va="center", fontsize=5.5, color=dark
+                    middle, row + 0.8, decimal(random), ha="center", va="center", fontsize=5.5, color=dark
                 )
     axes.set_yticks(np.arange(len(names)) + 0.5, names)
     axes.invert_yaxis()
@@ -74,26 +74,16 @@ def _window_map(axes: Axes, effects: Sequence[WindowEffect], names: Sequence[str
 
 
 @styled()
-def axis_figure(when: WhenWhere) -> Figure:
-    """One axis: coordinate and loss over training, windows along it, parts of the model."""
-    figure = new_figure(2.3, WIDTH)
-    left, middle, right = figure.subplots(1, 3, width_ratios=[1.4, 1.0, 1.0])
-    net = when.coordinate[-1] or 1.0
-    left.plot(when.steps, np.array(when.coordinate) / net, color=SLATE, linewidth=1.4)
-    left.set_ylabel("coordinate (share of net)", color=SLATE)
-    left.set_xlabel("optimiser step")
-    loss = left.twinx()
-    loss.plot(when.steps, when.losses, color=GREY, linewidth=1.0, linestyle="--")
-    loss.set_ylabel("loss (nats)")
-    loss.spines["right"].set_visible(True)
-    _bars(middle, list(when.windows), list(when.windows.values()), "share lost, stretch undone")
-    top = sorted(when.parts.items(), key=lambda item: -item[1])[:8]
-    _bars(right, [name for name, _ in top], [value for _, value in top], "share of the effect")
+def axes_figure(axes: Mapping[str, WhenWhere], hues: Mapping[str, str]) -> Figure:
+    """Coordinates along several axes over training; targets without a colour are grey."""
+    figure = new_figure(3.0, WIDTH)
+    plot = figure.subplots()
+    for name, when in axes.items():
+        net = when.coordinate[-1] or 1.0
+        path = np.array(when.coordinate) / net
+        plot.plot(when.steps, path, color=hues.get(name, GREY), linewidth=1.5, label=name)
+    plot.axhline(0, color=PALE, linewidth=0.8)
+    plot.axhline(1, color=PALE, linewidth=0.8)
+    plot.set(xlabel="optimiser step", ylabel="coordinate (share of net)")
+    figure.legend(loc="outside lower center", ncols=8)
     return figure
-
-
-def _bars(axes: Axes, names: Sequence[str], values: Sequence[float], label: str) -> None:
-    axes.barh(np.arange(len(names)), values, color=SLATE)
-    axes.set_yticks(np.arange(len(names)), names)
-    axes.invert_yaxis()
-    axes.set_xlabel(label)

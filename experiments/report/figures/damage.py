@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from experiments.report.formats import decimal, nats
 from experiments.report.style import (
     FIXED_INK,
     GREY,
     INK,
+    PAIRED,
     PALE,
     SLATE,
     WIDTH,
@@ -24,12 +25,15 @@ from experiments.report.style import (
     panels,
     shared_legend,
     styled,
+    wrapped,
 )
 from experiments.report.view import AnalysisView, ClusterView
 from experiments.run.summary.records import ControlRow
 
 #: Half the height of a dose panel at least, so that noise does not fill it.
 SMALLEST_SCALE = 0.1
+#: Cells that still have room for their number.
+MOST_NUMBERS = 400
 #: What random directions cost.
 BAND = "#a9a9a9"
 
@@ -55,25 +59,35 @@ VECTOR_DOSE_CAPTION = (
 def damage_map(
     values: np.ndarray, rows: Sequence[str], columns: Sequence[str], hues: Mapping[str, str]
 ) -> Figure:
-    """Signed map of (K, C) damage of vectors on groups of tokens, half a page wide."""
-    figure = new_figure(min(1.5 + 0.2 * len(rows), 12.0), WIDTH / 2)
+    """Signed map of (K, C) damage of vectors on groups of tokens, as wide as its columns need."""
+    width = max(PAIRED, 1.1 + 0.44 * len(columns))
+    figure = new_figure(min(1.2 + 0.19 * len(rows), 12.0), width)
     axes = figure.subplots()
     # The largest size sets the scale: both signs share it, so that white is always zero.
     largest = largest_of(values)
     shades = matplotlib.colormaps["RdBu_r"].with_extremes(bad=PALE)
     scale = Normalize(-largest, largest)
-    image = axes.imshow(np.ma.masked_invalid(values), cmap=shades, norm=scale, aspect="auto")
-    figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02, aspect=max(20.0, 1.2 * len(values)))
+    edges = [np.arange(count + 1) - 0.5 for count in (len(columns), len(rows))]
+    mesh = axes.pcolormesh(
+        *edges, np.ma.masked_invalid(values), cmap=shades, norm=scale, edgecolors=PALE, linewidth=0.4
+    )
+    axes.invert_yaxis()
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    if values.size <= 400:
+    if values.size <= MOST_NUMBERS:
         for (row, column), value in np.ndenumerate(values):
             ink = "white" if np.isfinite(value) and abs(value) > 0.6 * largest else FIXED_INK
             told = cell_text(value)
             axes.text(column, row, told, ha="center", va="center", fontsize=7.5, color=ink)
-    axes.set_xticks(range(len(columns)), columns, rotation=50, ha="right", rotation_mode="anchor")
-    for tick, name in zip(axes.get_xticklabels(), columns, strict=True):
-        tick.set_color(hues.get(name, INK))
+    else:
+        figure.colorbar(mesh, ax=axes, shrink=0.8, pad=0.02, aspect=max(20.0, 1.2 * len(values)))
+    axes.set_xticks(range(len(columns)), columns, rotation=50, ha="left", rotation_mode="anchor")
+    axes.xaxis.tick_top()
+    for place, name in enumerate(columns):
+        # Letters keep the page's ink, a bar over the column has the skill's colour.
+        bar = Rectangle((place - 0.46, -0.5), 0.92, -0.32, color=hues.get(name, PALE), clip_on=False, lw=0)
+        axes.add_patch(bar)
+    axes.tick_params(axis="x", pad=7)
     axes.set_yticks(range(len(rows)), rows)
     return figure
 
@@ -149,19 +163,19 @@ def _dose_panel(axes: Axes, panel: DosePanel) -> None:
         axes.text(0.03, 0.97, told, transform=axes.transAxes, va="top", color=GREY, fontsize=8)
     axes.set_ylim(bottom, top)
     axes.locator_params(nbins=5)
-    axes.set_title(textwrap.fill(panel.title, 34, break_long_words=False), fontsize=9)
+    axes.set_title(wrapped(panel.title), fontsize=8.5)
 
 
 def cluster_doses(view: ClusterView) -> DosePanel:
     """The dose curve of one cluster under its own vector."""
     row = view.at_one
-    lines = {
+    lines: dict[str, list[float | None]] = {
         "the cluster's tokens": [r.on_target for r in view.damage],
         "all other tokens": [r.off_target for r in view.damage],
     }
     hues = {"the cluster's tokens": SLATE, "all other tokens": GREY}
     room = None if row is None else row.headroom
-    return DosePanel(view.heading, [r.dose for r in view.damage], lines, hues, room, view.controls)
+    return with_zero(DosePanel(view.title, [r.dose for r in view.damage], lines, hues, room, view.controls))
 
 
 def vector_doses(
@@ -172,4 +186,19 @@ def vector_doses(
     lines: dict[str, list[float | None]] = {skill: [r.groups.get(skill) for r in rows] for skill in skills}
     lines["all tokens"] = [r.on_target for r in rows]
     controls = analysis.entry.random_controls(vector, None)
-    return DosePanel(title, [r.dose for r in rows], lines, hues, None, controls)
+    return with_zero(DosePanel(title, [r.dose for r in rows], lines, hues, None, controls))
+
+
+def with_zero(panel: DosePanel) -> DosePanel:
+    """The same with the dose that is known without measuring: nothing undone, nothing lost.
+
+    Example:
+        >>> panel = with_zero(DosePanel("v0", [-1.0, 1.0], {"10s": [0.5, 2.0]}, {}, None, []))
+        >>> panel.doses, panel.lines
+        ((-1.0, 0.0, 1.0), {'10s': [0.5, 0.0, 2.0]})
+    """
+    if 0.0 in panel.doses or not panel.doses:
+        return panel
+    order = np.argsort([*panel.doses, 0.0], kind="stable")
+    lines = {name: [[*values, 0.0][i] for i in order] for name, values in panel.lines.items()}
+    return replace(panel, doses=tuple([*panel.doses, 0.0][i] for i in order), lines=lines)

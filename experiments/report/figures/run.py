@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -14,6 +13,7 @@ from experiments.report.style import (
     CRIMSON,
     GREY,
     INK,
+    PAIRED,
     PALE,
     PAPER,
     SAND,
@@ -24,6 +24,7 @@ from experiments.report.style import (
     lighter,
     new_figure,
     styled,
+    wrapped,
 )
 from experiments.report.view import ClusterView, Curves
 from experiments.run.summary.records import BasisEntry, LossChange, LossParts
@@ -50,7 +51,7 @@ COMPOSITION_CAPTION = (
     "select split."
 )
 #: A pair of curves above one another.
-CURVE_PANEL = Panel(width=WIDTH / 4, height=3.5, left=0.8, right=0.06, below=0.5, above=0.35)
+CURVE_PANEL = Panel(width=WIDTH / 4, height=3.7, left=0.8, right=0.06, below=0.5, above=0.62)
 
 
 @styled()
@@ -58,7 +59,7 @@ def training_losses(
     steps: np.ndarray, losses: np.ndarray, groups: Mapping[str, np.ndarray], hues: Mapping[str, str], tau: int
 ) -> Figure:
     """Exact mean loss of every group of tokens (losses (T, M)) over training; flat after step tau."""
-    figure = new_figure(4.4, WIDTH / 2)
+    figure = new_figure(3.9, PAIRED)
     axes = figure.subplots()
     for name, mask in groups.items():
         axes.plot(steps, losses[:, mask].mean(1, dtype=np.float64), color=hues[name], label=name, lw=1.3)
@@ -73,6 +74,22 @@ def training_losses(
         va="top",
         ha="right" if late else "left",
     )
+    axes.set(xlabel="optimiser step", ylabel="exact loss (nats per token)", ylim=(0, None))
+    figure.legend(loc="outside lower center", ncols=3)
+    return figure
+
+
+@styled()
+def both_losses(
+    runs: Sequence[tuple[np.ndarray, Mapping[str, np.ndarray]]], names: Sequence[str], hues: Mapping[str, str]
+) -> Figure:
+    """Mean losses of two runs, (steps, group -> (T,) nats) each: the first solid, the second dashed."""
+    figure = new_figure(4.2)
+    axes = figure.subplots()
+    for (steps, groups), name, line in zip(runs, names, ("-", "--"), strict=True):
+        for group, path in groups.items():
+            hue, width = hues.get(group, INK), 1.3 if group in hues else 2.2
+            axes.plot(steps, path, line, color=hue, lw=width, label=f"{group}, {name}")
     axes.set(xlabel="optimiser step", ylabel="exact loss (nats per token)", ylim=(0, None))
     figure.legend(loc="outside lower center", ncols=4)
     return figure
@@ -109,7 +126,7 @@ def loss_change(
         told = "0 %" if told == "-0 %" else told.replace("-", "−")
         left.text(x, highest + 0.25 * room, told, ha="center", color=SLATE, fontweight="bold")
     left.text(-0.5, highest + 1.05 * room, "explained share", color=SLATE, fontsize=8.5)
-    names = [textwrap.fill(group, 12, break_long_words=False) for group in groups]
+    names = [wrapped(group, 12) for group in groups]
     left.set_xticks(place, names, rotation=0 if len(groups) <= 9 else 60)
     for tick, group in zip(left.get_xticklabels(), groups, strict=True):
         tick.set_color(hues.get(group, INK))
@@ -147,17 +164,18 @@ def cluster_curves(
 
 
 def _curve_pair(upper: Axes, lower: Axes, view: ClusterView, curves: Curves, tau: int, hue: str) -> None:
-    for axes, paths, colour in ((upper, curves.projected, hue), (lower, curves.exact, INK)):
+    pairs = ((upper, curves.projected, hue, "projected loss"), (lower, curves.exact, INK, "exact loss"))
+    for axes, paths, colour, label in pairs:
         low, high = np.percentile(paths, (10, 90), axis=0)
         axes.fill_between(curves.steps, low, high, color=colour, alpha=0.18, linewidth=0)
-        axes.plot(curves.steps, paths.mean(0), color=colour, linewidth=1.8)
+        axes.plot(curves.steps, paths.mean(0), color=colour, linewidth=1.8, label=label)
         axes.axvline(curves.starts.mean(), color=CRIMSON, linewidth=1.3)
         axes.axvline(tau, color=GREY, linestyle=":", linewidth=1.2)
     spread = np.percentile(curves.starts, (10, 90))
     upper.plot(
         spread, (0.02, 0.02), transform=upper.get_xaxis_transform(), color=CRIMSON, linewidth=3.5, alpha=0.7
     )
-    upper.set_title(cluster_heading(view), fontsize=9, color=hue if view.skill else INK)
+    upper.set_title(cluster_heading(view), fontsize=8, color=INK)
     lower.set_xlabel(f"step (start {curves.starts.mean():.0f})")
     upper.tick_params(labelbottom=False)
     lower.set(ylim=(0, None), xlim=upper.get_xlim())
@@ -167,9 +185,9 @@ def _curve_pair(upper: Axes, lower: Axes, view: ClusterView, curves: Curves, tau
 
 def cluster_heading(view: ClusterView) -> str:
     """Title and size, and how well it fits the skill it may carry."""
-    fit = "" if view.skill is None else f", F1 {decimal(view.f1)}"
-    told = f"{view.heading}: {count(view.entry.tokens)} tokens{fit}"
-    return textwrap.fill(told, 34, break_long_words=False)
+    fit = "" if view.skill is None or view.entry.name else f", F1 {decimal(view.f1)}"
+    told = f"{view.title}: {count(view.entry.tokens)} tokens{fit}"
+    return wrapped(told)
 
 
 @styled()

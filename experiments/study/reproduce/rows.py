@@ -13,7 +13,7 @@ from jaxtyping import Float
 from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
-from experiments.study.carry import CARRY, eligible_clusters
+from experiments.study.reproduce.carry import CARRY, eligible_clusters
 from polca_edit.allocation.allocate import Allocation, Projections, explained_share
 from polca_edit.clusters.agreement import SkillScores, score_cluster
 from polca_edit.clusters.breakthroughs import fitting_delta, flat_after, is_hidden

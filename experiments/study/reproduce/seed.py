@@ -13,8 +13,8 @@ from experiments.run.run import Run
 from experiments.run.run_record import open_evaluate
 from experiments.run.stages.rotated import fit_rotation
 from experiments.run.stages.training import trained_series
-from experiments.study.carry import CARRY
 from experiments.study.measured import Say, second_order
+from experiments.study.reproduce.carry import CARRY
 from experiments.study.reproduce.measure import Measured, ReproductionSettings, measure_bases, scoring_of
 from experiments.study.reproduce.rivals import (
     QuadratureRow,
