@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from polca_edit import heads
+from polca_edit.derivatives import heads
 from polca_edit.derivatives.heads import cross_entropy, output_layer
 from polca_edit.derivatives.objective import Objective
 from polca_edit.parameters import ParameterSpace
