@@ -119,8 +119,8 @@ class SmallTransformer(HookedRootModule):  # type: ignore[misc]
                 elif parameter.ndim == 2:
                     parameter.normal_(0.0, std, generator=generator)
 
-    def forward(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L V"]:
-        """Logits at every position."""
+    def forward(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B S V"]:
+        """Logits at every position, or at the slots that the caller gathers before the head."""
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.hook_embed(self.embed(tokens) + self.pos_embed(positions))
         for block in self.blocks:

@@ -193,7 +193,7 @@ def test_targets_of_one_size_share_null_sets_and_parts_of_a_digit_have_their_own
 def test_the_report_shows_discovery_from_records_alone(run, result):
     section = discovery_section(run.directory)
     page = "".join(block.__html__() for block in section.blocks)
-    for title in ("Timeline", "Tokens that are hurt together", "Skill axes"):
+    for title in ("Timeline", "Skill axes"):
         assert title in page
     assert {d.title for d in section.drawings} >= {"causal timeline", "axis 10s in hessian"}
     assert "carry@10s" in page

@@ -126,7 +126,8 @@ class RunConfig(Section):
             )
         for basis in self.bases:
             most = {"trajectory": count - 1, "hessian": count * basis.per_checkpoint}.get(basis.kind)
-            if most is not None and basis.vectors > most:
+            # A count that nobody asked for is cut to what there is.
+            if most is not None and "vectors" in basis.model_fields_set and basis.vectors > most:
                 raise ValueError(
                     f"basis '{basis.label}' can have at most {most} vectors from {count} checkpoints, got "
                     f"{basis.vectors}; ask for fewer, or lower training.record_every"

@@ -47,10 +47,10 @@ def discover(run: Run, settings: DiscoverSettings, *, workers: int = 1) -> Disco
         ValueError: for a basis the run does not have, or a run whose config leaves discovery out.
     """
     started = time.perf_counter()
+    run.require_bases(settings.bases)
     names = signature_names(run.config, settings.window, settings.bases)
     if not names:
         raise ValueError("discovery needs partial undo edits, the config has discover.edits=0; run with more")
-    run.require_bases(settings.bases)
     labels = settings.bases
     built = {"train", *(f"basis:{name}" for name in (*measured_labels(run.config, labels), *labels))}
     if any(spec.rotated for spec in run.config.bases if spec.label in labels):
