@@ -195,7 +195,7 @@ def test_the_report_shows_discovery_from_records_alone(run, result):
     page = "".join(block.__html__() for block in section.blocks)
     for title in ("Timeline", "Skill axes"):
         assert title in page
-    assert {d.title for d in section.drawings} >= {"causal timeline", "axis 10s in hessian"}
+    assert {d.title for d in section.drawings} >= {"causal timeline", "axes in hessian"}
     assert "carry@10s" in page
 
 

@@ -126,8 +126,9 @@ class RunConfig(Section):
             )
         for basis in self.bases:
             most = {"trajectory": count - 1, "hessian": count * basis.per_checkpoint}.get(basis.kind)
-            # A count that nobody asked for is cut to what there is.
-            if most is not None and "vectors" in basis.model_fields_set and basis.vectors > most:
+            # The default, which a stored config spells out, is cut to what there is.
+            asked = basis.vectors != type(basis).model_fields["vectors"].default
+            if most is not None and asked and basis.vectors > most:
                 raise ValueError(
                     f"basis '{basis.label}' can have at most {most} vectors from {count} checkpoints, got "
                     f"{basis.vectors}; ask for fewer, or lower training.record_every"
