@@ -49,10 +49,6 @@ def token_loss(module: nn.Module, inputs: Tensor) -> Tensor:
     return module(inputs)
 
 
-def strengths_loss(module: nn.Module, inputs: Tensor) -> Tensor:
-    return 0.5 * (module.theta[:SKILLS] - 3 * inputs) ** 2
-
-
 def world(
     coupled: bool = False, seed: int = 0, documents: int = 80
 ) -> tuple[EvaluatedSplit, dict[str, Tensor]]:
@@ -343,8 +339,7 @@ def test_attribution_stands_beside_the_damage_where_unseen_tokens_were_observed(
 def test_a_basis_is_compared_with_rotated_ones_on_the_same_tokens(monkeypatch) -> None:
     """Rotated by nothing at all, a basis must tie with itself, however few tokens the null has."""
     split, groups = world(documents=60)
-    loss = Objective(split.loss.module, strengths_loss, split.loss.space)
-    split = EvaluatedSplit(loss, split.series, split.tokens)
+    split.loss.token_loss = lambda module, inputs: 0.5 * (module.theta[:SKILLS] - 3 * inputs) ** 2
     tokens = replace(split.tokens, features={"slot": split.tokens.position_of.numpy().astype(str)})
     turn = torch.randn(8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     basis = unlabelled("turned", torch.linalg.qr(turn)[0] @ torch.eye(16, dtype=torch.float64)[:8])

@@ -76,7 +76,6 @@ class Objective:
     ) -> None:
         """See the attributes; ``space`` defaults to all trainable parameters."""
         self.module = module
-        self.token_loss = token_loss
         self.space = ParameterSpace.from_module(module) if space is None else space
         self.batch_size = batch_size
         self.route: Route = route
@@ -86,12 +85,22 @@ class Objective:
         self.route_used: Route | None = None
         self.curvature_route: Route | None = None
         self.streamed_batches = self.batch_bytes = 0
-        self._adjoint_note = ""
         self.passes = PassCount()
-        self._routes = Routes(route, compiled)
-        self._adjoint: AdjointRoute | None = None
-        self._settled = False
+        self.token_loss = token_loss
+
+    @property
+    def token_loss(self) -> TokenLossFunction:
+        """The loss of every prediction slot; another one may be assigned."""
+        return self._loss.token_loss
+
+    @token_loss.setter
+    def token_loss(self, token_loss: TokenLossFunction) -> None:
+        # Whatever was traced or checked was so for the former loss.
         self._loss = LossAtSlots(token_loss)
+        self._routes = Routes(self.route, self.compiled)
+        self._adjoint: AdjointRoute | None = None
+        self._adjoint_note = ""
+        self._settled = False
 
     @property
     def route_note(self) -> str:
