@@ -7,7 +7,6 @@ tensors. Both are written atomically, the JSON last: an edit without it is incom
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from interventions.edits import Edit
 from interventions.lora import Adapter
 from polca_edit.artifacts import checksum, from_plain, to_plain
-from polca_edit.checkpoints.files import write_json, write_tensors
+from polca_edit.checkpoints.files import finite_json, write_json, write_tensors
 from polca_edit.parameters import ParameterSpace
 
 SCHEMA = "polca-edit/edit/1"
@@ -143,8 +142,8 @@ def load_edit(path: Path) -> EditFile:
 
 def _description(path: Path) -> EditRecord:
     try:
-        values = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        values = finite_json(path.read_text())
+    except ValueError as error:
         raise ValueError(f"'{path}' must be JSON ({error}); make the edit again") from error
     found = values.get("schema") if isinstance(values, dict) else None
     if found != SCHEMA:

@@ -20,7 +20,7 @@ from cattrs.preconf.json import make_converter
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from polca_edit.checkpoints.files import require_digest, write_json, write_tensors
+from polca_edit.checkpoints.files import finite_json, require_digest, write_json, write_tensors
 
 Record = TypeVar("Record")
 
@@ -118,7 +118,7 @@ def load_record(kind: type[Record], path: Path) -> Record:
 def _values(kind: Any, metadata: dict[str, str], tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Field values of a record from the two halves of its file."""
     values: dict[str, Any] = {}
-    plain = json.loads(metadata["fields"])
+    plain = finite_json(metadata["fields"])
     hints = typing.get_type_hints(kind)
     for item in dataclasses.fields(kind):
         stored = plain.get(item.name)
@@ -134,7 +134,7 @@ def _values(kind: Any, metadata: dict[str, str], tensors: dict[str, Tensor]) -> 
 
 def _load_json(kind: type[Record], path: Path) -> Record:
     try:
-        record: Record = from_plain(kind, json.loads(path.read_text()))
+        record: Record = from_plain(kind, finite_json(path.read_text()))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"'{path}' must be a readable record ({error}); delete it and run that stage again"

@@ -115,14 +115,17 @@ def mutated(data: bytes, draw: random.Random) -> bytes:
     return bytes(found)
 
 
-def fuzzed(reader: Reader, seconds: float, seed: int = 0) -> Counter[str]:
-    """Outcomes of one reader on mutated files: ``read``, ``refused``, or the name of another error."""
+def fuzzed(reader: Reader, files: int | None = None, seconds: float = 3600, seed: int = 0) -> Counter[str]:
+    """Outcomes of one reader on mutated files: ``read``, ``refused``, or the name of another error.
+
+    Ends after so many files or so many seconds; a count gives the same files on every machine.
+    """
     draw, counts = random.Random(f"{seed} {reader.name}"), Counter[str]()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / reader.name
         path.parent.mkdir(parents=True, exist_ok=True)
         until = time.perf_counter() + seconds
-        while time.perf_counter() < until:
+        while time.perf_counter() < until and (files is None or sum(counts.values()) < files):
             data = mutated(reader.valid, draw)
             path.write_bytes(data)
             try:
@@ -142,7 +145,7 @@ def main(
     """Fuzz every reader for a while and print the counts."""
     total: Counter[str] = Counter()
     for reader in READERS:
-        counts = fuzzed(reader, seconds, seed)
+        counts = fuzzed(reader, seconds=seconds, seed=seed)
         total.update(counts)
         other = {name: n for name, n in counts.items() if name not in ("read", "refused")}
         print(f"{reader.name:<32} read {counts['read']:>6}  refused {counts['refused']:>6}  other {other}")

@@ -13,12 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from experiments.config import parse_window
+from experiments.config import load_config, parse_window
 from experiments.run.store import RunDirectory, StageRecord
 from experiments.tasks import OwnTask, own_task
 from interventions.edits import Edit
 from polca_edit.artifacts import from_plain, load_record, save_record, to_plain
-from polca_edit.checkpoints.files import digest_of, read_weights, write_tensors
+from polca_edit.checkpoints.files import SeriesFolder, digest_of, read_weights, write_tensors
+from polca_edit.checkpoints.huggingface import logged_rates
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.parameters import ParameterSpace
 from tests.fuzz_readers import READERS, Reader, fuzzed
@@ -143,6 +144,27 @@ def test_readers_give_a_value_or_a_sentence(reader: Reader) -> None:
         path.write_bytes(reader.valid)
         if reader.name not in ("r.safetensors", "e.json", "m/model.safetensors.index.json"):
             reader.read(path)
-    counts = fuzzed(reader, 0.15, seed=1)
+    counts = fuzzed(reader, files=300, seed=1)
     assert set(counts) <= {"read", "refused"}, counts
-    assert sum(counts.values()) > 0
+    assert sum(counts.values()) == 300
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "NaN", "Infinity"])
+def test_numbers_of_our_files_are_finite(tmp_path: Path, number: str) -> None:
+    (tmp_path / "series.json").write_text(f'{{"steps": [0, {number}]}}')
+    with pytest.raises(ValueError, match="must be a series index"):
+        SeriesFolder(tmp_path).read_index()
+    (tmp_path / "r.json").write_text(f'{{"stage": "x", "key": "k", "seconds": {number}, "files": {{}}}}')
+    with pytest.raises(ValueError, match="must be a readable record"):
+        load_record(StageRecord, tmp_path / "r.json")
+    (tmp_path / "trainer_state.json").write_text(
+        f'{{"log_history": [{{"step": {number}, "learning_rate": 0.1}}]}}'
+    )
+    assert logged_rates(tmp_path) == {}
+
+
+@pytest.mark.parametrize("text", ["1: 2\n", "task: arithmetic\n&training: {steps: 60}\n"])
+def test_keys_of_a_config_are_text(tmp_path: Path, text: str) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ValueError, match="Keys should be strings"):
+        load_config(tmp_path / "c.yaml")

@@ -239,7 +239,7 @@ def parse_config(values: dict[str, Any], name: str = "config") -> RunConfig:
         ValueError: as above, one sentence.
     """
     try:
-        return RunConfig(**values)
+        return RunConfig.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "config"

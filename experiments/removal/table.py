@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,7 +21,7 @@ from experiments.report.formats import share
 from experiments.report.tables import Column
 from experiments.report.tables import table as drawn
 from polca_edit.artifacts import from_plain, to_plain
-from polca_edit.checkpoints.files import write_atomically, write_json
+from polca_edit.checkpoints.files import finite_json, write_atomically, write_json
 
 
 def merged(results: Sequence[StudyResult]) -> StudyResult:
@@ -149,7 +148,7 @@ def removal_table(
     table: Annotated[Path | None, typer.Option("--markdown", help="Write the table here.")] = None,
 ) -> None:
     """Merge results of several seeds and print each method over seeds."""
-    result = merged([from_plain(StudyResult, json.loads(file.read_text())) for file in files])
+    result = merged([from_plain(StudyResult, finite_json(file.read_text())) for file in files])
     text = markdown(result.rows)
     if json_ is not None:
         write_json(json_, small(result))

@@ -87,7 +87,7 @@ def weight_files(path: Path | str) -> list[Path]:
 
 def _shards(index: Path) -> list[Path]:
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(finite_json(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise ValueError(
             f"'{index}' must be a shard index with a weight map ({error!r}); download again"
@@ -256,6 +256,13 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, lambda part: part.write_text(text))
 
 
+def finite_json(text: str) -> Any:
+    """A value from JSON; ``ValueError`` if it is none or holds ``NaN`` or ``1e999``."""
+    value = json.loads(text)
+    json.dumps(value, allow_nan=False)
+    return value
+
+
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of named tensors: names, types, shapes and bytes, in the order of the names."""
     digest = hashlib.sha256()
@@ -374,7 +381,7 @@ class SeriesFolder:
             ValueError: if it is damaged.
         """
         try:
-            values = json.loads(self.index.read_text())
+            values = finite_json(self.index.read_text())
             rates = values.get("learning_rates")
             return SeriesIndex(
                 tuple(int(step) for step in values["steps"]),

@@ -64,7 +64,7 @@ def logged_rates(folder: Path) -> dict[int, float]:
         state = json.loads((folder / "trainer_state.json").read_text())
         rows = [row for row in state["log_history"] if "learning_rate" in row]
         return {int(row["step"]): float(row["learning_rate"]) for row in rows}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return {}
 
 

@@ -8,7 +8,6 @@ methods share what they have in common.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
@@ -40,6 +39,7 @@ from experiments.run.run import Run, load_run, open_run
 from experiments.run.stages.training import trained_series
 from experiments.study.results import publish, show
 from polca_edit.artifacts import from_plain, key_of, load_record, to_plain
+from polca_edit.checkpoints.files import finite_json
 
 #: Raised when a method or a measure changes so that kept rows no longer stand.
 VERSION = 1
@@ -300,7 +300,7 @@ def read_rows(file: Path) -> list[Row]:
     Raises:
         ValueError: for another file.
     """
-    values = json.loads(file.read_text())
+    values = finite_json(file.read_text())
     if values.get("schema") != "polca-edit/removal-by-undoing/1":
         raise ValueError(f"'{file}' must be a result of polca-edit study removal, got {values.get('schema')}")
     rows: list[Row] = from_plain(list[Row], values["rows"])
