@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from experiments.application import json_result, say, then
+from experiments.application import json_result, say, then, would
 from experiments.config import parse_window
 from experiments.removal.undo.records import Removal, RemovalFile, RemovalPlan
 from experiments.removal.undo.remove import (
@@ -193,12 +193,14 @@ def remove(
     opened = with_groups(load_run(run), groups, say)
     logits_of(opened)
     rules = _rules(opened, skill or [], cluster)
+    opened.require_bases([basis] if basis is not None else [])
     how, batch = _how(opened, rules, options, chosen, basis)
     names = tuple(rule.skill for rule in rules)
     plan = _plan(opened, names, _limits(method, target, off, kl), chosen, how, options)
     path = out or run / "edits" / _file_name(names)
     if dry_run:
-        return say(f"{path}: would take out {', '.join(names)} by {method} ({budget}), judged on evaluate")
+        told_ = f"{path}: would take out {', '.join(names)} by {method} ({budget}), judged on evaluate"
+        return would(told_, json_)
     with existing(run):
         opening = open_evaluate(opened, plan, by="remove")
         edit, removals = removed(opened, rules, plan, how, batch)
@@ -243,7 +245,7 @@ def _rules(run: Run, skills: Sequence[str], cluster: str | None) -> list[GroupRu
         raise ValueError("give either --skill NAME or --cluster BASIS:VECTOR:CLUSTER")
     if cluster is not None:
         return [cluster_groups(run, cluster)]
-    return [skill_groups(run, name) for name in skills]
+    return [skill_groups(run, name) for name in dict.fromkeys(skills)]
 
 
 def _limits(method: str, target: float | None, off: float | None, kl: float | None) -> Limits:

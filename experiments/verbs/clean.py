@@ -43,6 +43,8 @@ def clean(
         for path, name in zip(found, names, strict=True):
             say(f"  {name:<44} {sizes[path] / 1e6:10.1f} MB")
     say(f"{directory}: {word} {megabytes:.1f} MB in {len(found)} files and folders")
+    if dry_run:
+        return
     then("run", directory / "config.yaml", "--out", directory) if checkpoints else then("inspect", directory)
 
 

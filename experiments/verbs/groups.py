@@ -60,7 +60,8 @@ def with_groups(run: Run, file: Path | str | None, say: Say = lambda _: None) ->
         say: told how well each rule finds its group on held-out sequences.
 
     Raises:
-        ValueError: for masks of another length, names that are labels already, or tokens without features.
+        ValueError: for masks of another length or without members, names that are labels already, or tokens
+            without features.
     """
     if file is None:
         return run
@@ -72,6 +73,12 @@ def with_groups(run: Run, file: Path | str | None, say: Say = lambda _: None) ->
             raise ValueError(
                 f"group '{name}' must have {select} values (select tokens) or {both} (select, then "
                 f"evaluate), got {len(mask)}; tokens.parquet lists the select tokens"
+            )
+        known = int(mask[:select].sum())
+        if not 0 < known < select:
+            raise ValueError(
+                f"group '{name}' of '{file}' must hold some of the {select} select tokens and not all, got "
+                f"{known}; mark those it is about"
             )
         if name in splits.select.skills:
             raise ValueError(f"group '{name}' is a label of this run already; give it another name")

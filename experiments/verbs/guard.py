@@ -8,7 +8,7 @@ none: its stages are checked one by one as they are resumed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +94,18 @@ def existing(path: Path) -> Iterator[None]:
         )
     with writing(path):
         yield
+
+
+def require_different(runs: Sequence[Path]) -> None:
+    """Whether every run of a study is another one.
+
+    Raises:
+        ValueError: for a directory that is given twice.
+    """
+    places = [run.resolve() for run in runs]
+    twice = next((run for run, place in zip(runs, places, strict=True) if places.count(place) > 1), None)
+    if twice is not None:
+        raise ValueError(f"runs of a study must be different ones, got '{twice}' twice; give it once")
 
 
 def unlisted(directory: RunDirectory) -> Iterator[Path]:

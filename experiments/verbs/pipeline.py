@@ -52,6 +52,23 @@ def config_for(config: str | None, task: str | None) -> str:
     )
 
 
+def require_used(config: RunConfig, text: str | None, address: str | None = None) -> None:
+    """Options that a config would not read are refused.
+
+    Raises:
+        ValueError: for a text where the task reads none, or a head node where nothing is sent to it.
+    """
+    from experiments.tasks import own_task
+
+    if text is not None and config.task != "text" and own_task(config.task) is None:
+        raise ValueError(
+            f"--text is for tasks that read one, task '{config.task}' does not, got '{text}'; leave it out, "
+            "or take preset english-demo"
+        )
+    if address is not None and config.engine != "ray":
+        raise ValueError(f"--address is for --engine ray, got engine '{config.engine}'; add --engine ray")
+
+
 def default_out(config: str, task: str | None = None, seed: int | None = None) -> Path:
     """``runs/NAME``, of the user's file where there is one; another seed has a directory of its own.
 
@@ -185,6 +202,7 @@ def run(
 
     A run that was stopped goes on where it was; finished stages are not repeated.
     """
+    from experiments.config import load_config
     from experiments.run.memory import parse_memory
 
     named = config_for(config, task)
@@ -200,6 +218,7 @@ def run(
         memory_gb=parse_memory(memory),
         engine_address=address,
     )
+    require_used(load_config(named, overrides), text, address)
     overrides = confined(named, overrides, layers, parameters)
     execute(named, out or default_out(named, task, seed), overrides, redo, dry_run, json_)
 
@@ -234,6 +253,11 @@ def open_overrides(
     from polca_edit.checkpoints.huggingface import base_of_adapter, is_adapter
     from polca_edit.checkpoints.survey import survey, whole_revisions
 
+    if (folder / "series.json").exists():
+        raise ValueError(
+            f"open reads checkpoints that transformers knows, '{folder}' is a recording of weights alone; "
+            f"give a config with the model: polca-edit run CONFIG --checkpoints {folder}"
+        )
     found = survey(folder, names=names, step_pattern=step_pattern)
     revisions = whole_revisions(found.revisions, skip_damaged=skip_damaged)
     last = revisions[-1].path

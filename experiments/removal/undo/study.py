@@ -38,6 +38,7 @@ from experiments.removal.undo.tables import study_tables
 from experiments.run.run import Run, load_run, open_run
 from experiments.run.stages.training import trained_series
 from experiments.study.results import publish, show
+from experiments.verbs.options import Result
 from polca_edit.artifacts import from_plain, key_of, load_record, to_plain
 from polca_edit.checkpoints.files import finite_json
 
@@ -238,7 +239,7 @@ def removal(
     kept: Annotated[bool, typer.Option("--kept", help="Only what was measured before.")] = False,
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 2,
     runs: Annotated[Path, typer.Option(help="Trained runs, PRESET-SEED.")] = Path("runs/removal"),
-    json_: Annotated[Path | None, typer.Option("--json", help="Result file; it grows row by row.")] = None,
+    json_: Result = None,
     figure: Annotated[Path | None, typer.Option(help="Picture of curves and frontier (.png).")] = None,
 ) -> None:
     """Take skills out in every way, repair all alike, and see how fast they come back.
