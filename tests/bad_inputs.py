@@ -111,7 +111,7 @@ TABLE: list[tuple[str, int, str]] = [
     ("test {run} --window 7:30 --unseen 0", 1, "recorded steps, 7 is not"),
     ("test {run} --draws 3", 1, "random_draws must be at least 19"),
     ("test {run} --rotations 2", 2, "Invalid value for '--rotations'"),
-    ("test {run} {run}", 1, "needs a folder of its own; pass --out"),
+    ("test {run} {gone}", 1, "needs a folder of its own; pass --out"),
     ("test {run} --groups {gone}", 1, "--groups must be a file"),
     ("test {run} --groups {short}", 1, "must have 200 values"),
     ("test {run} --groups {integers}", 1, "list of true and false, got int64"),

@@ -43,8 +43,12 @@ def test_help_is_light_fits_80_columns_and_ends_with_examples(
 @pytest.mark.parametrize("words", EVERY, ids=" ".join)
 def test_every_verb_has_json_and_shared_options_mean_the_same(words: tuple[str, ...]) -> None:
     given = {option: p for p in EVERY[words].command().params for option in p.opts}
-    assert "--json" in given
+    assert given["--json"].metavar == "FILE|-"
+    assert given["--json"].help.startswith("The result as JSON, to FILE")
     same = {"--basis": "Basis by name", "--dry-run": "Check everything", "--set": "Override a config key"}
+    same |= {"--redo": "Run a stage again", "--device": "cpu or cuda", "--seed": "Seed"}
+    if words != ("remove",):  # where a window may be undone instead, and repeats
+        same["--window"] = "Only the movement of these training steps"
     #: Where a basis is one span to look in, or may be none.
     other = words in {("validate",), ("remove",), ("study", "blocking")}
     for option, start in same.items():
@@ -97,6 +101,47 @@ def test_a_dry_run_says_what_is_kept_and_what_would_run_and_writes_nothing(smoke
     assert "train" not in todo
     (smoke_copy / "damage" / "hessian.json").touch()
     assert before.keys() == stamps(smoke_copy).keys()
+
+
+DRY = [
+    "run smoke --set threads=1 --out {run}",
+    "test {run} --unseen 0",
+    "discover {run} --unseen 0",
+    "axis {run} --target 10s --unseen 0",
+    "remove {run} --skill 10s",
+    "clean {run}",
+]
+
+
+@pytest.mark.parametrize("command", DRY)
+def test_a_dry_run_speaks_json_names_itself_as_next_and_writes_nothing(
+    smoke_copy: Path, command: str
+) -> None:
+    before = {name for name in stamps(smoke_copy) if not name.endswith(".lock")}
+    words = command.format(run=smoke_copy).split()
+    result = called(*words, "--dry-run", "--json", "-")
+    assert result.exit_code == 0, result.exception
+    told = json.loads(result.stdout)
+    assert {"dry_run", "would_run", "deleted"} & set(told)
+    assert result.stderr.rstrip().endswith(f"next: polca-edit {' '.join(words)}")
+    assert {name for name in stamps(smoke_copy) if not name.endswith(".lock")} == before
+
+
+@pytest.mark.parametrize("command", ["inspect {run} --json {there}", "demo --dry-run --json {there}"])
+def test_a_place_for_json_is_checked_before_the_work(smoke_run: Path, tmp_path: Path, command: str) -> None:
+    (tmp_path / "file.txt").write_text("mine")
+    for there, said in ((tmp_path, "is a folder"), (tmp_path / "file.txt" / "x.json", "is a file")):
+        result = called(*command.format(run=smoke_run, there=there).split())
+        assert said in explain(result.exception)
+        assert not (tmp_path / "runs").exists()
+
+
+def test_a_refused_value_is_named_with_what_to_do(smoke_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    for words, value in (("--rotations", "3"), ("--seed", "x"), ("--draws", "1e9")):
+        result = called("test", smoke_run, words, value)
+        assert result.exit_code == 2
+        assert f"got '{value}'; give another" in result.output
 
 
 def test_another_seed_is_refused_and_nothing_is_touched(smoke_copy: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -26,9 +27,10 @@ def clean(
     Config, plans, verdicts, summary, report and edits always stay. A stage whose files are gone is run
     again by the next ``polca-edit run`` with the same config; so is training, without its weights.
     """
-    from experiments.verbs.guard import existing
+    from experiments.verbs.guard import existing, require_run
 
-    with existing(directory):
+    require_run(directory)
+    with nullcontext() if dry_run else existing(directory):
         found = leftovers(directory)
         if checkpoints:
             found += sorted((directory / "checkpoints").glob("*.safetensors"))

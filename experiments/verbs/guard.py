@@ -88,12 +88,22 @@ def existing(path: Path) -> Iterator[None]:
     Raises:
         ValueError: also where there is no run.
     """
+    require_run(path)
+    with writing(path):
+        yield
+
+
+def require_run(path: Path) -> None:
+    """Whether there is a run.
+
+    Raises:
+        ValueError: where there is none, or its config was edited by hand.
+    """
     if not (path / "config.yaml").exists():
         raise ValueError(
             f"'{path}' must be a run directory with a config.yaml; give the --out of an earlier run"
         )
-    with writing(path):
-        yield
+    RunDirectory(path).require_config()
 
 
 def require_different(runs: Sequence[Path]) -> None:
