@@ -286,7 +286,8 @@ def in_words(found: Comparison) -> str:
     names = run_names(found)
     agree = [pair.skill for pair in found.skills if pair.agree in ("alone in both", "alone in neither")]
     differ = [pair.skill for pair in found.skills if pair.agree not in ("alone in both", "alone in neither")]
-    told = f"{names[0]} and {names[1]} differ in {len(found.settings)} settings."
+    count = len(found.settings)
+    told = f"{names[0]} and {names[1]} differ in {count} setting{'' if count == 1 else 's'}."
     if found.skills:
         told += f" They agree on {len(agree)} of {len(found.skills)} skills on whether one goes alone"
         told += f", not on {listed(differ)}." if differ else "."

@@ -281,7 +281,11 @@ def _told(made: Sequence[Line]) -> bool:
 
 def headline_words(made: Sequence[Line]) -> list[str]:
     """What was found, in two or three plain sentences."""
-    vectors = [line.skill for line in made if line.alone and line.kind != "axis"]
+    vectors = [
+        f"{line.skill} ({line.what}: {nats(line.damage, 2)} nats, worst other {line.worst})"
+        for line in made
+        if line.alone and line.kind != "axis"
+    ]
     axes = [line.skill for line in made if line.kind == "axis"]
     rest = [line.skill for line in made if not line.alone]
     told = [
