@@ -493,7 +493,10 @@ class TestAnswers:
     def test_the_first_screen_says_it(self, tmp_path, view, monkeypatch) -> None:
         monkeypatch.setattr("experiments.report.page.read_run", lambda _: view)
         text = words(write_report(view.directory, lambda _: None).read_text(encoding="utf-8"))
-        assert "1 of 3 skills can be taken away alone by undoing one recorded vector: 10s (hessian v0: +8.00" in text
+        assert (
+            "1 of 3 skills can be taken away alone by undoing one recorded vector: 10s (hessian v0: +8.00"
+            in text
+        )
         assert "No causal test was run here" in text
         assert (
             "Undoing hessian v0 costs 10s +8.00 nats (160 %), and no other skill loses more than 1s 0.00"
