@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from interventions.causal import bases
+from interventions.causal.bases import special_axes
 from interventions.causal.cost import causal_cost
 from interventions.causal.evidence import Evidence, Insertion, Other, leakage_draws
 from interventions.causal.nulls import SpanPool, total_share
 from interventions.causal.questions import judge, needed, only, pool, within
 from interventions.causal.settings import TestSettings
 from interventions.causal.statistics import Interval, Shares
-from interventions.causal.test import CausalTable, causal_test
+from interventions.causal.test import CausalTable, causal_test, open_bench
 from interventions.damage import EvaluatedSplit
 from polca_edit.basis.record import unlabelled
 from polca_edit.checkpoints.opening import open_checkpoints
@@ -439,3 +440,19 @@ def test_a_group_that_was_known_before_does_not_take_the_credit_of_an_insertion(
     [shared] = causal_test(both, [joint], QUICK, parents=names).rows
     assert shared.pooled.runs[0].insertion is not None
     assert shared.pooled.runs[0].insertion.beyond_others.estimate == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_turned_basis_shares_directions_of_its_span_and_keeps_its_own_axes() -> None:
+    split, groups = world()
+    turn = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(1)).double())[0]
+    axes = torch.eye(16, dtype=torch.float64)[:8]
+    members = {f"axis {k}": groups[f"skill{k}"].numpy() for k in range(SKILLS)}
+    bench = open_bench(split, pairs_of(), members, QUICK, groups)
+    straight = SpanPool(bench.nulls, axes, 24, 0)
+    straight.fill()
+    # The span's directions are the same; what is asked about are the turned axes, which mix the skills.
+    turned = replace(straight, axes=turn @ axes)
+    own, mixed = (special_axes(bench, pool, QUICK) for pool in (straight, turned))
+    assert (own.answer, own.statistic) == ("yes", pytest.approx(1.0))
+    assert mixed.answer != "yes"
+    assert mixed.statistic < 0.9

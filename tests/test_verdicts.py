@@ -132,3 +132,15 @@ def test_results_are_plain_json(tested) -> None:
     _, result = tested
     text = json.dumps(to_plain(result), allow_nan=False)
     assert {"rows", "bases"} <= set(json.loads(text))
+
+
+def test_a_test_with_other_settings_measures_nothing_twice(tested) -> None:
+    place, result = tested
+    run = load_run(place, say=lambda _: None)
+    blocks = sorted(run.directory.damage_matrix.iterdir())
+    assert blocks
+    before = [block.read_bytes() for block in blocks]
+    again = replace(ONE, test=replace(FEW, resamples=300))
+    other = run_study([place], again, say=lambda _: None)
+    assert [row.damage for row in other.rows] == [row.damage for row in result.rows]
+    assert [block.read_bytes() for block in sorted(run.directory.damage_matrix.iterdir())] == before
