@@ -26,7 +26,8 @@ check: $(VENV)/.installed
 	$(BIN)/mypy
 
 test: $(VENV)/.installed check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	@# what is imported is compiled once, not by every worker and every process that a test starts
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 clean:
 	rm -rf runs build *.egg-info
