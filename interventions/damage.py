@@ -16,7 +16,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from interventions.damage_matrix import DamageMatrix
 from interventions.edits import Edit, Movement
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.derivatives.objective import Objective
@@ -60,6 +59,16 @@ def named_groups(groups: Groups, count: int) -> dict[str, Bool[Tensor, " M"]]:
             )
         checked[name] = mask
     return checked
+
+
+@runtime_checkable
+class KeptLosses(Protocol):
+    """The damage matrix: rows of losses by edit and tokens, wherever they are kept."""
+
+    def row(
+        self, edit: Edit, tokens: TokenSet, compute: Callable[[], Float[Tensor, " M"]]
+    ) -> Float[Tensor, " M"]:
+        """Loss of every token under an edit, nats; ``compute`` measures one that is not known."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +146,7 @@ class EvaluatedSplit:
     tokens: TokenSet
     window: tuple[int, int] | None = None
     reference: int | None = None
-    matrix: DamageMatrix | None = None
+    matrix: KeptLosses | None = None
     _after: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -112,7 +112,11 @@ TABLE: list[tuple[str, int, str]] = [
     ("test {run} --unseen -5", 2, "Invalid value for '--unseen'"),
     ("test {run} --out {run}", 1, "is a run and keeps its own result"),
     ("test {run} --out {file}", 1, "is a file; choose another"),
-    ("test {run} --groups {nobody}", 1, "nobody|at least|must"),
+    (
+        "test {run} --groups {nobody}",
+        1,
+        "must hold some of the 200 select tokens and leave some out, it holds none",
+    ),
     ("discover {gone}", 1, "must be a run directory"),
     ("discover {run} --basis nope", 1, "--basis must be one of"),
     ("discover {run} --window 30:12", 1, "must end after it starts"),

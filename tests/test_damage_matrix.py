@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from experiments.verdicts.matrix import DamageMatrix
 from interventions.causal.test import causal_test
 from interventions.damage import EvaluatedSplit
-from interventions.damage_matrix import DamageMatrix
 from interventions.edits import Edit, project_out
 from polca_edit.artifacts import to_plain
 from tests.test_causal import QUICK, pairs_of, world

@@ -73,6 +73,12 @@ def with_groups(run: Run, file: Path | str | None, say: Say = lambda _: None) ->
                 f"group '{name}' must have {select} values (select tokens) or {both} (select, then "
                 f"evaluate), got {len(mask)}; tokens.parquet lists the select tokens"
             )
+        if not mask[:select].any() or mask[:select].all():
+            held = "none" if not mask[:select].any() else "every one"
+            raise ValueError(
+                f"group '{name}' must hold some of the {select} select tokens and leave some out, it holds "
+                f"{held}; correct its mask"
+            )
         if name in splits.select.skills:
             raise ValueError(f"group '{name}' is a label of this run already; give it another name")
     rules = {}

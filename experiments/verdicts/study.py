@@ -18,7 +18,9 @@ from experiments.run.run import Run, load_run
 from experiments.run.run_record import open_evaluate, plan_hash
 from experiments.verbs.groups import with_groups
 from experiments.verdicts.choose import Chosen, choose, parents_of, same_pairs, split_of, unseen_tokens
+from experiments.verdicts.matrix import DamageMatrix
 from experiments.verdicts.records import (
+    MISSED,
     SCHEMA,
     CausalResult,
     ControlRow,
@@ -33,7 +35,6 @@ from interventions.causal.control import positive_control
 from interventions.causal.cost import causal_cost
 from interventions.causal.settings import TestSettings
 from interventions.causal.test import Measured, judge_runs, measure_run
-from interventions.damage_matrix import DamageMatrix
 from polca_edit.artifacts import key_of, load_record, save_record, to_plain
 from polca_edit.basis.record import Basis
 from polca_edit.clusters.hypotheses import Unchosen
@@ -266,16 +267,15 @@ def measure_control(place: Path, settings: StudySettings) -> ControlRow | None:
         part, rest = (tokens.select(rows) for rows in torch.arange(tokens.sequences).tensor_split([cut]))
         basis = load_record(Basis, run.directory.basis(settings.bases[0]))
         assert run.task.plant is not None
-        found = positive_control(
-            run.objective,
-            run.checkpoints(),
-            basis,
-            (rest, run.task.splits.select, part),
-            run.task.plant,
-            replace(
-                settings.test, rotations=min(settings.test.rotations, 20), null_documents=40, transplants=0
-            ),
+        light = replace(
+            settings.test, rotations=min(settings.test.rotations, 20), null_documents=40, transplants=0
         )
+        given = (rest, run.task.splits.select, part)
+        try:
+            found = positive_control(run.objective, run.checkpoints(), basis, given, run.task.plant, light)
+        except ValueError as error:
+            # The model could not learn the rule, or its movement was not found: no reason to lose the table.
+            return ControlRow(run.config.seed, MISSED, MISSED, str(error), False)
         return ControlRow(
             run.config.seed, found.planted.word, found.twin.word, found.planted.sentence, found.passed
         )

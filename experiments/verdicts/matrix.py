@@ -42,8 +42,6 @@ class DamageMatrix:
         found: rows read back.
 
     Example:
-        >>> import tempfile, torch
-        >>> from polca_edit.tokens import TokenSet  # doctest: +SKIP
         >>> with DamageMatrix(Path("damage"), "model") as matrix:  # doctest: +SKIP
         ...     losses = matrix.row(edit, tokens, lambda: model_losses(edit, tokens))
     """
