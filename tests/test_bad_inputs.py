@@ -42,7 +42,7 @@ def test_bad_input_is_a_sentence(
 PLANNED = [
     (command.replace("run", "plan", 1), code, sentence)
     for command, code, sentence in TABLE
-    if re.match(r"run smoke --(set|task|device|seed) \S+$", command)
+    if re.match(r"run smoke --(set|task|device|seed) (\S+|'[^']*')$", command)
 ]
 
 

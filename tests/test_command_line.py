@@ -213,6 +213,11 @@ def test_clean_frees_leftovers_and_asks_before_weights(smoke_copy: Path) -> None
     assert called("clean", smoke_copy).exit_code == 0
     assert not (smoke_copy / "basis" / "hessian.parts").exists()
     assert list((smoke_copy / "checkpoints").glob("*.safetensors"))
+    matrix = smoke_copy / "damage" / "matrix"
+    matrix.mkdir(exist_ok=True)
+    (matrix / "block.safetensors").write_bytes(b"x")
+    assert called("clean", smoke_copy, "--damage").exit_code == 0
+    assert not list(matrix.iterdir())
     freed = called("clean", smoke_copy, "--checkpoints")
     assert "next: polca-edit run" in freed.output
     assert not list((smoke_copy / "checkpoints").glob("*.safetensors"))

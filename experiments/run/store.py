@@ -117,6 +117,11 @@ class RunDirectory:
         return self.path / "damage" / f"{name}.safetensors"
 
     @property
+    def damage_matrix(self) -> Path:
+        """Folder of the losses under every edit that a test has measured."""
+        return self.path / "damage" / "matrix"
+
+    @property
     def evaluated(self) -> Path:
         """The planned table on the evaluate split."""
         return self.path / "damage" / "evaluate.json"

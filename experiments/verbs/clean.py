@@ -19,6 +19,10 @@ def clean(
         bool,
         typer.Option("--checkpoints", help="Also recorded weights; only report and inspect still work then."),
     ] = False,
+    damage: Annotated[
+        bool,
+        typer.Option("--damage", help="Also the damage matrix; the next test measures it again."),
+    ] = False,
     dry_run: DryRun = False,
     json_: Json = None,
 ) -> None:
@@ -34,6 +38,8 @@ def clean(
         found = leftovers(directory)
         if checkpoints:
             found += sorted((directory / "checkpoints").glob("*.safetensors"))
+        if damage:
+            found += sorted((directory / "damage" / "matrix").glob("*.safetensors"))
         sizes = {path: size_of(path) for path in found}
         if not dry_run:
             for path in found:

@@ -180,6 +180,10 @@ class Untested:
     reason: str
 
 
+#: Word of a positive control that could not be planted or was not found; the sentence says why.
+MISSED = "missed"
+
+
 @dataclass(frozen=True)
 class ControlRow:
     """The planted rule and its twin with shuffled labels, put through the same test (one run)."""

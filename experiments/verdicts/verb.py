@@ -100,6 +100,7 @@ def _told(result: CausalResult) -> None:
     """A table with its sentences."""
     from experiments.report.chapters.verdicts import print_verdicts
     from experiments.run.summary.records import TestedFile
+    from experiments.verdicts.records import MISSED
     from polca_edit.artifacts import from_plain, to_plain
 
     shown = from_plain(TestedFile, to_plain(result))
@@ -108,5 +109,6 @@ def _told(result: CausalResult) -> None:
         say(
             f"  positive control, seed {control.seed}: planted rule {control.planted}, its twin with "
             f"shuffled labels {control.twin}: {'passed' if control.passed else 'FAILED'}"
+            + (f" ({control.sentence})" if control.planted == MISSED else "")
         )
     print_verdicts([(row.basis, row.entry()) for row in shown.rows], answers, console)
