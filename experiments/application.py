@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 import yaml
@@ -224,6 +224,17 @@ def single(function: Callable[..., Any], epilog: str | None = None) -> typer.Typ
     return made
 
 
+#: Exit code of a command that Ctrl-C stopped.
+STOPPED = 130
+
+
+def _stopped() -> NoReturn:
+    """Say how to go on after Ctrl-C."""
+    again = shlex.join(["polca-edit", *sys.argv[1:]])
+    typer.echo(f"polca-edit: stopped; finished stages are kept, go on with: {again}", err=True)
+    sys.exit(STOPPED)
+
+
 def run_application(command: Any) -> None:
     """Run a typer application or one command function: a user error ends with one sentence, not 0."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -237,9 +248,11 @@ def run_application(command: Any) -> None:
         typer.echo(f"polca-edit: {explain(error)}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        again = shlex.join(["polca-edit", *sys.argv[1:]])
-        typer.echo(f"polca-edit: stopped; finished stages are kept, go on with: {again}", err=True)
-        sys.exit(130)
+        _stopped()
+    except SystemExit as ended:
+        if ended.code == STOPPED:  # what typer makes of Ctrl-C
+            _stopped()
+        raise
     except Exception as error:  # of a library, which no sentence of ours foresaw
         if os.environ.get("POLCA_EDIT_TRACEBACK"):
             raise

@@ -152,6 +152,7 @@ TABLE: list[tuple[str, int, str]] = [
     # what another version of the command line took without a word
     ("run smoke --set =3", 1, "--set needs KEY=VALUE, got '=3'"),
     ("run smoke --set training.steps=[", 1, "--set needs a value as YAML has it"),
+    ("run smoke --set bases=[]", 1, "a run needs a basis, 'bases' is empty"),
     ("run smoke --layers 99 --out {new}", 1, "must match at least one parameter, got .*99"),
     ("run smoke --layers 5-3", 1, "--layers must be numbers or ranges"),
     ("run smoke --parameters nothing --out {new} --dry-run", 1, "must match at least one parameter"),
@@ -183,6 +184,8 @@ TABLE: list[tuple[str, int, str]] = [
     ("doctor {run}/checkpoints --base {gone}", 1, "--base must exist"),
     ("inspect {run} --json {empty}", 1, "--json must be a file or -"),
     ("inspect '[bold]x[/nothing]'", 1, "'.bold.x./nothing.' must hold a finished run"),
+    ("inspect {cut}", 1, "(cut|CUT)/tokens.parquet' must be a parquet file, it is not"),
+    ("report {none}", 1, "must hold the analysis of a basis, summary.json has none"),
     ("compare {run} {run}", 1, "compare needs two runs"),
     ("test {run} --seed 99999999999999999999", 2, "got '99999999999999999999'; give another"),
     ("test {run} --rotations 100000000", 2, "less than or equal to 10000, got '100000000'"),
@@ -234,7 +237,15 @@ TABLE: list[tuple[str, int, str]] = [
 
 
 #: Places of the table, as the page shows them.
-SHOWN = {"run": "RUN", "gone": "GONE", "empty": "EMPTY", "full": "FOLDER", "new": "NEW"}
+SHOWN = {
+    "run": "RUN",
+    "gone": "GONE",
+    "empty": "EMPTY",
+    "full": "FOLDER",
+    "new": "NEW",
+    "cut": "CUT",
+    "none": "NONE",
+}
 
 
 def make_places(run: Path, folder: Path) -> dict[str, Path]:
@@ -268,6 +279,13 @@ def make_places(run: Path, folder: Path) -> dict[str, Path]:
     for name, text in texts.items():
         found[name.partition(".")[0]] = folder / name
         (folder / name).write_text(text)
+    for name in ("cut", "none"):  # damaged runs
+        found[name] = folder / name
+        shutil.copytree(run, found[name])
+        (found[name] / "seal.json").unlink(missing_ok=True)
+    (found["cut"] / "tokens.parquet").write_text("cut")
+    summary = json.loads((found["none"] / "summary.json").read_text())
+    (found["none"] / "summary.json").write_text(json.dumps({**summary, "analyses": {}}))
     (folder / "edit.safetensors").write_bytes(bytes(20))
     found["binary"] = folder / "binary.yaml"
     found["binary"].write_bytes(bytes(range(256)))
@@ -311,9 +329,9 @@ def page(rows: list[tuple[str, int, str]]) -> str:
         "# Bad input",
         "",
         f"{len(rows)} commands that cannot be right, each with its exit code and its sentence (`RUN` "
-        "is a finished run of preset `smoke`, `GONE` does not exist, `FOLDER` holds other files). A fault in "
-        "what was asked ends with 1, a word or value that the command line cannot read with 2; nothing is "
-        "written.",
+        "is a finished run of preset `smoke`, `GONE` does not exist, `FOLDER` holds other files, `CUT` and "
+        "`NONE` are damaged runs). A fault in what was asked ends with 1, a word or value that the command "
+        "line cannot read with 2; nothing is written.",
         "",
         "Made by `python -m tests.bad_inputs --markdown docs/results/bad-inputs.md`; "
         "`tests/test_bad_inputs.py` holds every row.",

@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 from experiments import application
 from experiments.application import explain, run_application, say
 from experiments.cli import STUDIES, VERBS, Verb, app
+from experiments.verbs import records
 from experiments.verbs.pipeline import default_out
 from experiments.verbs.signature import signature_alone
 
@@ -203,6 +204,14 @@ def test_test_does_not_write_into_another_run(smoke_run: Path, smoke_copy: Path)
     assert not (smoke_copy / "verdicts.json").exists()
 
 
+def test_a_run_agrees_with_its_copy_on_every_skill_that_is_judged(smoke_run: Path, smoke_copy: Path) -> None:
+    told = json.loads(called("compare", smoke_run, smoke_copy, "--json", "-").stdout)
+    judged = [pair for pair in told["skills"] if pair["first"] is not None]
+    assert 0 < len(judged) < len(told["skills"]), "one skill of the smoke run is judged in neither"
+    said = called("compare", smoke_run, smoke_copy).output
+    assert f"differ in 0 settings. They agree on {len(judged)} of {len(judged)} skills" in said
+
+
 def test_clean_frees_leftovers_and_asks_before_weights(smoke_copy: Path) -> None:
     (smoke_copy / "basis" / "hessian.parts").mkdir()
     (smoke_copy / "basis" / "hessian.parts" / "row.npy").write_bytes(b"x" * 1000)
@@ -239,15 +248,15 @@ def test_brackets_in_paths_are_text(
 def test_ctrl_c_says_how_to_go_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def stopped() -> None:
+    def stopped(directory: Path, json_: str | None = None) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys, "argv", ["polca-edit", "run", "my config.yaml"])
-    monkeypatch.setattr(application, "single", lambda _: stopped)
+    monkeypatch.setattr(records, "inspect", stopped)
+    monkeypatch.setattr(sys, "argv", ["polca-edit", "inspect", "my run"])
     with pytest.raises(SystemExit) as ended:
-        run_application(stopped)
+        run_application(app)
     assert ended.value.code == 130
-    assert "go on with: polca-edit run 'my config.yaml'" in capsys.readouterr().err
+    assert "go on with: polca-edit inspect 'my run'" in capsys.readouterr().err
 
 
 def test_every_verb_names_the_next_one() -> None:

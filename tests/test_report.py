@@ -30,6 +30,7 @@ from experiments.discover.records import (
 from experiments.report.answers import Answer, Loss, answers, print_summary
 from experiments.report.blocks import Section
 from experiments.report.chapters.discovery import discovery_section
+from experiments.report.chapters.grouping import Group, best_of_each_first
 from experiments.report.figures.damage import damage_map
 from experiments.report.figures.removal import RemovalCurves, draw_removal
 from experiments.report.figures.studies import Survival, draw_survival
@@ -489,6 +490,12 @@ class TestAnswers:
             own = replace(answer.own, share=0.1)
             assert replace(answer, own=own).outcome == "not taken"
             assert "No vector takes" in replace(answer, own=own).sentence
+
+    def test_clusters_come_best_of_each_skill_first(self) -> None:
+        fits = [("a", 0.9), ("a", 0.8), ("b", 0.3), ("c", 0.5), ("b", 0.7)]
+        groups = [Group("POLCA", f"{s}{f}", "", 9, {s: f}, s, None) for s, f in fits]
+        ordered = [(group.skill, group.fit) for group in best_of_each_first(groups)]
+        assert ordered == [("a", 0.9), ("b", 0.7), ("c", 0.5), ("a", 0.8), ("b", 0.3)]
 
     def test_the_first_screen_says_it(self, tmp_path, view, monkeypatch) -> None:
         monkeypatch.setattr("experiments.report.page.read_run", lambda _: view)

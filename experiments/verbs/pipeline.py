@@ -69,6 +69,16 @@ def require_used(config: RunConfig, text: str | None, address: str | None = None
         raise ValueError(f"--address is for --engine ray, got engine '{config.engine}'; add --engine ray")
 
 
+def require_basis(config: RunConfig) -> None:
+    """A run looks along the vectors of some basis.
+
+    Raises:
+        ValueError: for a config with none.
+    """
+    if not config.bases:
+        raise ValueError("a run needs a basis, 'bases' is empty; name one, e.g. kind: trajectory")
+
+
 def default_out(config: str, task: str | None = None, seed: int | None = None) -> Path:
     """``runs/NAME``, of the user's file where there is one; another seed has a directory of its own.
 
@@ -123,6 +133,7 @@ def execute(
 
     started = time.perf_counter()
     resolved = load_config(config, overrides)
+    require_basis(resolved)
     again = stages_to_redo(resolved, redo)
     refuse_other_settings(resolved, out, redo)
     if dry_run:
