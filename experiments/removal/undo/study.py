@@ -43,7 +43,7 @@ from polca_edit.artifacts import from_plain, key_of, load_record, to_plain
 from polca_edit.checkpoints.files import finite_json
 
 #: Raised when a method or a measure changes so that kept rows no longer stand.
-VERSION = 1
+VERSION = 2
 #: Efforts by preset; every preset not named here gets the default.
 EFFORTS: Mapping[str, Effort] = {
     "smoke": Effort(32, 2, 6, 8, 4, axis_directions=16, noise=(0.1, 0.3)),
@@ -234,7 +234,7 @@ def removal(
     first_seed: Annotated[int, typer.Option(min=0, help="The first of them.")] = 0,
     skills: Annotated[str | None, typer.Option(help="Comma-separated; default all digits.")] = None,
     methods: Annotated[str | None, typer.Option(help="Separated by semicolons; default all.")] = None,
-    repair: Annotated[str, typer.Option(help="Numbers of repair steps, comma-separated.")] = "60",
+    repair: Annotated[str, typer.Option(help="Numbers of repair steps, comma-separated.")] = "120",
     short: Annotated[bool, typer.Option("--short", help="Relearn with a tenth of the labels only.")] = False,
     kept: Annotated[bool, typer.Option("--kept", help="Only what was measured before.")] = False,
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 2,
