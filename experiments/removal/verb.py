@@ -117,6 +117,7 @@ def _how(
     run: Run, rules: Sequence[GroupRule], options: UndoOptions, budget: Budget, basis: str | None
 ) -> tuple[Span | Undo, Batches | None]:
     """Where an edit may lie or what is undone, and its batches; what undoing costs is said first."""
+    run.require_bases([basis] if basis is not None else [])
     fits = fit_stream(run, budget.sequences)
     if options.method == "span":
         if len(options.windows) > 1 or (basis is not None and options.windows):
@@ -202,7 +203,6 @@ def remove(
     opened = with_groups(load_run(run), groups, say)
     logits_of(opened)
     rules = _rules(opened, skill or [], cluster)
-    opened.require_bases([basis] if basis is not None else [])
     how, batch = _how(opened, rules, options, chosen, basis)
     names = tuple(rule.skill for rule in rules)
     plan = _plan(opened, names, _limits(method, target, off, kl), chosen, how, options)
