@@ -28,6 +28,7 @@ from experiments.verbs.subsets import confined
 
 if TYPE_CHECKING:
     from experiments.config import RunConfig
+    from experiments.run.run import Run
 
 
 def config_for(config: str | None, task: str | None) -> str:
@@ -103,6 +104,7 @@ def execute(
     redo: list[str] | None = None,
     dry_run: bool = False,
     json_: str | None = None,
+    light: bool = False,
 ) -> dict[str, Any] | None:
     """Run all stages of a config, write summary and report, print the tables.
 
@@ -113,6 +115,7 @@ def execute(
         redo: stages to run again, ``changed`` or ``all``.
         dry_run: check everything, say what would be done, and stop.
         json_: where the summary goes besides, a file or ``-``.
+        light: add axes and a causal test with few draws, unless the run has been tested already.
 
     Returns:
         the summary's plain values, None for a dry run.
@@ -121,6 +124,22 @@ def execute(
         ValueError: for settings that do not hold, or a directory that holds a run with others.
     """
     from experiments.config import load_config
+    from experiments.verbs.reuse import refuse_other_settings, stages_to_redo
+
+    resolved = load_config(config, overrides)
+    require_basis(resolved)
+    again = stages_to_redo(resolved, redo)
+    refuse_other_settings(resolved, out, redo)
+    if dry_run:
+        _tell_what_would_run(resolved, out, again, json_)
+        return None
+    return _carried_out(resolved, out, again, json_, light)
+
+
+def _carried_out(
+    resolved: RunConfig, out: Path, again: list[str], json_: str | None, light: bool
+) -> dict[str, Any]:
+    """Every stage, the summary and the report, told as they come."""
     from experiments.report.answers import print_summary
     from experiments.report.labels import print_labels
     from experiments.report.page import write_report
@@ -129,16 +148,8 @@ def execute(
     from experiments.run.stages.labels import write_labels
     from experiments.run.summary.write import write_summary
     from experiments.verbs.guard import writing
-    from experiments.verbs.reuse import refuse_other_settings, stages_to_redo
 
     started = time.perf_counter()
-    resolved = load_config(config, overrides)
-    require_basis(resolved)
-    again = stages_to_redo(resolved, redo)
-    refuse_other_settings(resolved, out, redo)
-    if dry_run:
-        _tell_what_would_run(resolved, out, again, json_)
-        return None
     with writing(out, repairs=True):
         opened = open_run(resolved, out, say)
         say(
@@ -146,6 +157,8 @@ def execute(
             f"seed {resolved.seed}, into {out}"
         )
         run_stages(opened, again)
+        if light:
+            _light_answers(opened)
         labels = write_labels(opened) if opened.task.name == "text" else {}
         summary = write_summary(opened)
         page = write_report(opened.directory, say)
@@ -156,6 +169,14 @@ def execute(
     say(f"Report: {page}")
     then("test", out)
     return summary
+
+
+def _light_answers(run: Run) -> None:
+    """Axes and a causal test with few draws, unless the run has been tested already."""
+    from experiments.verbs.light import light_answers
+
+    if not (run.directory / "verdicts.json").exists():
+        light_answers(run)
 
 
 def _tell_what_would_run(config: RunConfig, out: Path, again: list[str], json_: str | None) -> None:
@@ -181,7 +202,8 @@ def demo(
 ) -> None:
     """Run the main job on the built-in arithmetic task (minutes on two CPU cores)."""
     overrides = settings_from(set_, seed=seed, device=device)
-    execute("demo", out or default_out("demo", None, seed), overrides, redo, dry_run, json_)
+    place = out or default_out("demo", None, seed)
+    execute("demo", place, overrides, redo, dry_run, json_, light=True)
 
 
 def run(

@@ -112,6 +112,7 @@ def run_study(
         {label: runs[0].key(f"clusters:{label}") for label in settings.bases},
         seeds,
         unseen_tokens(runs[0], settings.unseen).sequences,
+        settings.unseen > 0,
         time.perf_counter() - started,
         versions(),
         hardware(),
