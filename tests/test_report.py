@@ -567,6 +567,18 @@ class TestSections:
             "hessian", "10s", "90.0\xa0%", "5.0\xa0%", "–", "0.025", "30.0\xa0%", "95.0\xa0%", "20.0\xa0%",
             "–", "–",
         ] in rows_of(page, "hessian")  # fmt: skip
+        assert "on tokens that nothing had used" in page
+        # A light run searches no null: the axis stands, and both say so.
+        [row] = found.axes
+        light = replace(found, axes=(replace(row, null_p=None, null_p95=None),))
+        save_record(discovery_file(tmp_path), light)
+        (tmp_path / "verdicts.json").write_text(json.dumps({"fresh": False, "exploratory": True}))
+        page = write_report(directory, lambda _: None).read_text(encoding="utf-8")
+        first = next(row for row in rows_of(page, "10s") if len(row) == 8)
+        assert first[5:7] == ["not searched (polca-edit discover)", "axis"]
+        assert "for any set of tokens was not asked" in page
+        assert "The test was a light one" in page
+        assert "the rows are exploratory" not in page
 
     def test_what_was_not_found_is_left_out(self, tmp_path) -> None:
         assert discovery_section(make_run(tmp_path, {"hessian": False})) is None

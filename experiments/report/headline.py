@@ -21,6 +21,8 @@ from polca_edit.artifacts import load_record
 
 #: Words of the causal test, the strongest first, and how the page shows them.
 LOOKS = {"carrier": "good", "selective": "good", "shared": "mixed", "unclear": "soft", "inert": "soft"}
+#: Null of an axis for which none was searched.
+NOT_SEARCHED = "not searched (polca-edit discover)"
 #: Words that say a skill goes alone.
 ALONE = ("carrier", "selective")
 #: Another group may lose this share of what the target loses, and a null set does as well this often.
@@ -40,13 +42,14 @@ class TestedPair:
 
 @dataclass(frozen=True)
 class TestFile:
-    """verdicts.json: the damage that random edits do, and whether its tokens had been opened before."""
+    """verdicts.json: what random edits do, whether its tokens were drawn anew, and whether opened before."""
 
     __test__ = False
 
     rows: tuple[TestedPair, ...] = ()
     exploratory: bool = False
     sequences: int = 0
+    fresh: bool = True
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,10 @@ def _null_words(found: Found, basis: str, v: VerdictEntry) -> str:
 
 
 def _axis_line(found: Found, skill: str) -> Line | None:
-    """The axis that takes a skill and beats the same search for random token sets; None where none does."""
+    """The axis that takes a skill and beats the same search for random token sets; None where none does.
+
+    An axis whose null was not searched (a light run) stands only where no axis with one does.
+    """
     if found.discovery is None:
         return None
     rows = [
@@ -184,12 +190,11 @@ def _axis_line(found: Found, skill: str) -> Line | None:
         and row.share is not None
         and row.share >= TAKEN
         and (row.worst_other or 0.0) < LEAKAGE * row.share
-        and row.null_p is not None
-        and row.null_p <= LEVEL
+        and (row.null_p is None or row.null_p <= LEVEL)
     ]
     if not rows:
         return None
-    row = max(rows, key=lambda r: (r.share or 0.0) - (r.worst_other or 0.0))
+    row = max(rows, key=lambda r: (r.null_p is not None, (r.share or 0.0) - (r.worst_other or 0.0)))
     full = found.axes.get((row.basis, skill))
     damage = None if full is None else full.effect.damage.estimate
     worst = "" if full is None else f"{full.effect.worst} "
@@ -205,7 +210,9 @@ def _axis_line(found: Found, skill: str) -> Line | None:
         row.share,
         f"{worst}{share(row.worst_other)}",
         row.worst_other,
-        f"random sets {share(row.null_p95)}; p = {number(row.null_p, 2)}",
+        NOT_SEARCHED
+        if row.null_p is None
+        else f"random sets {share(row.null_p95)}; p = {number(row.null_p, 2)}",
         "axis",
         sentence,
         "axis",
@@ -293,7 +300,11 @@ def headline_words(made: Sequence[Line]) -> list[str]:
         + (f": {listed(vectors)}." if vectors else ".")
     ]
     if axes:
-        told.append(f"A direction between the vectors takes {listed(axes)} alone.")
+        unasked = any(line.null == NOT_SEARCHED for line in made)
+        told.append(
+            f"A direction between the vectors takes {listed(axes)} alone"
+            + (" (whether such a search does so for any set of tokens was not asked)." if unasked else ".")
+        )
     if rest:
         which = "any of them" if len(rest) == len(made) else listed(rest)
         told.append(f"Nothing that was tried takes {which} without others.")

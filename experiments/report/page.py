@@ -124,7 +124,7 @@ def _parts(view: RunView, added: Sequence[Section]) -> _Parts:
 
 
 def _rendered(view: RunView, parts: _Parts, started: float) -> str:
-    made = parts.lines
+    made, tested = parts.lines, parts.found.tested
     table_ = headline_table(made, parts.hues) if made else cluster_answers_table(view.summary)
     return (
         environment()
@@ -137,7 +137,8 @@ def _rendered(view: RunView, parts: _Parts, started: float) -> str:
             answers=table_,
             known=bool(made),
             tested=any(line.kind != "untested" for line in made),
-            exploratory=parts.found.tested is not None and parts.found.tested.exploratory,
+            fresh=tested is None or tested.fresh,
+            exploratory=tested is not None and tested.fresh and tested.exploratory,
             overview=parts.first,
             sections=parts.sections,
             labels=parts.labels,

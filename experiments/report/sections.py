@@ -100,9 +100,9 @@ def causal_section(summary: Summary) -> Section | None:
         return None
     text = (
         "Pairs of a vector and a token group that were fixed on the select split, tested on tokens that "
-        "nothing had used. Needed: undoing the movement costs the group more than random edits of its size. "
-        "Selective: no other group loses a third of that, and no direction of the span is as selective at "
-        "the same total damage. Carrier: inserted alone, the movement brings the skill."
+        "nothing was chosen on. Needed: undoing the movement costs the group more than random edits of its "
+        "size. Selective: no other group loses a third of that, and no direction of the span is as selective "
+        "at the same total damage. Carrier: inserted alone, the movement brings the skill."
     )
     answers = {name: a.answers for name, a in summary.analyses.items() if a.answers}
     return Section(
