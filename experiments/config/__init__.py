@@ -76,8 +76,10 @@ class RunConfig(Section):
     window: tuple[int, int] | None = Field(
         None, description="first and last step of the training that is observed and undone; default all"
     )
-    rule: Literal["first_order", "second_order", "trapezoid"] = Field(
-        "trapezoid", description="quadrature of the loss change over an interval"
+    rule: Literal["first_order", "second_order", "trapezoid", "simpson"] = Field(
+        "trapezoid",
+        description="quadrature of the loss change over an interval; simpson also measures its middle, "
+        "for twice the derivatives",
     )
     clusters: ClusterConfig = ClusterConfig()
     breakthrough_delta: int = Field(100, ge=1, le=10**8, description="steps of Eqs. 9 and 10")

@@ -145,7 +145,9 @@ def stage_key(config: RunConfig, contents: str, stage: str) -> str:
         return basis_key(config, contents, spec(label))
     if kind == "projections":
         measured = [(b.label, basis_key(config, contents, b)) for b in config.measured_bases()]
-        return key_of("projections", measured, settings["rule"] == "second_order")
+        # Only rules that measure more than the trapezoid: keys of runs without them stay as they are.
+        more = ["simpson"] if settings["rule"] == "simpson" else []
+        return key_of("projections", measured, settings["rule"] == "second_order", *more)
     if kind == "clusters":
         source = f"basis:{label}" if spec(label).rotated else "projections"
         own = [settings[name] for name in ("rule", "clusters", "breakthrough_delta")]

@@ -31,7 +31,7 @@ def peak_bytes(sizes: Sizes, speeds: Speeds, config: RunConfig) -> int:
             needs.append(held + (HELD + 2) * vector)
     rows = sum(vectors for kind, vectors, _ in sizes.bases if kind != ROTATED)
     directions = sizes.rows if shares.directions is None else min(shares.directions, sizes.rows)
-    table = 2 * sizes.select_tokens * sizes.checkpoints * sizes.rows * FLOAT
+    table = 2 * sizes.select_tokens * sizes.places * sizes.rows * FLOAT
     # Stored rows are read through mapped pages, which the system gives back where a budget is enforced.
     held = rows * vector if config.memory_gb is None else min(rows * vector, shares.rows)
     needs.append(held + directions * vector + table + min(batch, shares.slopes))

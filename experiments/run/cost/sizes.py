@@ -45,6 +45,7 @@ class Sizes:
         draws: random directions per vector.
         route: how directional derivatives are taken.
         second_order: whether Eq. 6 is asked for.
+        simpson: whether derivatives are taken in the middle of intervals too.
     """
 
     parameters: int
@@ -62,6 +63,12 @@ class Sizes:
     draws: int
     route: str
     second_order: bool
+    simpson: bool = False
+
+    @property
+    def places(self) -> int:
+        """Where derivatives are taken: checkpoints, and middles of intervals if the rule has them."""
+        return 2 * self.checkpoints - 1 if self.simpson else self.checkpoints
 
     @property
     def vectors(self) -> int:
@@ -99,6 +106,7 @@ def sizes_of(task: Task, config: RunConfig, steps: Sequence[int]) -> Sizes:
         config.damage.random_draws,
         "jvp",
         config.rule == "second_order",
+        config.rule == "simpson",
     )
 
 
@@ -235,17 +243,17 @@ def _basis_cost(
 
 def projected_bytes(s: Sizes, vectors: int) -> int:
     """Stored projections of one basis: token slopes along its vectors and residuals, exact losses."""
-    return s.select_tokens * FLOAT * s.checkpoints * (vectors + 3)
+    return s.select_tokens * FLOAT * s.places * (vectors + 3)
 
 
 def _projection_cost(s: Sizes, speeds: Speeds, select: int) -> StageCost:
     weights = s.parameters * FLOAT
     if s.route == "adjoint":
-        forward = s.checkpoints * s.select
+        forward = s.places * s.select
     elif s.route == "traced":
         forward = min(s.select, s.derivative_batch)
     else:
-        forward = s.checkpoints * select * (1 + s.rows)
+        forward = s.places * select * (1 + s.rows)
     # One pass over the series for the slopes, one more per basis for the displacements.
     measured = [vectors for kind, vectors, _ in s.bases if kind != ROTATED]
     reads = s.checkpoints * (1 + len(measured))
@@ -254,6 +262,6 @@ def _projection_cost(s: Sizes, speeds: Speeds, select: int) -> StageCost:
     if s.second_order:
         hvps = s.vectors * (s.checkpoints - 1)
         reads += s.checkpoints * len(measured)
-    seconds = s.checkpoints * s.select * speeds.slopes + speeds.slopes_setup + reads * speeds.read
+    seconds = s.places * s.select * speeds.slopes + speeds.slopes_setup + reads * speeds.read
     seconds += hvps * s.curvature * speeds.product
     return StageCost("projections", forward, hvps, reads * weights, stored, seconds)
