@@ -10,6 +10,7 @@ second.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -141,6 +142,10 @@ def project_for(
     """
     checkpoints.require()
     slopes = measured_slopes(objective, places_of(checkpoints, rule), bases, tokens, mapped=mapped)
+    if objective.route_note:  # Python shows the same warning of the same place once
+        warnings.warn(
+            f"derivatives by the slower route '{objective.route_used}': {objective.route_note}", stacklevel=3
+        )
     found = [assemble_for(rule, checkpoints, b, number, slopes) for number, b in enumerate(bases)]
     if rule != "second_order":
         return found
