@@ -52,6 +52,11 @@ class RunConfig(Section):
     options: dict[str, Any] = Field({}, description="given to the task's build, by name")
     seed: int = Field(0, ge=0, lt=2**32, description="of data, initial weights and every draw")
     device: str = Field("cpu", description="cpu or cuda")
+    precision: Literal["float32", "float64"] = Field(
+        "float32",
+        description="of derivatives, bases, allocation and damage; training stays in the model's own, so the "
+        "weights are the same. float64 takes twice the memory and about twice the time",
+    )
     threads: int | None = Field(None, ge=1, le=4096, description="torch threads; default all cores")
     engine: Literal["local", "ray"] = Field("local", description="where derivative work runs")
     engine_address: str | None = Field(None, description="Ray head node; default RAY_ADDRESS or this machine")
@@ -166,6 +171,11 @@ class RunConfig(Section):
         # Frozen sections cannot be assigned to; validation is where they are made.
         object.__setattr__(self, "bases", tuple(resolved))
         return self
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number in vectors and tables."""
+        return 8 if self.precision == "float64" else 4
 
     def measured_bases(self) -> tuple[BasisConfig, ...]:
         """Bases that are projected; the others are turned from them."""

@@ -46,6 +46,7 @@ class Sizes:
         route: how directional derivatives are taken.
         second_order: whether Eq. 6 is asked for.
         simpson: whether derivatives are taken in the middle of intervals too.
+        itemsize: bytes of a number in vectors and tables; weights on disk keep their own.
     """
 
     parameters: int
@@ -64,6 +65,7 @@ class Sizes:
     route: str
     second_order: bool
     simpson: bool = False
+    itemsize: int = FLOAT
 
     @property
     def places(self) -> int:
@@ -107,6 +109,7 @@ def sizes_of(task: Task, config: RunConfig, steps: Sequence[int]) -> Sizes:
         "jvp",
         config.rule == "second_order",
         config.rule == "simpson",
+        config.itemsize,
     )
 
 
@@ -187,7 +190,7 @@ def stage_costs(sizes: Sizes, speeds: Speeds, config: RunConfig) -> list[StageCo
     for spec, (_, vectors, _) in zip(config.bases, s.bases, strict=True):
         runs = 2 + vectors * (s.doses + s.draws)
         seconds = runs * select * speeds.forward + 2 * speeds.read
-        stored = vectors * s.select_tokens * FLOAT
+        stored = vectors * s.select_tokens * s.itemsize
         stages.append(StageCost(f"damage:{spec.label}", runs * select, 0, 2 * weights, stored, seconds))
     stages += _discovery_cost(speeds, config, select)
     runs = 2 + s.vectors
@@ -219,7 +222,7 @@ def _discovery_cost(speeds: Speeds, config: RunConfig, select: int) -> list[Stag
 def _basis_cost(
     s: Sizes, speeds: Speeds, spec: BasisConfig, kind: str, vectors: int, taken: int
 ) -> StageCost:
-    weights, stored = s.parameters * FLOAT, vectors * s.parameters * FLOAT
+    weights, stored = s.parameters * FLOAT, vectors * s.parameters * s.itemsize
     name = f"basis:{spec.label}"
     if kind == ROTATED:  # turned from stored projections, which it stores anew
         return StageCost(name, 0, 0, 0, stored + projected_bytes(s, vectors), 0.0)
@@ -243,7 +246,7 @@ def _basis_cost(
 
 def projected_bytes(s: Sizes, vectors: int) -> int:
     """Stored projections of one basis: token slopes along its vectors and residuals, exact losses."""
-    return s.select_tokens * FLOAT * s.places * (vectors + 3)
+    return s.select_tokens * s.itemsize * s.places * (vectors + 3)
 
 
 def _projection_cost(s: Sizes, speeds: Speeds, select: int) -> StageCost:

@@ -67,6 +67,8 @@ def run_training(run: Run, stage: str) -> None:
 
     # The module is trained on a copy: the objective's own module keeps its initial weights.
     module = copy.deepcopy(run.task.module)
+    if run.config.precision == "float64":  # exact: these are the initial weights, widened
+        module.to(run.task.trains_in)
     started = time.perf_counter()
     train(module, run.task.batch_loss, settings, recorder=recorder, progress=progress)
     bar.close()
