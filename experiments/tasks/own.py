@@ -80,17 +80,15 @@ def build(config: RunConfig, tokenizer: object = None) -> Task:
     for name, tokens in vars(splits).items():
         _check_parents(parents, tokens, name)
     _check_loss(own.file, definition, splits.select)
-    draws = None
+    token_loss, draws = _of_its_precision(definition.token_loss), None
     if definition.training is not None:
         held_out = frozenset({*rows_of(splits.select.inputs), *rows_of(splits.evaluate.inputs)})
-        draws = TrainingDraws.of(
-            definition.training, held_out, config, _of_its_precision(definition.token_loss)
-        )
+        draws = TrainingDraws.of(definition.training, held_out, config, token_loss)
     return Task(
         own.name,
         definition.module,
         ParameterSpace.from_module(definition.module),
-        _of_its_precision(definition.token_loss),
+        token_loss,
         splits,
         None if draws is None else draws.loss_of_branch,
         {"seed": config.seed, "rule": DATA_ORDER, "batch_size": config.training.batch_size},

@@ -30,9 +30,10 @@ class FolderTokenizer:
 def load_tokenizer(folder: Path | str) -> FolderTokenizer | None:
     """The folder's tokenizer, or None where there is none.
 
-    ``tokenizer.json`` is read as it is; ``vocab.json`` with ``merges.txt`` (GPT-2 and its kin) as transformers
-    reads them, by the class the folder names and as GPT-2's where it names none. A stored padding or truncation, left there by whoever tokenised a
-    training set last, would cut or fill every text; both are switched off and said.
+    ``tokenizer.json`` is read as it is; ``vocab.json`` with ``merges.txt`` (GPT-2 and its kin) as
+    transformers reads them, by the class the folder names and as GPT-2's where it names none. A stored
+    padding or truncation, left there by whoever tokenised a training set last, would cut or fill every text;
+    both are switched off and said.
 
     Raises:
         ValueError: for a file that is no tokenizer.
