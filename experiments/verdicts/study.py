@@ -35,6 +35,7 @@ from interventions.causal.test import Measured, judge_runs, measure_run
 from polca_edit.artifacts import load_record, save_record, to_plain
 from polca_edit.basis.record import Basis
 from polca_edit.clusters.hypotheses import Unchosen
+from polca_edit.progress import progress as progress_of
 
 Say = Callable[[str], None]
 #: Unseen sequences on which the positive control is judged.
@@ -161,7 +162,7 @@ def stated_cost(
 
 def _place(run: Run, label: str, settings: StudySettings) -> tuple[str, str]:
     """Name and key under which the evidence of a basis is kept."""
-    found = [run.key(f"signatures:{n}") for n in signature_names(run.config)]
+    found = [run.key(f"signatures:{n}") for n in signature_names(run.config, settings.window)]
     clusters = run.key(f"clusters:{label}")
     depends = (settings.unseen, settings.window, settings.test, clusters, found, SCHEMA)
     name = f"verdicts/{label}"
@@ -194,8 +195,6 @@ def _plan(run: Run, chosen: Sequence[Chosen], settings: StudySettings) -> TestPl
 
 def measure_basis(place: Path, label: str, settings: StudySettings) -> KeptEvidence:
     """One basis of one run, read back where it was measured before with the same key."""
-    from tqdm import tqdm
-
     run = with_groups(load_run(place, say=lambda _: None), settings.groups)
     name, key = _place(run, label, settings)
 
@@ -203,7 +202,7 @@ def measure_basis(place: Path, label: str, settings: StudySettings) -> KeptEvide
         chosen = choose(run, label, least=settings.test.least, window=settings.window)
         tokens = unseen_tokens(run, settings.unseen)
         split = split_of(run, tokens, settings.window)
-        with tqdm(desc=f"{run.directory.path.name} {label}", disable=None, leave=False) as bar:
+        with progress_of(None, f"{run.directory.path.name} {label}", total=0) as bar:
 
             def told(name: str, done: int, total: int) -> None:
                 bar.total, bar.n = total, done

@@ -165,3 +165,47 @@ def with_curvature(
     """The record with the terms of Eq. 6 filled in."""
     means, curvatures = second_order_terms(objective, checkpoints, basis, tokens)
     return replace(projections, mean_gradients=means, curvatures=curvatures)
+
+
+def projections_within(projections: Projections, window: tuple[int, int] | None) -> Projections:
+    """What was measured at the checkpoints of a window and in its intervals; nothing is measured anew.
+
+    Raises:
+        ValueError: for a window that does not start and end at recorded steps.
+    """
+    if window is None:
+        return projections
+    p, steps = projections, projections.steps.tolist()
+    if not set(window) <= set(steps) or window[0] >= window[1]:
+        raise ValueError(
+            f"a window must start and end at recorded steps, {window[0]}:{window[1]} does not; take two of "
+            f"{steps[:3]} ... {steps[-1]}"
+        )
+    first, last = (steps.index(step) for step in window)
+    points, between = slice(first, last + 1), slice(first, last)
+    kept = (
+        None if p.interior_interval is None else (p.interior_interval >= first) & (p.interior_interval < last)
+    )
+
+    def cut(values: Tensor | None, chosen: slice | Tensor | None) -> Tensor | None:
+        return None if values is None or chosen is None else values[chosen]
+
+    return replace(
+        p,
+        steps=p.steps[points],
+        losses=p.losses[points],
+        gradients=p.gradients[points],
+        displacements=p.displacements[between],
+        residual_start=p.residual_start[between],
+        residual_end=p.residual_end[between],
+        residual_norms=p.residual_norms[between],
+        step_norms=p.step_norms[between],
+        interior_interval=None if p.interior_interval is None else p.interior_interval[kept] - first,
+        interior_position=cut(p.interior_position, kept),
+        interior_weight=cut(p.interior_weight, kept),
+        end_weights=cut(p.end_weights, between),
+        interior_gradients=cut(p.interior_gradients, kept),
+        interior_residual=cut(p.interior_residual, kept),
+        mean_gradients=cut(p.mean_gradients, points),
+        curvatures=cut(p.curvatures, between),
+    )

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from experiments.config import BasisConfig
 from experiments.run.memory import memory_shares
@@ -29,6 +28,7 @@ from polca_edit.basis.record import Basis
 from polca_edit.checkpoints.files import SeriesFolder
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.derivatives.lanczos import Allocate
+from polca_edit.progress import progress
 
 
 def run_basis(run: Run, stage: str) -> None:
@@ -150,7 +150,7 @@ def kept_basis(run: Run, spec: BasisConfig, places: int, parts: Path) -> Iterato
     dtype = torch.float64 if run.config.precision == "float64" else torch.float32
     finished = [load_record(BasisCheckpoint, p) for p in sorted(parts.glob("part-*.safetensors"))]
     queue = list(finished)
-    bar = tqdm(total=places, initial=len(finished), desc=f"basis {spec.label}", disable=None, leave=False)
+    bar = progress(None, f"basis {spec.label}", total=places, initial=len(finished))
 
     def note(part: BasisCheckpoint) -> BasisCheckpoint:
         # Written through the keeping map, so that cost and part survive together.

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from experiments.run.run import Run
 from experiments.run.stages.clusters import load_clusters
@@ -18,6 +17,7 @@ from polca_edit.artifacts import load_record, save_record
 from polca_edit.basis.record import Basis
 from polca_edit.checkpoints.files import write_tensors
 from polca_edit.derivatives.lanczos import orthonormalise
+from polca_edit.progress import progress
 from polca_edit.seeds import generator_for
 from polca_edit.tokens import TokenSet
 
@@ -72,7 +72,7 @@ def vector_rows(
     others = [mask for own in masks for mask in own.values()]
     rows: list[list[DamageRow]] = []
     at_one: list[Tensor] = []
-    for vector in tqdm(range(len(vectors)), desc=f"damage {split}", disable=None, leave=False):
+    for vector in progress(range(len(vectors)), f"damage {split}"):
         rows.append([])
         for dose in sorted({1.0, *doses}):
             damage = place.damage(undo(place, vectors[vector], dose))

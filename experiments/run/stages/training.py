@@ -8,12 +8,11 @@ import shutil
 import time
 from pathlib import Path
 
-from tqdm import tqdm
-
 from experiments.config import RunConfig
 from experiments.run.run import Run
 from polca_edit.checkpoints.files import SeriesFolder, write_json
 from polca_edit.checkpoints.series import Checkpoints
+from polca_edit.progress import progress as progress_of
 from polca_edit.training import SeriesWriter, TrainingSettings, train
 
 
@@ -57,7 +56,7 @@ def run_training(run: Run, stage: str) -> None:
     folder, key = run.directory.checkpoints, run.key(stage)
     _clear_other(folder, key)
     run.directory.stage_file(stage).unlink(missing_ok=True)
-    bar = tqdm(total=settings.steps, desc="training", unit="step", disable=None, leave=False)
+    bar = progress_of(None, "training", total=settings.steps, unit="step")
 
     def progress(step: int, loss: float) -> None:
         bar.n = step
