@@ -19,6 +19,7 @@ from torch import Tensor
 from interventions.edits import Edit, Movement
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.derivatives.objective import Objective
+from polca_edit.progress import progress as progress_of
 from polca_edit.tokens import TokenSet, group_means
 
 
@@ -213,7 +214,7 @@ class EvaluatedSplit:
             progress: called with the number of edits done.
         """
         rows = []
-        for edit in edits:
+        for edit in progress_of(edits, "edits") if progress is None else edits:
             edit.require_base(self.movement.base)
             rows.append((self.loss.losses(edit.moved(self.theta), self.tokens) - self.before).double())
             if progress is not None:

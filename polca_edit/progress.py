@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from typing import Any, TextIO, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from tqdm import tqdm
 
@@ -16,12 +16,12 @@ PATIENCE, LINES_EVERY = 2.0, 20.0
 class _Lines:
     """A stream for logs: each state of a bar as a line of its own, an erased bar as none."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: Any) -> None:
         self.stream = stream
 
     def write(self, text: str) -> int:
         said = text.replace("\r", "").rstrip()
-        return self.stream.write(f"  {said}\n") if said else 0
+        return int(self.stream.write(f"  {said}\n")) if said else 0
 
     def flush(self) -> None:
         self.stream.flush()

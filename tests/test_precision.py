@@ -1,4 +1,4 @@
-"""Key ``precision``: the same weights, derivatives in float64 that agree with float32 and conserve far better."""
+"""Key ``precision``: the same weights; derivatives in float64 agree with float32 and conserve far better."""
 
 from __future__ import annotations
 
