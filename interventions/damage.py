@@ -17,9 +17,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from interventions.edits import Edit, Movement
+from polca_edit.allocation.progress import progress as progress_of
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.derivatives.objective import Objective
-from polca_edit.progress import progress as progress_of
 from polca_edit.tokens import TokenSet, group_means
 
 

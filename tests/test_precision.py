@@ -12,9 +12,9 @@ from experiments.run.driver import run_stages
 from experiments.run.run import Run, open_run
 from experiments.run.run_record import read_run_record
 from experiments.run.stages.clusters import load_observation
+from polca_edit.allocation.progress import progress
 from polca_edit.artifacts import load_record
 from polca_edit.basis.record import Basis
-from polca_edit.progress import progress
 
 LABEL = "trajectory"
 
@@ -54,7 +54,7 @@ def test_a_run_in_float64(smoke_copy: Path) -> None:
 def test_progress_is_lines_where_there_is_no_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("polca_edit.progress.LINES_EVERY", 0.0)
+    monkeypatch.setattr("polca_edit.allocation.progress.LINES_EVERY", 0.0)
     assert list(progress(range(3), "counting")) == [0, 1, 2]
     lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
     assert any(line.strip().startswith("counting: ") and " of 3, " in line for line in lines)

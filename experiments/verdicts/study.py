@@ -32,10 +32,10 @@ from interventions.causal.control import positive_control
 from interventions.causal.cost import causal_cost
 from interventions.causal.settings import TestSettings
 from interventions.causal.test import Measured, judge_runs, measure_run
+from polca_edit.allocation.progress import progress as progress_of
 from polca_edit.artifacts import load_record, save_record, to_plain
 from polca_edit.basis.record import Basis
 from polca_edit.clusters.hypotheses import Unchosen
-from polca_edit.progress import progress as progress_of
 
 Say = Callable[[str], None]
 #: Unseen sequences on which the positive control is judged.

@@ -29,7 +29,7 @@ from interventions.removal.grouped import LEAST_HEADROOM, mean_by_group, token_k
 from interventions.removal.problem import Limits, RemovalProblem
 from interventions.removal.relabelling import Refit, fit_relabelling
 from interventions.removal.spans import Movable, Span
-from polca_edit.progress import progress
+from polca_edit.allocation.progress import progress
 from polca_edit.tokens import TokenSet
 
 

@@ -15,11 +15,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from polca_edit.allocation.progress import progress
 from polca_edit.basis.record import Basis, require_orthonormal
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.derivatives.lanczos import inner_products
 from polca_edit.derivatives.objective import Objective
-from polca_edit.progress import progress
 from polca_edit.tokens import TokenSet
 
 Rule = Literal["first_order", "second_order", "trapezoid", "simpson", "quadrature"]

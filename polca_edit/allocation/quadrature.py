@@ -20,10 +20,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from polca_edit.allocation.allocate import Projections, residual_direction
+from polca_edit.allocation.progress import progress
 from polca_edit.basis.record import Basis
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.derivatives.objective import Objective
-from polca_edit.progress import progress
 from polca_edit.tokens import TokenSet
 
 FixedRule = Literal["trapezoid", "trapezoid2", "simpson", "simpson2", "gauss2", "gauss3", "gauss4", "gauss5"]

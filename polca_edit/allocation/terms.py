@@ -27,11 +27,11 @@ from polca_edit.allocation.allocate import (
     coordinates,
     measured_slopes,
 )
+from polca_edit.allocation.progress import progress
 from polca_edit.allocation.quadrature import fixed_plan, with_nodes
 from polca_edit.basis.record import Basis
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.derivatives.objective import Objective
-from polca_edit.progress import progress
 from polca_edit.tokens import TokenSet
 
 

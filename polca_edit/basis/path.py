@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from polca_edit.allocation.progress import progress
 from polca_edit.basis.record import Basis, unlabelled
 from polca_edit.basis.streamed import combined, displacement_gram, displacements
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.derivatives.lanczos import Allocate, inner_products, orthonormalise, remove_rows
 from polca_edit.derivatives.objective import Objective
-from polca_edit.progress import progress
 from polca_edit.tokens import TokenSet
 
 

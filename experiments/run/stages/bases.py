@@ -19,6 +19,7 @@ from experiments.run.run import Run
 from experiments.run.stages.rotated import turned
 from experiments.run.stages.training import trained_series
 from polca_edit.allocation.allocate import Projections
+from polca_edit.allocation.progress import progress
 from polca_edit.artifacts import load_record, save_record
 from polca_edit.basis import build
 from polca_edit.basis.build import BasisInputs
@@ -28,7 +29,6 @@ from polca_edit.basis.record import Basis
 from polca_edit.checkpoints.files import SeriesFolder
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.derivatives.lanczos import Allocate
-from polca_edit.progress import progress
 
 
 def run_basis(run: Run, stage: str) -> None:

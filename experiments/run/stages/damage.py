@@ -13,11 +13,11 @@ from experiments.run.stages.damage_rows import DamageRecord, damage_row
 from experiments.run.summary.records import ControlRow, DamageRow
 from interventions.damage import EvaluatedSplit
 from interventions.edits import Edit, displace, reverse
+from polca_edit.allocation.progress import progress
 from polca_edit.artifacts import load_record, save_record
 from polca_edit.basis.record import Basis
 from polca_edit.checkpoints.files import write_tensors
 from polca_edit.derivatives.lanczos import orthonormalise
-from polca_edit.progress import progress
 from polca_edit.seeds import generator_for
 from polca_edit.tokens import TokenSet
 

@@ -6,10 +6,10 @@ from experiments.run.engines import slope_engine
 from experiments.run.parts import Ledger, kept_parts, part_path
 from experiments.run.run import Run
 from polca_edit.allocation.allocate import CheckpointSlopes
+from polca_edit.allocation.progress import progress
 from polca_edit.allocation.terms import assemble_for, places_of, with_curvature
 from polca_edit.artifacts import load_record, save_record
 from polca_edit.basis.record import Basis
-from polca_edit.progress import progress
 
 
 def run_projections(run: Run, stage: str) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from experiments.config import RunConfig
 from experiments.run.run import Run
+from polca_edit.allocation.progress import progress as progress_of
 from polca_edit.checkpoints.files import SeriesFolder, write_json
 from polca_edit.checkpoints.series import Checkpoints
-from polca_edit.progress import progress as progress_of
 from polca_edit.training import SeriesWriter, TrainingSettings, train
 
 
