@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 import yaml
@@ -48,6 +48,74 @@ def wants_json_alone(words: Sequence[str]) -> bool:
     (True, False)
     """
     return "--json=-" in words or ("--json", "-") in pairwise(words)
+
+
+def require_words(words: Sequence[str]) -> None:
+    """Words of a command that no verb can use are refused before it starts.
+
+    Raises:
+        ValueError: for an empty word or value, or a ``--json`` that cannot be a file.
+    """
+    for word, after in pairwise([*words, " "]):
+        if word == "" or (word.startswith("--") and (after == "" or word.endswith("="))):
+            name = word.rstrip("=") or "an argument"
+            raise ValueError(f"{name} must not be empty, got ''; give a value, or leave it out")
+    target = value_of(("--json",), words)
+    if target is None or target == "-":
+        return
+    path = Path(target)
+    if path.is_dir():
+        raise ValueError(
+            f"--json must be a file or -, '{path}' is a folder; give for example {path / 'a.json'}"
+        )
+    from experiments.run.store import require_place
+
+    require_place(path, "--json")
+
+
+def value_of(options: Sequence[str], words: Sequence[str]) -> str | None:
+    """The value that a command line gives to an option, the last where it is given twice.
+
+    >>> value_of(["--seed"], ["run", "--seed", "3"]), value_of(["--seed"], ["--seed=4"])
+    ('3', '4')
+    """
+    found = [after for word, after in pairwise(words) if word in options]
+    found += [word.partition("=")[2] for word in words if word.partition("=")[0] in options and "=" in word]
+    return found[-1] if found else None
+
+
+@contextmanager
+def values_named(words: Sequence[str]) -> Iterator[None]:
+    """A value that an option refuses is named, with what to do."""
+    try:
+        yield
+    except typer.BadParameter as error:
+        value = value_of(getattr(error.param, "opts", ()), words)
+        if value is None or ", got " in error.message:
+            raise
+        message = f"{error.message}, got '{value}'; give another"
+        raise typer.BadParameter(message, error.ctx, error.param, error.param_hint) from None
+
+
+def without_dry_run(words: Sequence[str]) -> list[str]:
+    """A dry run's words as they are for the run itself.
+
+    >>> without_dry_run(["runs/demo", "--dry-run", "--json", "-"])
+    ['runs/demo']
+    """
+    kept, left = [], iter(words)
+    for word in left:
+        if word == "--json":
+            next(left, None)
+        elif word != "--dry-run" and not word.startswith("--json="):
+            kept.append(word)
+    return kept
+
+
+def would(text: str, target: str | None, **values: object) -> None:
+    """What a dry run says: a line for the reader, and the same for ``--json FILE|-``."""
+    say(text)
+    json_result({"dry_run": True, "would": " ".join(text.split()), **values}, target)
 
 
 @contextmanager
@@ -91,16 +159,21 @@ def settings_from(assignments: list[str] | None, **given: Any) -> dict[str, Any]
     {'training.steps': 600, 'seed': 3}
 
     Raises:
-        ValueError: for an assignment without an equals sign.
+        ValueError: for an assignment without key or equals sign, or a value that is no YAML.
     """
     values: dict[str, Any] = {}
     for assignment in assignments or []:
         key, equals, text = assignment.partition("=")
-        if not equals:
+        if not (equals and key.strip()):
             raise ValueError(
                 f"--set needs KEY=VALUE, got '{assignment}'; write for example training.steps=600"
             )
-        values[key] = yaml.safe_load(text)
+        try:
+            values[key.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(
+                f"--set needs a value as YAML has it, got '{assignment}'; close brackets and quotes"
+            ) from error
     values.update({key.replace("__", "."): value for key, value in given.items() if value is not None})
     return values
 
@@ -151,6 +224,17 @@ def single(function: Callable[..., Any], epilog: str | None = None) -> typer.Typ
     return made
 
 
+#: Exit code of a command that Ctrl-C stopped.
+STOPPED = 130
+
+
+def _stopped() -> NoReturn:
+    """Say how to go on after Ctrl-C."""
+    again = shlex.join(["polca-edit", *sys.argv[1:]])
+    typer.echo(f"polca-edit: stopped; finished stages are kept, go on with: {again}", err=True)
+    sys.exit(STOPPED)
+
+
 def run_application(command: Any) -> None:
     """Run a typer application or one command function: a user error ends with one sentence, not 0."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -164,9 +248,11 @@ def run_application(command: Any) -> None:
         typer.echo(f"polca-edit: {explain(error)}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        again = shlex.join(["polca-edit", *sys.argv[1:]])
-        typer.echo(f"polca-edit: stopped; finished stages are kept, go on with: {again}", err=True)
-        sys.exit(130)
+        _stopped()
+    except SystemExit as ended:
+        if ended.code == STOPPED:  # what typer makes of Ctrl-C
+            _stopped()
+        raise
     except Exception as error:  # of a library, which no sentence of ours foresaw
         if os.environ.get("POLCA_EDIT_TRACEBACK"):
             raise

@@ -15,7 +15,17 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from experiments.application import HELP, lines_aside, run_application, single, then, wants_json_alone
+from experiments.application import (
+    HELP,
+    lines_aside,
+    require_words,
+    run_application,
+    single,
+    then,
+    values_named,
+    wants_json_alone,
+    without_dry_run,
+)
 from experiments.verbs.signature import signature_alone
 
 
@@ -329,11 +339,19 @@ def _completing(verb: Verb) -> type[TyperCommand]:
 
 def _register(name: str, verb: Verb, group: typer.Typer, program: str, *, hidden: bool = False) -> None:
     def call(context: typer.Context) -> None:
-        helped = {"-h", "--help"} & set(context.args)
+        words = context.args
+        helped = {"-h", "--help"} & set(words)
+        if not helped:
+            require_words(words)
         command: Any = verb.command(to_run=not helped)
-        with lines_aside(wants_json_alone(context.args)):
-            code = command.main(context.args, prog_name=f"{program} {name}", standalone_mode=False)
-            if not (code or helped) and verb.next:
+        with lines_aside(wants_json_alone(words)):
+            with values_named(words):
+                code = command.main(words, prog_name=f"{program} {name}", standalone_mode=False)
+            if code or helped:
+                pass
+            elif "--dry-run" in words:
+                then(*program.split()[1:], name, *without_dry_run(words))
+            elif verb.next:
                 then(*verb.next)
         if code:
             raise typer.Exit(code)

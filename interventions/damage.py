@@ -7,7 +7,7 @@ movement and a token set, and computes every loss once; a :class:`Damage` is wha
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol, runtime_checkable
 
@@ -60,6 +60,16 @@ def named_groups(groups: Groups, count: int) -> dict[str, Bool[Tensor, " M"]]:
             )
         checked[name] = mask
     return checked
+
+
+@runtime_checkable
+class KeptLosses(Protocol):
+    """The damage matrix: rows of losses by edit and tokens, wherever they are kept."""
+
+    def row(
+        self, edit: Edit, tokens: TokenSet, compute: Callable[[], Float[Tensor, " M"]]
+    ) -> Float[Tensor, " M"]:
+        """Loss of every token under an edit, nats; ``compute`` measures one that is not known."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +132,7 @@ class EvaluatedSplit:
         tokens: where damage is measured.
         window: (first, last) optimiser step of the movement that edits undo; the whole series by default.
         reference: step from which headroom is counted; the first checkpoint by default.
+        matrix: where losses under edits are kept; by default those of single edits stay in memory.
 
     Raises:
         ValueError: where a step was not recorded, or the window is empty.
@@ -136,6 +147,7 @@ class EvaluatedSplit:
     tokens: TokenSet
     window: tuple[int, int] | None = None
     reference: int | None = None
+    matrix: KeptLosses | None = None
     _after: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -197,7 +209,7 @@ class EvaluatedSplit:
         """
         edit.require_base(self.movement.base)
         if edit.key not in self._after:
-            self._after[edit.key] = self.loss.losses(edit.moved(self.theta), self.tokens)
+            self._after[edit.key] = self._losses(edit, self.theta)
         return self._after[edit.key]
 
     def damage(self, edit: Edit) -> Damage:
@@ -207,7 +219,7 @@ class EvaluatedSplit:
     def changes(
         self, edits: Iterable[Edit], *, progress: Callable[[int], None] | None = None
     ) -> Float[Tensor, "E M"]:
-        """Damage of many edits, one row each, float64; nothing is kept of them.
+        """Damage of many edits, one row each, float64; kept in the damage matrix if there is one.
 
         Args:
             edits: of the final weights; drawn one after another.
@@ -216,7 +228,7 @@ class EvaluatedSplit:
         rows = []
         for edit in progress_of(edits, "edits") if progress is None else edits:
             edit.require_base(self.movement.base)
-            rows.append((self.loss.losses(edit.moved(self.theta), self.tokens) - self.before).double())
+            rows.append((self._losses(edit, self.theta) - self.before).double())
             if progress is not None:
                 progress(len(rows))
         return torch.stack(rows) if rows else torch.zeros(0, self.tokens.count, dtype=torch.float64)
@@ -228,8 +240,16 @@ class EvaluatedSplit:
             ValueError: if the edit was not made for the weights at the window's start.
         """
         edit.require_base(self.movement.source)
-        return self.start_loss - self.loss.losses(edit.moved(self.movement.start), self.tokens)
+        return self.start_loss - self._losses(edit, self.movement.start)
 
     def on(self, tokens: TokenSet) -> EvaluatedSplit:
         """The same movement on other tokens."""
-        return EvaluatedSplit(self.loss, self.series, tokens, self.window, self.reference)
+        return replace(self, tokens=tokens)
+
+    def _losses(self, edit: Edit, theta: Float[Tensor, " N"]) -> Float[Tensor, " M"]:
+        """Loss of every token at edited weights, from the matrix where it is kept."""
+
+        def measured() -> Float[Tensor, " M"]:
+            return self.loss.losses(edit.moved(theta), self.tokens)
+
+        return measured() if self.matrix is None else self.matrix.row(edit, self.tokens, measured)

@@ -118,8 +118,9 @@ def test_it_fits_the_screen_and_axe_finds_nothing(opened, pages, name, size, sch
 
 def test_axe_would_say_no(opened) -> None:
     page = opened()
-    page.evaluate("document.body.insertAdjacentHTML('beforeend', '<img src=\"data:,\"><button></button>')")
-    found = {violation["id"] for violation in axe.Axe().run(page).response["violations"]}
+    bad = '<div id="bad"><img src="data:,"><button></button></div>'
+    page.evaluate("bad => document.body.insertAdjacentHTML('beforeend', bad)", bad)
+    found = {violation["id"] for violation in axe.Axe().run(page, context="#bad").response["violations"]}
     assert {"image-alt", "button-name"} <= found
 
 
@@ -132,6 +133,49 @@ def test_the_first_screen_answers(opened) -> None:
     assert heads[:4] == ["skill", "taken away by", "damage (nats)", "of headroom"]
     painted = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
     assert painted > 0
+    # The map and the curves begin on the same screen.
+    assert page.locator("#fig-damage-overview").bounding_box()["y"] < WIDE["height"]
+    assert "null" not in heads, "nothing was tested here, an empty column says nothing"
+
+
+def test_the_first_table_lies_beside_nothing(opened) -> None:
+    for size in (WIDE, PHONE):
+        page = opened(size)
+        bar = page.locator(".tools:has(+ .scroll .first)").bounding_box()
+        table = page.locator("table.first").bounding_box()
+        title = page.evaluate(
+            "(() => { const r = document.createRange(), h = document.querySelector('h2.plain');"
+            " r.selectNodeContents(h); const b = r.getBoundingClientRect(); return [b.right, b.bottom]; })()"
+        )
+        assert bar["y"] + bar["height"] <= table["y"] + 1
+        assert bar["x"] >= title[0] or bar["y"] >= title[1]
+        assert table["width"] > 0.9 * page.locator("main").bounding_box()["width"]
+
+
+def test_a_long_list_of_clusters_begins_with_twelve(opened, pages) -> None:
+    text = pages[0].read_text()
+    start = text.index("<tbody>", text.index('class="sortable many"')) + len("<tbody>")
+    end = text.index("</tbody>", start)
+    long = pages[0].with_name("long.html")
+    long.write_text(text[:end] + 2 * text[start:end] + text[end:])
+    page = opened(page=long)
+    table = page.locator("table.many").first
+    rows, bar = (
+        table.locator("tbody tr"),
+        page.locator(".tools", has=page.locator("button[aria-expanded]")).first,
+    )
+    assert rows.count() == 21
+    assert rows.locator("visible=true").count() == 12
+    assert bar.locator(".told").text_content() == "showing 12 of 21"
+    bar.locator("button[aria-expanded]").click()
+    assert rows.locator("visible=true").count() == 21
+    assert bar.locator(".told").text_content() == "showing 21 of 21"
+    bar.locator("button[aria-expanded]").click()
+    bar.locator("input").fill("interventional")
+    assert rows.locator("visible=true").count() == 3
+    bar.locator("input").fill("")
+    table.locator("thead th button").last.click()
+    assert rows.locator("visible=true").count() == 12
 
 
 def test_sorting_by_mouse_and_by_keyboard(opened) -> None:

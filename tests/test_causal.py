@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from interventions.causal import bases
+from interventions.causal.bases import special_axes
 from interventions.causal.cost import causal_cost
 from interventions.causal.evidence import Evidence, Insertion, Other, leakage_draws
 from interventions.causal.nulls import SpanPool, total_share
 from interventions.causal.questions import judge, needed, only, pool, within
 from interventions.causal.settings import TestSettings
 from interventions.causal.statistics import Interval, Shares
-from interventions.causal.test import CausalTable, causal_test
+from interventions.causal.test import CausalTable, causal_test, open_bench
 from interventions.damage import EvaluatedSplit
 from polca_edit.basis.record import unlabelled
 from polca_edit.checkpoints.opening import open_checkpoints
@@ -28,6 +29,8 @@ from polca_edit.parameters import ParameterSpace
 from polca_edit.tokens import TokenSet
 
 QUICK = TestSettings(resamples=300, null_documents=40, random_draws=19, rotations=24, transplants=19, least=5)
+#: For what does not need the directions of a span: words of N and W, names, reasons.
+PLAIN = replace(QUICK, rotations=0, transplants=0)
 SKILLS = 4
 
 
@@ -102,10 +105,10 @@ def test_planted_skills_are_carriers_with_closed_forms(separable) -> None:
 
 def test_a_movement_that_no_loss_sees_is_inert() -> None:
     split, groups = world()
-    table = causal_test(split, pairs_of((6, 7), skill=1), QUICK, parents=groups)
+    table = causal_test(split, pairs_of((6, 7), skill=1), PLAIN, parents=groups)
     assert [row.word for row in table.rows] == ["inert", "inert"]
     assert all("would have been seen" in row.sentence for row in table.rows)
-    assert all(row.smallest_effect >= QUICK.damage_floor for row in table.rows)
+    assert all(row.smallest_effect >= PLAIN.damage_floor for row in table.rows)
 
 
 def test_a_tested_group_of_the_same_parent_is_not_off_target() -> None:
@@ -123,7 +126,7 @@ def test_a_tested_group_of_the_same_parent_is_not_off_target() -> None:
         return Hypothesis(name, axes[row][None], group, "own", "axes", (row,), span=axes)
 
     pairs = [*pairs_of((0,)), pair("mostly skill0", 4, mostly), pair("part of skill2", 2, other)]
-    rows = {row.name: row for row in causal_test(split, pairs, QUICK, parents=groups).rows}
+    rows = {row.name: row for row in causal_test(split, pairs, PLAIN, parents=groups).rows}
     judged = set(rows["axis 0"].pooled.runs[0].others)
     assert judged == {"skill1", "skill2", "skill3", "part of skill2"}
 
@@ -132,10 +135,10 @@ def test_a_direction_that_every_skill_needs_is_shared() -> None:
     split, groups = world(coupled=True)
     mean = torch.zeros(1, 16, dtype=torch.float64)
     mean[0, :SKILLS] = 0.5
-    axes = torch.linalg.qr(torch.cat([mean, torch.eye(16, dtype=torch.float64)[1:]]).T)[0].T.contiguous()
+    axes = torch.linalg.qr(torch.cat([mean, torch.eye(16, dtype=torch.float64)[1:6]]).T)[0].T.contiguous()
     group = TokenGroup("skill2", skill="skill2")
     pair = Hypothesis("common", axes[:1], group, basis="axes", vectors=(0,), span=axes)
-    [row] = causal_test(split, [pair], QUICK, parents=groups).rows
+    [row] = causal_test(split, [pair], replace(QUICK, rotations=20), parents=groups).rows
     assert row.word == "shared"
     assert row.answers["N"] == "yes"
     assert row.pooled.leakage.estimate == pytest.approx(1.0)
@@ -173,7 +176,7 @@ def test_redundant_and_synergic_movements_are_flagged_beside_their_words() -> No
     tokens = TokenSet(torch.zeros(20, 1), torch.ones(20, 3, dtype=torch.bool), torch.arange(20))
     groups = {n: tokens.position_of == k for k, n in enumerate(("or", "and", "other"))}
     split = EvaluatedSplit(Objective(module, token_loss, space), series, replace(tokens, skills=groups))
-    axes = torch.eye(300, dtype=torch.float64)[:8]
+    axes = torch.eye(300, dtype=torch.float64)[:6]
 
     def pair(name: str, rows: tuple[int, ...], group: str, partner: int | None = None) -> Hypothesis:
         partners = None if partner is None else axes[[partner]]
@@ -325,14 +328,14 @@ def test_attribution_stands_beside_the_damage_where_unseen_tokens_were_observed(
     split, groups = world()
     axes = torch.eye(16, dtype=torch.float64)[:8]
     seen = observe(split.loss, split.series, unlabelled("axes", axes), split.tokens)
-    table = causal_test(split, pairs_of((0, 1)), QUICK, parents=groups, observations={"axes": seen})
+    table = causal_test(split, pairs_of((0, 1)), PLAIN, parents=groups, observations={"axes": seen})
     for row in table.rows:
         [evidence] = row.pooled.runs
         # Straight path, separable loss: A = -(D + S) / 2 with D = S.
         assert evidence.attributed == pytest.approx(-row.pooled.damage.estimate)
     other, _ = world(seed=1)
     elsewhere = observe(other.loss, other.series, unlabelled("axes", axes), other.tokens)
-    table = causal_test(split, pairs_of((0,)), QUICK, parents=groups, observations={"axes": elsewhere})
+    table = causal_test(split, pairs_of((0,)), PLAIN, parents=groups, observations={"axes": elsewhere})
     assert table.rows[0].pooled.runs[0].attributed is None
 
 
@@ -357,7 +360,7 @@ def test_a_basis_is_compared_with_rotated_ones_on_the_same_tokens(monkeypatch) -
     table = causal_test(
         split.on(tokens),
         seen.hypotheses("turned"),
-        replace(QUICK, null_documents=7),
+        replace(PLAIN, null_documents=7),
         parents=groups,
         observations={"turned": seen},
     )
@@ -375,18 +378,18 @@ def test_pairs_that_cannot_be_tested_are_named_with_the_reason() -> None:
             "none", masks={split.tokens.fingerprint(): torch.zeros(split.tokens.count, dtype=torch.bool)}
         ),
     )
-    table = causal_test(split, [still, *pairs_of((0,))], QUICK, parents=groups)
+    table = causal_test(split, [still, *pairs_of((0,))], PLAIN, parents=groups)
     assert [left.name for left in table.untested] == ["still"]
     assert "0 unseen tokens" in table.untested[0].reason
     with pytest.raises(ValueError, match="at least one pair"):
-        causal_test(split, [], QUICK)
+        causal_test(split, [], PLAIN)
     with pytest.raises(ValueError, match="occurs twice"):
-        causal_test(split, [*pairs_of((0,)), *pairs_of((0,))], QUICK)
+        causal_test(split, [*pairs_of((0,)), *pairs_of((0,))], PLAIN)
     with pytest.raises(ValueError, match="must not share tokens"):
-        causal_test(split, pairs_of((0,)), QUICK, parents={"a": groups["skill0"], "b": groups["skill0"]})
+        causal_test(split, pairs_of((0,)), PLAIN, parents={"a": groups["skill0"], "b": groups["skill0"]})
     with pytest.raises(ValueError, match="given for other tokens"):
         causal_test(
-            split, [replace(still, group=TokenGroup("elsewhere", masks={"": groups["skill0"]}))], QUICK
+            split, [replace(still, group=TokenGroup("elsewhere", masks={"": groups["skill0"]}))], PLAIN
         )
 
 
@@ -439,3 +442,19 @@ def test_a_group_that_was_known_before_does_not_take_the_credit_of_an_insertion(
     [shared] = causal_test(both, [joint], QUICK, parents=names).rows
     assert shared.pooled.runs[0].insertion is not None
     assert shared.pooled.runs[0].insertion.beyond_others.estimate == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_turned_basis_shares_directions_of_its_span_and_keeps_its_own_axes() -> None:
+    split, groups = world()
+    turn = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(1)).double())[0]
+    axes = torch.eye(16, dtype=torch.float64)[:8]
+    members = {f"axis {k}": groups[f"skill{k}"].numpy() for k in range(SKILLS)}
+    bench = open_bench(split, pairs_of(), members, QUICK, groups)
+    straight = SpanPool(bench.nulls, axes, 24, 0)
+    straight.fill()
+    # The span's directions are the same; what is asked about are the turned axes, which mix the skills.
+    turned = replace(straight, axes=turn @ axes)
+    own, mixed = (special_axes(bench, pool, QUICK) for pool in (straight, turned))
+    assert (own.answer, own.statistic) == ("yes", pytest.approx(1.0))
+    assert mixed.answer != "yes"
+    assert mixed.statistic < 0.9

@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 from experiments import application
 from experiments.application import explain, run_application, say
 from experiments.cli import STUDIES, VERBS, Verb, app
+from experiments.verbs import records
 from experiments.verbs.pipeline import default_out
 from experiments.verbs.signature import signature_alone
 
@@ -43,8 +44,12 @@ def test_help_is_light_fits_80_columns_and_ends_with_examples(
 @pytest.mark.parametrize("words", EVERY, ids=" ".join)
 def test_every_verb_has_json_and_shared_options_mean_the_same(words: tuple[str, ...]) -> None:
     given = {option: p for p in EVERY[words].command().params for option in p.opts}
-    assert "--json" in given
+    assert given["--json"].metavar == "FILE|-"
+    assert given["--json"].help.startswith("The result as JSON, to FILE")
     same = {"--basis": "Basis by name", "--dry-run": "Check everything", "--set": "Override a config key"}
+    same |= {"--redo": "Run a stage again", "--device": "cpu or cuda", "--seed": "Seed"}
+    if words != ("remove",):  # where a window may be undone instead, and repeats
+        same["--window"] = "Only the movement of these training steps"
     #: Where a basis is one span to look in, or may be none.
     other = words in {("validate",), ("remove",), ("study", "blocking")}
     for option, start in same.items():
@@ -97,6 +102,47 @@ def test_a_dry_run_says_what_is_kept_and_what_would_run_and_writes_nothing(smoke
     assert "train" not in todo
     (smoke_copy / "damage" / "hessian.json").touch()
     assert before.keys() == stamps(smoke_copy).keys()
+
+
+DRY = [
+    "run smoke --set threads=1 --out {run}",
+    "test {run} --unseen 0",
+    "discover {run} --unseen 0",
+    "axis {run} --target 10s --unseen 0",
+    "remove {run} --skill 10s",
+    "clean {run}",
+]
+
+
+@pytest.mark.parametrize("command", DRY)
+def test_a_dry_run_speaks_json_names_itself_as_next_and_writes_nothing(
+    smoke_copy: Path, command: str
+) -> None:
+    before = {name for name in stamps(smoke_copy) if not name.endswith(".lock")}
+    words = command.format(run=smoke_copy).split()
+    result = called(*words, "--dry-run", "--json", "-")
+    assert result.exit_code == 0, result.exception
+    told = json.loads(result.stdout)
+    assert {"dry_run", "would_run", "deleted"} & set(told)
+    assert result.stderr.rstrip().endswith(f"next: polca-edit {' '.join(words)}")
+    assert {name for name in stamps(smoke_copy) if not name.endswith(".lock")} == before
+
+
+@pytest.mark.parametrize("command", ["inspect {run} --json {there}", "demo --dry-run --json {there}"])
+def test_a_place_for_json_is_checked_before_the_work(smoke_run: Path, tmp_path: Path, command: str) -> None:
+    (tmp_path / "file.txt").write_text("mine")
+    for there, said in ((tmp_path, "is a folder"), (tmp_path / "file.txt" / "x.json", "is a file")):
+        result = called(*command.format(run=smoke_run, there=there).split())
+        assert said in explain(result.exception)
+        assert not (tmp_path / "runs").exists()
+
+
+def test_a_refused_value_is_named_with_what_to_do(smoke_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    for words, value in (("--rotations", "3"), ("--seed", "x"), ("--draws", "1e9")):
+        result = called("test", smoke_run, words, value)
+        assert result.exit_code == 2
+        assert f"got '{value}'; give another" in result.output
 
 
 def test_another_seed_is_refused_and_nothing_is_touched(smoke_copy: Path) -> None:
@@ -158,6 +204,14 @@ def test_test_does_not_write_into_another_run(smoke_run: Path, smoke_copy: Path)
     assert not (smoke_copy / "verdicts.json").exists()
 
 
+def test_a_run_agrees_with_its_copy_on_every_skill_that_is_judged(smoke_run: Path, smoke_copy: Path) -> None:
+    told = json.loads(called("compare", smoke_run, smoke_copy, "--json", "-").stdout)
+    judged = [pair for pair in told["skills"] if pair["first"] is not None]
+    assert 0 < len(judged) < len(told["skills"]), "one skill of the smoke run is judged in neither"
+    said = called("compare", smoke_run, smoke_copy).output
+    assert f"differ in 0 settings. They agree on {len(judged)} of {len(judged)} skills" in said
+
+
 def test_clean_frees_leftovers_and_asks_before_weights(smoke_copy: Path) -> None:
     (smoke_copy / "basis" / "hessian.parts").mkdir()
     (smoke_copy / "basis" / "hessian.parts" / "row.npy").write_bytes(b"x" * 1000)
@@ -168,6 +222,11 @@ def test_clean_frees_leftovers_and_asks_before_weights(smoke_copy: Path) -> None
     assert called("clean", smoke_copy).exit_code == 0
     assert not (smoke_copy / "basis" / "hessian.parts").exists()
     assert list((smoke_copy / "checkpoints").glob("*.safetensors"))
+    matrix = smoke_copy / "damage" / "matrix"
+    matrix.mkdir(exist_ok=True)
+    (matrix / "block.safetensors").write_bytes(b"x")
+    assert called("clean", smoke_copy, "--damage").exit_code == 0
+    assert not list(matrix.iterdir())
     freed = called("clean", smoke_copy, "--checkpoints")
     assert "next: polca-edit run" in freed.output
     assert not list((smoke_copy / "checkpoints").glob("*.safetensors"))
@@ -189,15 +248,15 @@ def test_brackets_in_paths_are_text(
 def test_ctrl_c_says_how_to_go_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def stopped() -> None:
+    def stopped(directory: Path, json_: str | None = None) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys, "argv", ["polca-edit", "run", "my config.yaml"])
-    monkeypatch.setattr(application, "single", lambda _: stopped)
+    monkeypatch.setattr(records, "inspect", stopped)
+    monkeypatch.setattr(sys, "argv", ["polca-edit", "inspect", "my run"])
     with pytest.raises(SystemExit) as ended:
-        run_application(stopped)
+        run_application(app)
     assert ended.value.code == 130
-    assert "go on with: polca-edit run 'my config.yaml'" in capsys.readouterr().err
+    assert "go on with: polca-edit inspect 'my run'" in capsys.readouterr().err
 
 
 def test_every_verb_names_the_next_one() -> None:

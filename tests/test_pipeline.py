@@ -169,7 +169,8 @@ def test_evaluate_is_opened_once_and_after_the_plan(finished: tuple[Path, dict])
     text = json.dumps(plan, indent=1, sort_keys=True) + "\n"
     assert hashlib.sha256(text.encode()).hexdigest() == digest == summary["evaluate"]["plan"]
     openings = json.loads((out / "run.json").read_text())["evaluate_openings"]
-    assert openings == [{"plan": digest, "exploratory": False, "by": "run", "times": 1}]
+    own = {"plan": digest, "exploratory": False, "by": "run", "times": 1, "tokens": plan["evaluate_tokens"]}
+    assert openings == [own]
 
 
 def test_passes_are_those_of_the_stage_records(finished: tuple[Path, dict]) -> None:

@@ -140,9 +140,11 @@ def test_settings_come_from_the_run(smoke_run: Path) -> None:
     run = load_run(smoke_run, lambda _: None)
     undo = undo_of(run, UndoOptions("axis", ("6:12",), 7))
     assert (undo.method, undo.training.steps) == ("rollback", 7)
-    assert undo.training.learning_rate == run.config.training.learning_rate
+    assert undo.training.learning_rate == 1.5 * run.config.training.learning_rate
     assert undo.training.warmup == 0
     assert windows_of(["6:12"]) == undo.windows
+    # A tenth of the sixty recorded steps is too few to anneal over.
+    assert undo_of(run, UndoOptions("return")).training.steps == 20
 
 
 def test_an_adapter_of_full_rank_does_what_its_matrices_do(smoke_run: Path) -> None:

@@ -190,12 +190,20 @@ def test_an_unknown_skill_is_refused(plain: Run, tmp_path: Path) -> None:
         finished_run(copied, [*PLAIN, {"kind": "hessian", "rotation": "contrastive", "skill": "juggling"}])
 
 
-@pytest.mark.parametrize("kind", ["trajectory_secant", "loss_weighted", "loss_path", "adaptive_hessian"])
-def test_further_kinds_run_and_turn(plain: Run, tmp_path: Path, kind: str) -> None:
-    copied = tmp_path / "copy"
-    shutil.copytree(plain.directory.path, copied)
-    further = [{"kind": kind, "vectors": 3}, {"kind": kind, "rotation": "varimax"}]
-    run = finished_run(copied, further)
+FURTHER = ("trajectory_secant", "loss_weighted", "loss_path", "adaptive_hessian")
+
+
+@pytest.fixture(scope="module")
+def further(plain: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """One run with a basis of every further kind and each of them turned."""
+    out = Path(shutil.copytree(plain.directory.path, tmp_path_factory.mktemp("further") / "run"))
+    plain_of = [{"kind": kind, "vectors": 3} for kind in FURTHER]
+    return finished_run(out, [*plain_of, *({"kind": kind, "rotation": "varimax"} for kind in FURTHER)])
+
+
+@pytest.mark.parametrize("kind", FURTHER)
+def test_further_kinds_run_and_turn(further: Run, kind: str) -> None:
+    run = further
     basis, turned = (load_record(Basis, run.directory.basis(n)) for n in (kind, f"{kind}_varimax"))
     assert (basis.kind, turned.kind) == (kind, f"{kind}_varimax")
     own, other = (

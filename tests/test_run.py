@@ -198,6 +198,9 @@ def test_the_first_plan_is_the_planned_one_whoever_makes_it(tmp_path: Path) -> N
     run = open_run(load_config("smoke", {"threads": 1}), tmp_path / "run", quiet)
     assert not open_evaluate(run, {"skill": "10s"}, by="remove").exploratory
     assert open_evaluate(run, {"pairs": []}).exploratory
+    # Sequences drawn anew are other tokens: nothing has opened them yet.
+    assert not open_evaluate(run, {"pairs": [], "tokens": "drawn"}, by="test").exploratory
+    assert open_evaluate(run, {"pairs": [1], "tokens": "drawn"}, by="test").exploratory
 
 
 # -- seeds and threads ------------------------------------------------------------------------------

@@ -77,9 +77,9 @@ def test_the_selective_vector_is_chosen_on_select_and_measured_on_evaluate(smoke
     assert most_selective(_damaging(summary, {(2, "select"): damages[2, "select"]})) is None
 
 
-def test_demo_table_writes_what_it_prints(smoke_run, tmp_path):
+def test_demo_table_writes_what_it_prints(smoke_run, smoke_copy, tmp_path):
     file = tmp_path / "demo.json"
-    demo_table([smoke_run, smoke_run], file)
+    demo_table([smoke_run, smoke_copy], file)
     written = json.loads(file.read_text())
     assert written["seeds"] == [0, 0]
     assert len(written["rows"]) == 2

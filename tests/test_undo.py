@@ -20,6 +20,7 @@ from interventions.removal.undo import (
     UNDO_LIMITS,
     Undo,
     interpolated,
+    repair_settings,
     repaired,
     replayed,
     undo_skill,
@@ -100,7 +101,7 @@ def test_the_forecast_names_the_window_and_what_falls(problem: RemovalProblem) -
     assert other.falls["skill"] == pytest.approx(0.0, abs=1e-6)
     assert with_descendants(timeline, "skill") == [timeline.own("skill").window]
     windows = candidate_windows(timeline, "skill")
-    assert [(w.start, w.end) for w in windows] == [(20, 40), (0, 40)]
+    assert [(w.start, w.end) for w in windows] == [(20, 40), (10, 40), (0, 40)]
     assert merged([Window(0, 20), Window(20, 40)]) == [Window(0, 40)]
     # A skill without a fall is refused.
     unknown = replace(timeline, effects=())
@@ -139,13 +140,13 @@ def test_repair_keeps_the_best_look(problem: RemovalProblem) -> None:
 @pytest.mark.parametrize("method", ["rollback", "return"])
 def test_remove_skill_by_undoing(problem: RemovalProblem, method: str, tmp_path) -> None:
     split, unseen = problem.select.split, tokens_of(torch.arange(10))
-    undo = Undo(method, training=REPAIR, probe=4)
+    undo = Undo(method, training=REPAIR, probe=4, compare=True)
     found = remove_skill(split, RULE, undo, logits=table_logits, batch=batch, unseen=unseen)
     assert found.judged is not None
     assert found.judged.target_share == pytest.approx(1.0, abs=1e-3)
     assert found.judged.worst_off_share < 0.02
     assert found.undone is not None
-    assert len(found.undone.tried) == 2
+    assert len(found.undone.tried) == 3
     # Both parts are in the edit: where undoing alone ends is found again from its coordinates.
     edit = found.edit
     back = undoing(split.series, found.undone.windows, method)
@@ -195,3 +196,18 @@ def test_replay_and_interpolation_are_what_they_say(problem: RemovalProblem) -> 
 def test_chance_is_the_entropy_of_the_answers() -> None:
     assert chance_loss(torch.tensor([3, 3, 3])) == 0.0
     assert chance_loss(torch.arange(10)) == pytest.approx(2.302585, abs=1e-6)
+
+
+def test_by_default_undoing_begins_half_a_window_before_the_fall(problem: RemovalProblem) -> None:
+    _, record, _ = undo_skill(problem, Undo("rollback", training=replace(REPAIR, steps=0)))
+    assert record.tried == ()
+    assert [(w.start, w.end) for w in record.windows] == [(10, 40)]
+
+
+def test_repair_anneals_from_above_trainings_rate_to_nothing() -> None:
+    settings = repair_settings(10, 1e-3)
+    rates = [settings.rate(step) for step in range(1, 11)]
+    assert rates[0] < 1.5e-3
+    assert rates == sorted(rates, reverse=True)
+    assert rates[4] == pytest.approx(0.75e-3)
+    assert rates[-1] == pytest.approx(0.0, abs=1e-12)

@@ -16,6 +16,7 @@ from experiments.run.keys import signature_names
 from experiments.run.run import load_run
 from experiments.run.run_record import read_run_record
 from experiments.run.summary.write import write_summary
+from experiments.verdicts import study
 from experiments.verdicts.choose import choose, jaccard, select_shares, unseen_tokens
 from experiments.verdicts.records import CausalResult
 from experiments.verdicts.study import StudySettings, run_study, write_result
@@ -132,3 +133,27 @@ def test_results_are_plain_json(tested) -> None:
     _, result = tested
     text = json.dumps(to_plain(result), allow_nan=False)
     assert {"rows", "bases"} <= set(json.loads(text))
+
+
+def test_a_test_with_other_settings_measures_nothing_twice(tested) -> None:
+    place, result = tested
+    run = load_run(place, say=lambda _: None)
+    blocks = sorted(run.directory.damage_matrix.iterdir())
+    assert blocks
+    before = [block.read_bytes() for block in blocks]
+    again = replace(ONE, test=replace(FEW, resamples=300))
+    other = run_study([place], again, say=lambda _: None)
+    assert [row.damage for row in other.rows] == [row.damage for row in result.rows]
+    assert [block.read_bytes() for block in sorted(run.directory.damage_matrix.iterdir())] == before
+
+
+def test_a_control_that_cannot_be_planted_leaves_the_table(smoke_copy: Path, monkeypatch) -> None:
+    def unlearned(*_: object) -> None:
+        raise ValueError("the rule was not learned")
+
+    monkeypatch.setattr(study, "positive_control", unlearned)
+    result = run_study([smoke_copy], replace(ONE, control=True), say=lambda _: None)
+    assert result.rows
+    [control] = result.controls
+    assert (control.planted, control.passed) == ("missed", False)
+    assert control.sentence == "the rule was not learned"

@@ -234,14 +234,34 @@ def load_config(source: str | Path, overrides: dict[str, Any] | None = None) -> 
     else:
         raise ValueError(f"a config must be a file or one of the presets {preset_names()}, got '{name}'")
     try:
-        values = yaml.safe_load(text) or {}
+        values = yaml.load(text, Loader=_Once) or {}
     except yaml.YAMLError as error:
-        raise ValueError(f"'{name}' must be valid YAML: {str(error).splitlines()[0]}") from error
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        place = "" if mark is None else f"line {mark.line + 1}, "
+        why = problem or str(error).splitlines()[0]
+        raise ValueError(f"'{name}' must be valid YAML, it is not ({place}{why}); correct it") from error
     if not isinstance(values, dict):
-        raise ValueError(f"'{name}' must be a mapping of settings, got {type(values).__name__}")
+        raise ValueError(
+            f"'{name}' must be a mapping of settings, got {type(values).__name__}; write KEY: VALUE lines"
+        )
     for dotted, value in (overrides or {}).items():
         _assign(values, dotted, value)
     return parse_config(values, name)
+
+
+class _Once(yaml.SafeLoader):
+    """YAML in which a key stands once: of two values, one would be dropped without a word."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key '{key.value}' stands twice", key.start_mark
+                )
+            seen.add(str(key.value))
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        return found
 
 
 def parse_config(values: dict[str, Any], name: str = "config") -> RunConfig:
@@ -254,7 +274,7 @@ def parse_config(values: dict[str, Any], name: str = "config") -> RunConfig:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "config"
+        where = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             raise ValueError(
                 f"'{name}': unknown key '{where}'; the config reference of the documentation lists the keys"
@@ -263,7 +283,9 @@ def parse_config(values: dict[str, Any], name: str = "config") -> RunConfig:
         value = "" if isinstance(first["input"], dict) else f", got {first['input']!r}"
         own = first["type"] == "value_error"  # a sentence of ours, which ends with what to do
         remedy = "" if own else "; correct it, or leave it out for its default"
-        raise ValueError(f"'{name}': {where}: {message}{value}{remedy}") from None
+        if own and ", got " in message:
+            value = ""
+        raise ValueError(f"'{name}': {where}{': ' if where else ''}{message}{value}{remedy}") from None
 
 
 def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:

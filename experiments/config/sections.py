@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+#: Types of keys that take a number and nothing else but nothing.
+NUMBERS: tuple[Any, ...] = (int, float, int | None, float | None)
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 Dose = Annotated[float, Field(ge=-100, le=100)]
 
@@ -17,6 +19,15 @@ class Section(BaseModel):
     """Base of every section: frozen, no unknown keys, no number that is not finite."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """``true`` is no 1."""
+        field = cls.model_fields.get(info.field_name or "")
+        if isinstance(value, bool) and field is not None and field.annotation in NUMBERS:
+            raise ValueError(f"must be a number, got {str(value).lower()}; write digits")
+        return value
 
 
 class ModelConfig(Section):

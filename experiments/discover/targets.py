@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.discover.stages import token_groups
+from experiments.discover.stages import load_found, signatures_file, token_groups
+from experiments.run.keys import signature_names
 from experiments.run.run import Run
 from interventions.causal.statistics import Bits
 from interventions.damage import EvaluatedSplit
@@ -47,6 +48,23 @@ class Aim:
     def inside(self) -> bool:
         """Whether null sets must stay inside its parent."""
         return self.search.rest is not None
+
+
+def require_target(run: Run, target: str) -> None:
+    """Whether a run has such a group, known before any work: a label of its tokens, or a stored cluster.
+
+    Raises:
+        ValueError: for a name that nothing is called.
+    """
+    known = list(token_groups(run.task.splits.select))
+    if run.task.splits.select.features:  # clusters are carried to other tokens by rules on features
+        names = signature_names(run.config)
+        if names and signatures_file(run, names[-1]).exists():
+            known += [f"found {name}" for name in load_found(run, names[-1]).clusters]
+        elif target.removeprefix("found ").isdigit():
+            return
+    if target not in known:
+        raise ValueError(f"--target must be one of {known}, got '{target}'")
 
 
 def aims_of(

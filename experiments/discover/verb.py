@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from experiments.application import console, json_result, say, then
+from experiments.application import console, json_result, say, then, would
 from experiments.verbs.options import (
     Bases,
     Directory,
@@ -49,15 +49,17 @@ def discover(
     from experiments.verdicts.choose import unseen_tokens
 
     run = load_run(directory, say)
-    labels = tuple(basis or [spec.label for spec in run.config.measured_bases()])
+    labels = _bases(run, basis)
     settings = DiscoverSettings(
         labels, _unseen(run.task.unseen is not None, unseen), nulls=nulls, window=parse_window(window)
     )
+    run.require_bases(labels)
+    run.observed(settings.window)
     if dry_run:
-        run.require_bases(labels)
         unseen_tokens(run, settings.unseen)
-        say(f"{directory}: would find axes in {', '.join(labels)}, with {nulls} null searches each")
-        return
+        return would(
+            f"{directory}: would find axes in {', '.join(labels)}, with {nulls} null searches each", json_
+        )
     with existing(directory):
         result = run_discovery(run, settings, workers=workers or min(os.cpu_count() or 1, len(labels)))
     if not json_result(result, json_):
@@ -75,7 +77,7 @@ def axis(
         float | None,
         typer.Option(min=0.0, max=1.0, callback=finite, help="Share that another group may lose at most."),
     ] = None,
-    refine: Annotated[int, typer.Option(min=0, help="Steps on the true losses.")] = 60,
+    refine: Annotated[int, typer.Option(min=0, max=10**5, help="Steps on the true losses.")] = 60,
     unseen: Unseen = None,
     nulls: Nulls = 39,
     window: Window = None,
@@ -86,6 +88,7 @@ def axis(
     """Search the axis whose own undone movement takes one group, and save it as an edit."""
     from experiments.config import parse_window
     from experiments.discover.records import DiscoverSettings
+    from experiments.discover.targets import require_target
     from experiments.report.chapters.discovery import print_axes
     from experiments.run.run import load_run
     from experiments.verbs.groups import with_groups
@@ -94,7 +97,7 @@ def axis(
     from interventions.discovery.axes import AxisSettings
 
     run = with_groups(load_run(directory, say), groups, say)
-    labels = tuple(basis or [spec.label for spec in run.config.measured_bases()])
+    labels = _bases(run, basis)
     settings = DiscoverSettings(
         labels,
         _unseen(run.task.unseen is not None, unseen),
@@ -106,10 +109,12 @@ def axis(
     assert isinstance(searched, AxisSettings)
     settings = replace(settings, axis=searched, targets=(target,))
     run.require_bases(labels)
+    run.observed(settings.window)
+    if settings.window is None:
+        require_target(run, target)
     if dry_run:
         unseen_tokens(run, settings.unseen)
-        say(f"{directory}: would search the axis of '{target}' in {', '.join(labels)}")
-        return
+        return would(f"{directory}: would search the axis of '{target}' in {', '.join(labels)}", json_)
     with existing(directory):
         rows, edits = _axes(run, settings, target)
     if not json_result({"axes": rows, "edits": [str(path) for path in edits]}, json_):
@@ -163,18 +168,27 @@ def blocking(
     A study that was stopped goes on where it was.
     """
     from experiments.discover.blocking import BlockingSettings, blocking_study
+    from experiments.discover.targets import require_target
     from experiments.report.chapters.discovery import print_blocking
     from experiments.run.run import load_run
     from experiments.verbs.guard import existing
 
     run = load_run(directory, say)
-    settings = BlockingSettings(basis, tuple(target), branches)
+    settings = BlockingSettings(basis, tuple(dict.fromkeys(target)), branches)
+    run.require_bases([basis])
+    for name in settings.targets:
+        require_target(run, name)
     with existing(directory):
         result = blocking_study(run, settings, workers=workers or (os.cpu_count() or 1))
     if not json_result(result, json_):
         print_blocking(result, console)
     say(f"Result: {directory / 'blocking.json'}")
     then("report", directory)
+
+
+def _bases(run: Run, asked: list[str] | None) -> tuple[str, ...]:
+    """Bases by name, each once."""
+    return tuple(dict.fromkeys(asked or [spec.label for spec in run.config.measured_bases()]))
 
 
 def _unseen(can_draw: bool, asked: int | None) -> int:

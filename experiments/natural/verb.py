@@ -29,6 +29,7 @@ from experiments.natural.scores import (
 from experiments.report.tables import Table, table
 from experiments.run.machine import hardware, versions
 from experiments.study.results import show, write_with_tables
+from experiments.verbs.options import Result
 from interventions.causal.settings import TestSettings
 
 #: Draws and thresholds of the causal test: the defaults, with fewer rotations.
@@ -85,7 +86,7 @@ def validate(
     ] = None,
     discovery: Annotated[bool, typer.Option(help="Also clusters, and the skill axis of the target.")] = True,
     workers: Annotated[int, typer.Option(help="Processes; a run is the unit of work.", min=1)] = 1,
-    json_: Annotated[Path | None, typer.Option("--json", help="Write all rows here, tables beside.")] = None,
+    json_: Result = None,
     out: Annotated[Path, typer.Option(help="Where runs are kept; finished ones are read back.")] = Path(
         "runs/validate"
     ),

@@ -13,7 +13,7 @@ import typer
 from safetensors import safe_open
 from torch import Tensor
 
-from experiments.application import json_result, say, then
+from experiments.application import json_result, say, then, would
 from experiments.removal.stored import Applied, Survival, parameter_names, read_back
 from experiments.verbs.options import DryRun, Json, finite
 from interventions.edit_files import EditFile, load_edit, save_adapter
@@ -298,8 +298,7 @@ def apply(
         if dry_run:
             _undo_record(file, model if model.is_dir() else model.parent)
             _require_empty(out)
-            say(f"{out}: would restore the original of '{model}'")
-            return
+            return would(f"{out}: would restore the original of '{model}'", json_)
         restored = undo_edit(file, model, out)
         say(f"restored {', '.join(restored) or 'nothing'} in {out}")
         json_result({"out": str(out), "restored": restored}, json_)
@@ -311,8 +310,8 @@ def apply(
     if dry_run:
         changed = _planned(file, model, dose, cast)[2]
         _require_empty(out)
-        say(f"{out}: would write '{model}' with {file.edit.operator}, dose {dose:g}, {len(changed)} tensors")
-        return
+        what = f"{file.edit.operator}, dose {dose:g}, {len(changed)} tensors"
+        return would(f"{out}: would write '{model}' with {what}", json_)
     applied = apply_edit(file, model, out, dose=dose, cast=cast, source=edit.stem, adapter=adapter)
     survival = applied.survival
     say(

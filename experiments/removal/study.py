@@ -189,7 +189,10 @@ def restricted_to(study: Study, skills: str | None, methods: str | None) -> Stud
 
 
 def remove_skill_study(
-    json_: Annotated[Path, typer.Option("--json", help="Result file.")],
+    json_: Annotated[
+        Path,
+        typer.Option("--json", metavar="FILE|-", help="The result as JSON, to FILE or to the terminal (-)."),
+    ],
     preset: Annotated[str, typer.Option(help="demo, mini or smoke.")] = "demo",
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 1,
     first_seed: Annotated[int, typer.Option(min=0, help="The first of them.")] = 0,

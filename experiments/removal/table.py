@@ -20,6 +20,7 @@ from experiments.removal.rows import RelearningCurve, Row
 from experiments.report.formats import share
 from experiments.report.tables import Column
 from experiments.report.tables import table as drawn
+from experiments.verbs.options import Result
 from polca_edit.artifacts import from_plain, to_plain
 from polca_edit.checkpoints.files import finite_json, write_atomically, write_json
 
@@ -144,7 +145,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def removal_table(
     files: Annotated[list[Path], typer.Argument(help="Results of remove-skill.")],
-    json_: Annotated[Path | None, typer.Option("--json", help="Write the small file here.")] = None,
+    json_: Result = None,
     table: Annotated[Path | None, typer.Option("--markdown", help="Write the table here.")] = None,
 ) -> None:
     """Merge results of several seeds and print each method over seeds."""

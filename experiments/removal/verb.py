@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from experiments.application import json_result, say, then
+from experiments.application import json_result, say, then, would
 from experiments.config import parse_window
 from experiments.removal.undo.records import Removal, RemovalFile, RemovalPlan
 from experiments.removal.undo.remove import (
@@ -20,6 +20,7 @@ from experiments.removal.undo.remove import (
     returned,
     said_first,
     told,
+    training_rate,
     undo_of,
     with_timeline,
 )
@@ -116,6 +117,7 @@ def _how(
     run: Run, rules: Sequence[GroupRule], options: UndoOptions, budget: Budget, basis: str | None
 ) -> tuple[Span | Undo, Batches | None]:
     """Where an edit may lie or what is undone, and its batches; what undoing costs is said first."""
+    run.require_bases([basis] if basis is not None else [])
     fits = fit_stream(run, budget.sequences)
     if options.method == "span":
         if len(options.windows) > 1 or (basis is not None and options.windows):
@@ -127,7 +129,7 @@ def _how(
         )
     (rule,) = rules
     undo = undo_of(run, options)
-    batch = repair_batches(run, rule, fits, REPAIR_SEQUENCES) if options.steps else None
+    batch = repair_batches(run, rule, fits, REPAIR_SEQUENCES) if options.steps != 0 else None
     if options.method == "axis":
         undo = axis_undo(run, rule, logits_of(run), undo, basis)
     undo = with_timeline(run, rule, logits_of(run), undo)
@@ -149,7 +151,9 @@ def _afterwards(
     split = EvaluatedSplit(run.objective, run.checkpoints(), run.task.splits.evaluate)
     judged = GroupedSplit(split, Predictor(run.objective, logits_of(run)), rule)
     back = (
-        returned(judged, edit, batch, how, options.relearn) if options.relearn and batch is not None else None
+        returned(judged, edit, batch, how, options.relearn, training_rate(run))
+        if options.relearn and batch is not None
+        else None
     )
     held = adapted(run, judged, edit, options.lora)[1] if options.lora else None
     return replace(removal, returned=back, adapter=held)
@@ -173,7 +177,13 @@ def remove(
         list[str] | None,
         typer.Option(help="Steps START:END to search or undo; undone windows are chosen by default."),
     ] = None,
-    repair: Annotated[int, typer.Option(min=0, help="Training steps without the skill after undoing.")] = 60,
+    repair: Annotated[
+        int | None,
+        typer.Option(min=0, help="Training steps without the skill after undoing (a tenth of training's)."),
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Compare windows by short probes instead of by the rule.")
+    ] = False,
     relearn: Annotated[int, typer.Option(min=0, help="Steps of an attack that is measured.")] = 0,
     lora: Annotated[int | None, typer.Option(min=1, help="Measure the edit's part of this rank.")] = None,
     target: Annotated[float | None, bound("Damage wanted, share of headroom (.99; undoing .9).", 1)] = None,
@@ -188,7 +198,7 @@ def remove(
 
     The edit is written in any case; where it misses a bound, the command says which and ends with 1.
     """
-    options = UndoOptions(method, tuple(window or ()), repair, relearn, lora)
+    options = UndoOptions(method, tuple(window or ()), repair, relearn, lora, compare)
     chosen = _budget(budget)
     opened = with_groups(load_run(run), groups, say)
     logits_of(opened)
@@ -198,7 +208,8 @@ def remove(
     plan = _plan(opened, names, _limits(method, target, off, kl), chosen, how, options)
     path = out or run / "edits" / _file_name(names)
     if dry_run:
-        return say(f"{path}: would take out {', '.join(names)} by {method} ({budget}), judged on evaluate")
+        told_ = f"{path}: would take out {', '.join(names)} by {method} ({budget}), judged on evaluate"
+        return would(told_, json_)
     with existing(run):
         opening = open_evaluate(opened, plan, by="remove")
         edit, removals = removed(opened, rules, plan, how, batch)
@@ -243,7 +254,7 @@ def _rules(run: Run, skills: Sequence[str], cluster: str | None) -> list[GroupRu
         raise ValueError("give either --skill NAME or --cluster BASIS:VECTOR:CLUSTER")
     if cluster is not None:
         return [cluster_groups(run, cluster)]
-    return [skill_groups(run, name) for name in skills]
+    return [skill_groups(run, name) for name in dict.fromkeys(skills)]
 
 
 def _limits(method: str, target: float | None, off: float | None, kl: float | None) -> Limits:
@@ -264,7 +275,7 @@ def _plan(
         return RemovalPlan(names, limits, budget, how.kind, tokens)
     windows = tuple(str(window) for window in how.windows)
     return RemovalPlan(
-        names, limits, budget, "recorded movement", tokens, options.method, windows, options.steps
+        names, limits, budget, "recorded movement", tokens, options.method, windows, how.training.steps
     )
 
 

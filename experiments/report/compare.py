@@ -73,7 +73,7 @@ class SkillPair:
     def agree(self) -> str:
         """Whether the runs say the same: the skill goes alone in both, in neither, or in one."""
         if self.first is None or self.second is None:
-            return "known in one"
+            return "judged in neither" if self.first is self.second else "judged in one"
         if self.first.alone != self.second.alone:
             return "alone in one"
         return "alone in both" if self.first.alone else "alone in neither"
@@ -284,11 +284,13 @@ def tables_of(found: Comparison, hues: Mapping[str, str]) -> list[Table]:
 def in_words(found: Comparison) -> str:
     """The comparison in two sentences."""
     names = run_names(found)
-    agree = [pair.skill for pair in found.skills if pair.agree in ("alone in both", "alone in neither")]
-    differ = [pair.skill for pair in found.skills if pair.agree not in ("alone in both", "alone in neither")]
-    told = f"{names[0]} and {names[1]} differ in {len(found.settings)} settings."
-    if found.skills:
-        told += f" They agree on {len(agree)} of {len(found.skills)} skills on whether one goes alone"
+    judged = [pair for pair in found.skills if pair.agree != "judged in neither"]
+    agree = [pair.skill for pair in judged if pair.agree in ("alone in both", "alone in neither")]
+    differ = [pair.skill for pair in judged if pair.skill not in agree]
+    count = len(found.settings)
+    told = f"{names[0]} and {names[1]} differ in {count} setting{'' if count == 1 else 's'}."
+    if judged:
+        told += f" They agree on {len(agree)} of {len(judged)} skills on whether one goes alone"
         told += f", not on {listed(differ)}." if differ else "."
     return told
 

@@ -256,19 +256,36 @@ def headline_table(made: Sequence[Line], hues: Mapping[str, str]) -> Table:
             line.what,
             Cell(nats(line.damage, 2), sort=line.damage),
             share_cell(line.part),
-            Cell(line.worst, sort=line.leak),
-            line.null,
+            Cell(line.worst, sort=line.leak, look="beside"),
+            Cell(line.null, look="beside"),
             Cell(line.word, look=LOOKS.get(line.word, "good" if line.alone else "soft")),
             Cell(line.sentence, look="sentence"),
         ]
         for line in made
     ]
-    return table(columns, rows, "What takes each skill away (unseen tokens)", look="cards first")
+    # Where nothing was tested there is no null, and its column would only take room.
+    empty = [i for i, column in enumerate(columns) if column.heading == "null" and not _told(made)]
+    kept = [i for i in range(len(columns)) if i not in empty]
+    return table(
+        [columns[i] for i in kept],
+        [[row[i] for i in kept] for row in rows],
+        "What takes each skill away (unseen tokens)",
+        look="cards first",
+    )
+
+
+def _told(made: Sequence[Line]) -> bool:
+    """Whether any line has a null."""
+    return any(line.null != MISSING for line in made)
 
 
 def headline_words(made: Sequence[Line]) -> list[str]:
     """What was found, in two or three plain sentences."""
-    vectors = [line.skill for line in made if line.alone and line.kind != "axis"]
+    vectors = [
+        f"{line.skill} ({line.what}: {nats(line.damage, 2)} nats, worst other {line.worst})"
+        for line in made
+        if line.alone and line.kind != "axis"
+    ]
     axes = [line.skill for line in made if line.kind == "axis"]
     rest = [line.skill for line in made if not line.alone]
     told = [
@@ -278,5 +295,6 @@ def headline_words(made: Sequence[Line]) -> list[str]:
     if axes:
         told.append(f"A direction between the vectors takes {listed(axes)} alone.")
     if rest:
-        told.append(f"Nothing that was tried takes {listed(rest)} without others.")
+        which = "any of them" if len(rest) == len(made) else listed(rest)
+        told.append(f"Nothing that was tried takes {which} without others.")
     return told

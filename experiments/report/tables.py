@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,6 @@ from markupsafe import Markup, escape
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.measure import Measurement
-from rich.padding import Padding
 from rich.text import Text
 
 #: Opacity of the strongest shade: the page's letters keep a contrast of 4.5 on it in both themes.
@@ -120,7 +120,7 @@ class Terminal:
             if Measurement.get(console, options.update(width=1000), grid).maximum <= options.max_width:
                 yield grid
                 return
-        yield from self.records()
+        yield from self.records(options.max_width)
 
     def grid(self, edges: box.Box = box.HEAVY_HEAD) -> rich.table.Table:
         """Rows and columns; long words wrap."""
@@ -145,19 +145,23 @@ class Terminal:
             made.add_row(*(Text(_plain(cell)) for cell in row))
         return made
 
-    def records(self) -> Iterator[Text | Padding]:
-        """Each row under its own words, a value a line."""
+    def records(self, most: int) -> Iterator[Text]:
+        """Each row under its own words, a value a line of at most so many characters; nothing is cut."""
         given = self.table
         if given.title:
             yield Text(given.title, style="italic")
         width = max((len(column.heading) for column in given.columns), default=0)
         heads = next((i for i, column in enumerate(given.columns) if not column.left), 1) or 1
         for row in (*given.rows, *([given.total] if given.total else [])):
-            yield Text(" ".join(_plain(cell) for cell in row[:heads]), style="bold")
+            yield Text("  ".join(_plain(cell) for cell in row[:heads]), style="bold")
             for column, cell in zip(given.columns[heads:], row[heads:], strict=True):
                 if _plain(cell).strip():
-                    line = Text(f"{column.heading:<{width}}  {_plain(cell)}")
-                    yield Padding(line, (0, 0, 0, 2))
+                    text = f"  {column.heading:<{width}}  {_plain(cell)}"
+                    after = " " * (width + 4)
+                    room = max(most, width + 24)
+                    yield from map(
+                        Text, textwrap.wrap(text, room, subsequent_indent=after, break_long_words=False)
+                    )
 
 
 def table(

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
+from pyarrow import ArrowInvalid
 from safetensors import safe_open
 from torch import Tensor
 
@@ -288,7 +289,7 @@ def read_run(directory: RunDirectory) -> RunView:
     """Collect the records of a finished run.
 
     Raises:
-        ValueError: if summary.json or tokens.parquet is missing, or was written by another version.
+        ValueError: if summary.json or tokens.parquet is missing, damaged, or of another version.
     """
     summary = read_summary(directory.path)
     table = directory / "tokens.parquet"
@@ -296,7 +297,14 @@ def read_run(directory: RunDirectory) -> RunView:
         raise ValueError(
             f"'{directory.path}' must hold tokens.parquet beside summary.json; run 'polca-edit run' again"
         )
-    tokens, config = pd.read_parquet(table), read_config(directory)
+    if not summary.analyses:
+        raise ValueError(
+            f"'{directory.path}' must hold the analysis of a basis, summary.json has none; run again"
+        )
+    try:
+        tokens, config = pd.read_parquet(table), read_config(directory)
+    except (OSError, ArrowInvalid) as error:
+        raise ValueError(f"'{table}' must be a parquet file, it is not ({error}); run again") from error
     analyses = tuple(_analysis(directory, name, entry, tokens) for name, entry in summary.analyses.items())
     losses = analyses[0].losses
     return RunView(

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from experiments.config import BasisConfig, RunConfig, dump_config, load_config
 from experiments.run import keys
 from experiments.run.contents import Contents
-from experiments.run.store import RunDirectory
+from experiments.run.store import RunDirectory, require_place
 from experiments.tasks import own_task
 from experiments.tasks.source import own_source
 from experiments.tasks.task import Task, build_task
@@ -100,8 +100,8 @@ class Run:
         own = [self.groups] if self.groups else []
         return key_of(keys.SCHEMA, name, keys.data_key(self.config, self.contents), depends, *own)
 
-    def require_bases(self, labels: Sequence[str]) -> None:
-        """Whether the run has every basis that was asked for.
+    def require_bases(self, labels: Sequence[str], option: str = "--basis") -> None:
+        """Whether the run has every basis that was asked for, by an option.
 
         Raises:
             ValueError: for the first it does not have.
@@ -109,7 +109,7 @@ class Run:
         known = [spec.label for spec in self.config.bases]
         missing = next((label for label in labels if label not in known), None)
         if missing is not None:
-            raise ValueError(f"--basis must be one of {known} of '{self.directory.path}', got '{missing}'")
+            raise ValueError(f"{option} must be one of {known} of '{self.directory.path}', got '{missing}'")
 
     def settings(self) -> ObserveSettings:
         """Allocation and clustering settings."""
@@ -179,6 +179,7 @@ def open_run(config: RunConfig, out: Path, say: Say = print) -> Run:
 
 
 def _require_usable(out: Path) -> None:
+    require_place(out, "--out")
     # Hidden files: the lock, and what a killed process had not finished writing.
     held = [p for p in out.iterdir() if not p.name.startswith(".")] if out.is_dir() else []
     if (out.exists() and not out.is_dir()) or (held and not (out / "config.yaml").exists()):
@@ -230,6 +231,7 @@ def _opened(
             f"task '{task.name}' has no training data, a run needs some or finished checkpoints; give "
             "'training', or pass --checkpoints DIR"
         )
+    require_parts(config, task)
     if task.fingerprint is not None:
         digest = key_of(digest, task.fingerprint)
     if task.fingerprint is not None and compare:
@@ -245,6 +247,17 @@ def _opened(
         for note in task.notes:
             say(f"  {note}")
     return Run(directory, config, task, task.objective(config), say, digest)
+
+
+def require_parts(config: RunConfig, task: Task) -> None:
+    """Whether every basis may lie in some of the model's parameters (``include``, ``--layers``).
+
+    Raises:
+        ValueError: for patterns that no parameter has.
+    """
+    for spec in config.bases:
+        if spec.include != ("*",):
+            task.space.mask(spec.include)
 
 
 def _compare_own(config: RunConfig, directory: RunDirectory, task: Task, say: Say, *, write: bool) -> None:

@@ -29,15 +29,17 @@ class Opening:
 
     Attributes:
         plan: SHA-256 of the plan.
-        exploratory: whether another plan had opened the split before.
+        exploratory: whether another plan had opened the same tokens before.
         by: the verb that read it.
         times: how often under this plan.
+        tokens: fingerprint of what was opened: the evaluate split, or sequences drawn anew.
     """
 
     plan: str
     exploratory: bool
     by: str = "run"
     times: int = 1
+    tokens: str = ""
 
 
 @dataclass(frozen=True)
@@ -93,12 +95,13 @@ def write_run_record(run: Run) -> None:
 def open_evaluate(run: Run, plan: object, by: str = "run") -> Opening:
     """Write a plan and its hash down and count the opening; the evaluate split may be read after that.
 
-    A plan other than the first one is marked exploratory. The plan of ``run`` is ``plan.json``, those
-    of other verbs are ``plans/VERB-HASH.json``.
+    A plan other than the first one on the same tokens is marked exploratory. The plan of ``run`` is
+    ``plan.json``, those of other verbs are ``plans/VERB-HASH.json``.
 
     Args:
         run: the run.
-        plan: a record, or plain values, that says what will be looked at.
+        plan: a record, or plain values, that says what will be looked at; ``tokens`` in it is the
+            fingerprint of the tokens, without it they are the evaluate split.
         by: the verb or study that reads the split.
 
     Example::
@@ -108,11 +111,14 @@ def open_evaluate(run: Run, plan: object, by: str = "run") -> Opening:
     """
     values: dict[str, Any] = to_plain(plan)
     digest = plan_hash(values)
+    evaluate = run.task.splits.evaluate.fingerprint()
+    tokens = str(values.get("tokens") or evaluate)
     record = read_run_record(run.directory)
     openings = list(record.evaluate_openings)
     known = next((i for i, opening in enumerate(openings) if opening.plan == digest), None)
     if known is None:
-        openings.append(Opening(digest, bool(openings), by))
+        seen = any((opening.tokens or evaluate) == tokens for opening in openings)
+        openings.append(Opening(digest, seen, by, tokens=tokens))
     else:
         openings[known] = replace(openings[known], times=openings[known].times + 1)
     run.directory.unseal()

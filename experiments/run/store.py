@@ -7,6 +7,7 @@ finished only while its key is the wanted one and its files are still what it wr
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +27,19 @@ Record = TypeVar("Record")
 SEAL = "seal.json"
 #: The resolved settings, and their checksum.
 CONFIG, CONFIG_SUM = "config.yaml", "config.sha256"
+
+
+def require_place(path: Path, option: str) -> None:
+    """Whether a file or folder can be made there, known before work is done for it.
+
+    Raises:
+        ValueError: where something above it is a file, or may not be written into.
+    """
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise ValueError(f"{option} '{path}' cannot be made, '{above}' is a file; choose another place")
+    if not path.exists() and not os.access(above, os.W_OK):
+        raise ValueError(f"{option} '{path}' cannot be made, '{above}' is read-only; choose another place")
 
 
 @dataclass(frozen=True)
@@ -101,6 +115,11 @@ class RunDirectory:
     def token_damage(self, name: str) -> Path:
         """Damage of one basis's vectors on every select token."""
         return self.path / "damage" / f"{name}.safetensors"
+
+    @property
+    def damage_matrix(self) -> Path:
+        """Folder of the losses under every edit that a test has measured."""
+        return self.path / "damage" / "matrix"
 
     @property
     def evaluated(self) -> Path:

@@ -27,7 +27,7 @@ from experiments.study.measured import OnSelect, Say, on_select, second_order
 from experiments.study.multiverse import thinned
 from experiments.study.reproduce.carry import GroupDamage, eligible_clusters, group_damage
 from experiments.study.results import publish, show
-from experiments.verbs.options import finite
+from experiments.verbs.options import Result, finite
 from interventions.damage import EvaluatedSplit
 from interventions.edits import project_out
 from polca_edit.allocation.allocate import Rule, allocate, explained_share
@@ -155,9 +155,7 @@ def carry_signal(
     min_share: Annotated[
         float, typer.Option(min=1e-6, max=1.0, callback=finite, help="Smallest cluster, a share.")
     ] = 0.03,
-    json_: Annotated[
-        Path | None, typer.Option("--json", help="Write all rows here, the table beside it.")
-    ] = None,
+    json_: Result = None,
     out: Annotated[Path, typer.Option(help="Where runs are kept.")] = Path("runs/carry-signal"),
 ) -> None:
     """Settle where the published carry clusters come from."""

@@ -22,6 +22,8 @@ from experiments.report.formats import decimal, nats, share
 from experiments.report.style import Drawing
 from experiments.report.tables import Table, table
 from experiments.study.results import publish, show, to_terminal
+from experiments.verbs.guard import require_different
+from experiments.verbs.options import Result
 from experiments.verdicts.records import BasisRow, CausalResult, ControlRow, VerdictRow
 from polca_edit.artifacts import load_record
 
@@ -209,11 +211,10 @@ def damage_map_of(seed: int, basis: str, rows: Sequence[VerdictRow], groups: Seq
 
 def causal_seeds(
     runs: Annotated[list[Path], typer.Argument(help="Runs that `polca-edit test` has tested, one a seed.")],
-    json_: Annotated[
-        Path | None, typer.Option("--json", help="Result file; tables and figure beside.")
-    ] = None,
+    json_: Result = None,
 ) -> None:
     """Gather the causal tests of several seeds: words by family, answers about bases, one figure."""
+    require_different(runs)
     results = {}
     for place in runs:
         file = place / "verdicts.json"

@@ -28,6 +28,8 @@ from experiments.run.summary.records import (
     read_summary,
 )
 from experiments.study.results import publish, show
+from experiments.verbs.guard import require_different
+from experiments.verbs.options import Result
 
 #: The digits, of which an edit should hurt one alone.
 DIGITS = ("1000s", "100s", "10s", "1s")
@@ -264,9 +266,10 @@ def _fit(fit: Fit) -> str:
 
 def demo_table(
     runs: Annotated[list[Path], typer.Argument(help="Finished run directories, one per seed.")],
-    json_: Annotated[Path | None, typer.Option("--json", help="Result file; its table beside it.")] = None,
+    json_: Result = None,
 ) -> None:
     """Print what each seed reached beside the targets, and write it."""
+    require_different(runs)
     rows = sorted((demo_row(run) for run in runs), key=lambda row: row.seed)
     clusters_met = sum(row.cluster is not None and row.cluster.met for row in rows)
     shares = [row.vector.share for row in rows if row.vector is not None]

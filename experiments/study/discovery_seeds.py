@@ -17,7 +17,7 @@ import typer
 from sklearn.metrics import adjusted_rand_score
 
 from experiments.config import load_config
-from experiments.discover.records import AxisRow, load_discovery
+from experiments.discover.records import AxisRow, DiscoverResult, load_discovery
 from experiments.discover.stages import load_found, load_timeline
 from experiments.report.formats import decimal, share
 from experiments.report.tables import Table, table
@@ -25,6 +25,8 @@ from experiments.run.keys import signature_names
 from experiments.run.run import Run, load_run
 from experiments.study.groupings import best_groups
 from experiments.study.results import publish, show
+from experiments.verbs.guard import require_different
+from experiments.verbs.options import Result
 from polca_edit.clusters.density import OUTLIER
 
 
@@ -216,23 +218,32 @@ def _spread(values: Iterable[float | None]) -> str:
     return f"{decimal(statistics.fmean(known))} ({decimal(min(known))} to {decimal(max(known))})"
 
 
+def _discovered(run: Run) -> DiscoverResult:
+    """What verb discover found in a run.
+
+    Raises:
+        ValueError: where it has not been run.
+    """
+    place = run.directory.path
+    result = load_discovery(place)
+    if result is None:
+        raise ValueError(f"'{place}' has no axes, they are gathered here; run polca-edit discover {place}")
+    return result
+
+
 def discovery_seeds(
     runs: Annotated[list[Path], typer.Argument(help="Runs that `polca-edit discover` has finished.")],
-    json_: Annotated[Path | None, typer.Option("--json", help="Result file, tables beside.")] = None,
+    json_: Result = None,
 ) -> None:
     """Gather the discovery of several seeds: clusters, timeline, axes."""
+    require_different(runs)
     torch.set_num_threads(1)
     opened = sorted((load_run(place, say=lambda _: None) for place in runs), key=lambda run: run.config.seed)
     clusters, windows, axes, seconds = [], [], [], []
-    for run in opened:
+    results = [_discovered(run) for run in opened]
+    for run, result in zip(opened, results, strict=True):
         clusters.append(cluster_seed(run))
         windows += window_seeds(run)
-        result = load_discovery(run.directory.path)
-        if result is None:
-            place = run.directory.path
-            raise ValueError(
-                f"'{place}' has no axes, they are gathered here; run polca-edit discover {place}"
-            )
         axes += [axis_seed(run.config.seed, row) for row in result.axes]
         seconds.append(result.seconds)
     found = DiscoverySeeds(tuple(clusters), tuple(windows), tuple(axes), tuple(seconds))

@@ -27,6 +27,8 @@ from experiments.report.tables import Table, table
 from experiments.run.run import Run, load_run
 from experiments.study.results import publish, show
 from experiments.testbeds.base import axes, landscape_split, slot_tokens
+from experiments.verbs.guard import require_different
+from experiments.verbs.options import Result
 from experiments.verdicts.choose import parents_of, select_shares, split_of, unseen_tokens
 from interventions.causal.hypotheses import hardest_hit
 from interventions.causal.settings import TestSettings
@@ -202,9 +204,10 @@ def error_rates(
     runs: Annotated[list[Path], typer.Argument(help="Finished runs, one a seed.")],
     draws: Annotated[int, typer.Option(min=4, help="Twins of each kind a basis.")] = 60,
     power: Annotated[int, typer.Option(min=0, help="Simulated runs.")] = 200,
-    json_: Annotated[Path | None, typer.Option("--json", help="Result file, tables beside.")] = None,
+    json_: Result = None,
 ) -> None:
     """False positives of the causal test on twins, and its power by simulation."""
+    require_different(runs)
     rates: list[Rate] = []
     for place in runs:
         run = load_run(place, say=lambda _: None)

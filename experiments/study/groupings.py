@@ -32,6 +32,8 @@ from experiments.run.run import Run, load_run
 from experiments.run.stages.bases import build_basis
 from experiments.run.stages.damage import evaluated
 from experiments.study.results import publish, show
+from experiments.verbs.guard import require_different
+from experiments.verbs.options import Result
 from interventions.controls import random_like
 from interventions.damage import EvaluatedSplit
 from interventions.discovery.partial_undo import Signatures, signatures
@@ -301,9 +303,10 @@ def seeds_table(rows: Sequence[GroupingRow]) -> Table:
 
 def groupings(
     runs: Annotated[list[Path], typer.Argument(help="Finished runs of one config, one a seed.")],
-    json_: Annotated[Path | None, typer.Option("--json", help="Result file, tables beside.")] = None,
+    json_: Result = None,
 ) -> None:
     """Compare ways of grouping tokens by how well their groups agree with known skills."""
+    require_different(runs)
     rows: list[GroupingRow] = []
     for place in runs:
         rows += grouping_rows(load_run(place, say=lambda _: None))

@@ -20,6 +20,7 @@ from experiments.report.formats import number
 from experiments.report.tables import Table, table
 from experiments.run.store import RunDirectory, StageRecord
 from experiments.study.results import publish, show
+from experiments.verbs.options import Result
 from experiments.verbs.pipeline import execute
 
 
@@ -47,7 +48,7 @@ def paper_scale(
     preset: Annotated[str, typer.Option(help="Config file or preset.")] = "paper",
     seed: Annotated[int, typer.Option(help="Seed.")] = 0,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a config key.")] = None,
-    json_: Annotated[Path | None, typer.Option("--json", help="File for the table of stages.")] = None,
+    json_: Result = None,
 ) -> None:
     """Run the paper's arithmetic experiment and write what each stage took."""
     started, overrides = time.perf_counter(), settings_from(set_, seed=seed, device=device)

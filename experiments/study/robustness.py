@@ -24,6 +24,7 @@ from experiments.run.stages.training import trained_series
 from experiments.study.measured import on_select
 from experiments.study.multiverse import BranchResult, branches, conclusions, outcome, survival
 from experiments.study.results import publish, show
+from experiments.verbs.options import Result
 from polca_edit.allocation.allocate import Projections, Rule
 from polca_edit.checkpoints.series import Checkpoints
 
@@ -78,9 +79,7 @@ def robustness(
     seeds: Annotated[int, typer.Option(help="How many seeds.", min=1)] = 2,
     vectors: Annotated[int, typer.Option(help="Most vectors of each basis.", min=2)] = 12,
     shapes: Annotated[bool, typer.Option(help="Also other depths and widths.")] = True,
-    json_: Annotated[
-        Path | None, typer.Option("--json", help="Write the numbers here, the table beside it.")
-    ] = None,
+    json_: Result = None,
     figure: Annotated[Path | None, typer.Option(help="Draw the figure here (png).")] = None,
     out: Annotated[Path, typer.Option(help="Where runs are kept.")] = Path("runs/robustness"),
 ) -> None:

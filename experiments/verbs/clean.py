@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,10 @@ def clean(
         bool,
         typer.Option("--checkpoints", help="Also recorded weights; only report and inspect still work then."),
     ] = False,
+    damage: Annotated[
+        bool,
+        typer.Option("--damage", help="Also the damage matrix; the next test measures it again."),
+    ] = False,
     dry_run: DryRun = False,
     json_: Json = None,
 ) -> None:
@@ -26,12 +31,15 @@ def clean(
     Config, plans, verdicts, summary, report and edits always stay. A stage whose files are gone is run
     again by the next ``polca-edit run`` with the same config; so is training, without its weights.
     """
-    from experiments.verbs.guard import existing
+    from experiments.verbs.guard import existing, require_run
 
-    with existing(directory):
+    require_run(directory)
+    with nullcontext() if dry_run else existing(directory):
         found = leftovers(directory)
         if checkpoints:
             found += sorted((directory / "checkpoints").glob("*.safetensors"))
+        if damage:
+            found += sorted((directory / "damage" / "matrix").glob("*.safetensors"))
         sizes = {path: size_of(path) for path in found}
         if not dry_run:
             for path in found:
@@ -43,6 +51,8 @@ def clean(
         for path, name in zip(found, names, strict=True):
             say(f"  {name:<44} {sizes[path] / 1e6:10.1f} MB")
     say(f"{directory}: {word} {megabytes:.1f} MB in {len(found)} files and folders")
+    if dry_run:
+        return
     then("run", directory / "config.yaml", "--out", directory) if checkpoints else then("inspect", directory)
 
 

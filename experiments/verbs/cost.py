@@ -21,7 +21,7 @@ from experiments.verbs.options import (
     Task,
     finite,
 )
-from experiments.verbs.pipeline import config_for
+from experiments.verbs.pipeline import config_for, require_basis, require_used
 from experiments.verbs.subsets import confined
 
 
@@ -50,6 +50,8 @@ def plan(
     overrides = settings_from(set_, task=task, seed=seed, device=device, text__file=text, **given)
     named = config_for(config, task)
     resolved = load_config(named, confined(named, overrides, layers, parameters))
+    require_used(resolved, text)
+    require_basis(resolved)
     with tempfile.TemporaryDirectory() as folder:
         budget = None if budget_minutes is None else 60 * budget_minutes
         found = make_plan(resolved, Path(folder), budget)

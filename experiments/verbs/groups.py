@@ -48,6 +48,26 @@ def read_groups(file: Path) -> dict[str, Tensor]:
     return found
 
 
+def _require_usable(
+    groups: Mapping[str, Tensor], select: int, both: int, labels: Mapping[str, Tensor]
+) -> None:
+    """Refuse masks of another length, without a token or with every one, and names that are taken."""
+    for name, mask in groups.items():
+        if len(mask) not in (select, both):
+            raise ValueError(
+                f"group '{name}' must have {select} values (select tokens) or {both} (select, then "
+                f"evaluate), got {len(mask)}; tokens.parquet lists the select tokens"
+            )
+        if not mask[:select].any() or mask[:select].all():
+            held = "none" if not mask[:select].any() else "every one"
+            raise ValueError(
+                f"group '{name}' must hold some of the {select} select tokens and leave some out, it holds "
+                f"{held}; correct its mask"
+            )
+        if name in labels:
+            raise ValueError(f"group '{name}' is a label of this run already; give it another name")
+
+
 def with_groups(run: Run, file: Path | str | None, say: Say = lambda _: None) -> Run:
     """The run with the groups of a file among its labels; itself without a file.
 
@@ -67,14 +87,7 @@ def with_groups(run: Run, file: Path | str | None, say: Say = lambda _: None) ->
     splits, task, seed = run.task.splits, run.task, run.config.seed
     select, both = splits.select.count, splits.select.count + splits.evaluate.count
     groups = read_groups(Path(file))
-    for name, mask in groups.items():
-        if len(mask) not in (select, both):
-            raise ValueError(
-                f"group '{name}' must have {select} values (select tokens) or {both} (select, then "
-                f"evaluate), got {len(mask)}; tokens.parquet lists the select tokens"
-            )
-        if name in splits.select.skills:
-            raise ValueError(f"group '{name}' is a label of this run already; give it another name")
+    _require_usable(groups, select, both, splits.select.skills)
     rules = {}
     for name, mask in groups.items():
         if len(mask) == select:

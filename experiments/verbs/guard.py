@@ -8,7 +8,7 @@ none: its stages are checked one by one as they are resumed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,12 +88,34 @@ def existing(path: Path) -> Iterator[None]:
     Raises:
         ValueError: also where there is no run.
     """
+    require_run(path)
+    with writing(path):
+        yield
+
+
+def require_run(path: Path) -> None:
+    """Whether there is a run.
+
+    Raises:
+        ValueError: where there is none, or its config was edited by hand.
+    """
     if not (path / "config.yaml").exists():
         raise ValueError(
             f"'{path}' must be a run directory with a config.yaml; give the --out of an earlier run"
         )
-    with writing(path):
-        yield
+    RunDirectory(path).require_config()
+
+
+def require_different(runs: Sequence[Path]) -> None:
+    """Whether every run of a study is another one.
+
+    Raises:
+        ValueError: for a directory that is given twice.
+    """
+    places = [run.resolve() for run in runs]
+    twice = next((run for run, place in zip(runs, places, strict=True) if places.count(place) > 1), None)
+    if twice is not None:
+        raise ValueError(f"runs of a study must be different ones, got '{twice}' twice; give it once")
 
 
 def unlisted(directory: RunDirectory) -> Iterator[Path]:

@@ -33,6 +33,15 @@ Json = Annotated[
     str | None,
     typer.Option("--json", metavar="FILE|-", help="The result as JSON, to FILE or to the terminal (-)."),
 ]
+#: ``--json`` of a study.
+Result = Annotated[
+    Path | None,
+    typer.Option(
+        "--json",
+        metavar="FILE|-",
+        help="The result as JSON, to FILE (tables beside it) or to the terminal (-).",
+    ),
+]
 Seed = Annotated[int | None, typer.Option(help="Seed of data, initial weights and every draw.")]
 Out = Annotated[Path | None, typer.Option(help="Run directory (default runs/NAME, with a seed NAME-SEED).")]
 Set = Annotated[
@@ -59,7 +68,7 @@ Groups = Annotated[
     Path | None, typer.Option(help="Token groups: .npz or JSON, name -> booleans over the select tokens.")
 ]
 Unseen = Annotated[int | None, typer.Option(min=0, help="Sequences drawn anew; 0: the evaluate split.")]
-Nulls = Annotated[int, typer.Option(min=0, help="Random token sets that get the same search.")]
+Nulls = Annotated[int, typer.Option(min=0, max=10**4, help="Random token sets that get the same search.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes; default one per core.")]
 Engine = Annotated[str | None, typer.Option(help="Where derivative work runs: local or ray.")]
 Memory = Annotated[str | None, typer.Option(help="Memory of the whole run, e.g. 16GB or 800MB.")]

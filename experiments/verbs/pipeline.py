@@ -28,6 +28,7 @@ from experiments.verbs.subsets import confined
 
 if TYPE_CHECKING:
     from experiments.config import RunConfig
+    from experiments.run.run import Run
 
 
 def config_for(config: str | None, task: str | None) -> str:
@@ -50,6 +51,33 @@ def config_for(config: str | None, task: str | None) -> str:
     raise ValueError(
         f"task '{task}' has no preset of its name; give a config as well, one of {preset_names()}"
     )
+
+
+def require_used(config: RunConfig, text: str | None, address: str | None = None) -> None:
+    """Options that a config would not read are refused.
+
+    Raises:
+        ValueError: for a text where the task reads none, or a head node where nothing is sent to it.
+    """
+    from experiments.tasks import own_task
+
+    if text is not None and config.task != "text" and own_task(config.task) is None:
+        raise ValueError(
+            f"--text is for tasks that read one, task '{config.task}' does not, got '{text}'; leave it out, "
+            "or take preset english-demo"
+        )
+    if address is not None and config.engine != "ray":
+        raise ValueError(f"--address is for --engine ray, got engine '{config.engine}'; add --engine ray")
+
+
+def require_basis(config: RunConfig) -> None:
+    """A run looks along the vectors of some basis.
+
+    Raises:
+        ValueError: for a config with none.
+    """
+    if not config.bases:
+        raise ValueError("a run needs a basis, 'bases' is empty; name one, e.g. kind: trajectory")
 
 
 def default_out(config: str, task: str | None = None, seed: int | None = None) -> Path:
@@ -76,6 +104,7 @@ def execute(
     redo: list[str] | None = None,
     dry_run: bool = False,
     json_: str | None = None,
+    light: bool = False,
 ) -> dict[str, Any] | None:
     """Run all stages of a config, write summary and report, print the tables.
 
@@ -86,6 +115,7 @@ def execute(
         redo: stages to run again, ``changed`` or ``all``.
         dry_run: check everything, say what would be done, and stop.
         json_: where the summary goes besides, a file or ``-``.
+        light: add axes and a causal test with few draws, unless the run has been tested already.
 
     Returns:
         the summary's plain values, None for a dry run.
@@ -94,6 +124,22 @@ def execute(
         ValueError: for settings that do not hold, or a directory that holds a run with others.
     """
     from experiments.config import load_config
+    from experiments.verbs.reuse import refuse_other_settings, stages_to_redo
+
+    resolved = load_config(config, overrides)
+    require_basis(resolved)
+    again = stages_to_redo(resolved, redo)
+    refuse_other_settings(resolved, out, redo)
+    if dry_run:
+        _tell_what_would_run(resolved, out, again, json_)
+        return None
+    return _carried_out(resolved, out, again, json_, light)
+
+
+def _carried_out(
+    resolved: RunConfig, out: Path, again: list[str], json_: str | None, light: bool
+) -> dict[str, Any]:
+    """Every stage, the summary and the report, told as they come."""
     from experiments.report.answers import print_summary
     from experiments.report.labels import print_labels
     from experiments.report.page import write_report
@@ -102,15 +148,8 @@ def execute(
     from experiments.run.stages.labels import write_labels
     from experiments.run.summary.write import write_summary
     from experiments.verbs.guard import writing
-    from experiments.verbs.reuse import refuse_other_settings, stages_to_redo
 
     started = time.perf_counter()
-    resolved = load_config(config, overrides)
-    again = stages_to_redo(resolved, redo)
-    refuse_other_settings(resolved, out, redo)
-    if dry_run:
-        _tell_what_would_run(resolved, out, again, json_)
-        return None
     with writing(out, repairs=True):
         opened = open_run(resolved, out, say)
         say(
@@ -118,6 +157,8 @@ def execute(
             f"seed {resolved.seed}, into {out}"
         )
         run_stages(opened, again)
+        if light:
+            _light_answers(opened)
         labels = write_labels(opened) if opened.task.name == "text" else {}
         summary = write_summary(opened)
         page = write_report(opened.directory, say)
@@ -128,6 +169,14 @@ def execute(
     say(f"Report: {page}")
     then("test", out)
     return summary
+
+
+def _light_answers(run: Run) -> None:
+    """Axes and a causal test with few draws, unless the run has been tested already."""
+    from experiments.verbs.light import light_answers
+
+    if not (run.directory / "verdicts.json").exists():
+        light_answers(run)
 
 
 def _tell_what_would_run(config: RunConfig, out: Path, again: list[str], json_: str | None) -> None:
@@ -153,7 +202,8 @@ def demo(
 ) -> None:
     """Run the main job on the built-in arithmetic task (minutes on two CPU cores)."""
     overrides = settings_from(set_, seed=seed, device=device)
-    execute("demo", out or default_out("demo", None, seed), overrides, redo, dry_run, json_)
+    place = out or default_out("demo", None, seed)
+    execute("demo", place, overrides, redo, dry_run, json_, light=True)
 
 
 def run(
@@ -185,6 +235,7 @@ def run(
 
     A run that was stopped goes on where it was; finished stages are not repeated.
     """
+    from experiments.config import load_config
     from experiments.run.memory import parse_memory
 
     named = config_for(config, task)
@@ -200,6 +251,7 @@ def run(
         memory_gb=parse_memory(memory),
         engine_address=address,
     )
+    require_used(load_config(named, overrides), text, address)
     overrides = confined(named, overrides, layers, parameters)
     execute(named, out or default_out(named, task, seed), overrides, redo, dry_run, json_)
 
@@ -234,6 +286,11 @@ def open_overrides(
     from polca_edit.checkpoints.huggingface import base_of_adapter, is_adapter
     from polca_edit.checkpoints.survey import survey, whole_revisions
 
+    if (folder / "series.json").exists():
+        raise ValueError(
+            f"open reads checkpoints that transformers knows, '{folder}' is a recording of weights alone; "
+            f"give a config with the model: polca-edit run CONFIG --checkpoints {folder}"
+        )
     found = survey(folder, names=names, step_pattern=step_pattern)
     revisions = whole_revisions(found.revisions, skip_damaged=skip_damaged)
     last = revisions[-1].path

@@ -55,6 +55,7 @@ def cluster_groups(run: Run, cluster: str) -> GroupRule:
     basis, *numbers = cluster.split(":")
     if len(numbers) != 2 or not all(number.isdigit() for number in numbers):
         raise ValueError(f"--cluster needs BASIS:VECTOR:CLUSTER, got '{cluster}'; for example hessian:3:0")
+    run.require_bases([basis], "the basis of --cluster")
     vector, index = (int(number) for number in numbers)
     labels = load_record(ClusterRecord, run.directory.clusters(basis)).labels
     if not vector < len(labels) or not bool((labels[vector] == index).any()):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -84,7 +84,21 @@ def choose(run: Run, label: str, *, least: int, window: tuple[int, int] | None =
         numbers = {name: int(name.partition(":")[2]) for name in names if family == "interventional"}
         lost = {name: shares[name] for name in names}
         pairs += hardest_hit(lost, made, basis, basis_name=label, family=family, clusters=numbers)
+    span = _unturned(run, label)
+    if span is not None:
+        pairs = [replace(pair, span=span.rows) for pair in pairs]
     return Chosen(label, tuple(pairs), seen, tuple(left))
+
+
+def _unturned(run: Run, label: str) -> Basis | None:
+    """The run's basis that this one is a rotation of: they share the directions of their span."""
+    specs = {spec.label: spec for spec in run.config.bases}
+    own = specs[label]
+    if not own.rotated:
+        return None
+    plain = (s.label for s in specs.values() if not s.rotated and s.span() == own.span())
+    found = next(plain, None)
+    return None if found is None else load_record(Basis, run.directory.basis(found))
 
 
 def _found_clusters(run: Run, window: tuple[int, int] | None) -> dict[str, torch.Tensor]:

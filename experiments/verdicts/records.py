@@ -12,7 +12,7 @@ from interventions.causal.questions import Verdict
 from interventions.causal.settings import TestSettings
 from interventions.causal.statistics import Interval
 
-SCHEMA = 3
+SCHEMA = 4
 #: From here on a leakage stands for a target that lost nothing.
 NO_LEAK = 1e5
 
@@ -180,6 +180,10 @@ class Untested:
     reason: str
 
 
+#: Word of a positive control that could not be planted or was not found; the sentence says why.
+MISSED = "missed"
+
+
 @dataclass(frozen=True)
 class ControlRow:
     """The planted rule and its twin with shuffled labels, put through the same test (one run)."""
@@ -207,6 +211,7 @@ class CausalResult:
         clusters: basis -> key of the clusters that were tested (first run).
         seeds: of the runs.
         sequences: unseen sequences.
+        fresh: whether they were drawn anew, so that nothing had used them; else they are the evaluate split.
         seconds: wall-clock time.
         versions: of packages.
         hardware: it ran on.
@@ -223,6 +228,7 @@ class CausalResult:
     clusters: Mapping[str, str]
     seeds: tuple[int, ...]
     sequences: int
+    fresh: bool
     seconds: float
     versions: Mapping[str, str] = field(default_factory=dict)
     hardware: Mapping[str, object] = field(default_factory=dict)

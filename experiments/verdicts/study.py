@@ -11,13 +11,16 @@ from pathlib import Path
 
 import torch
 
+from experiments.run import keys
 from experiments.run.keys import signature_names
 from experiments.run.machine import hardware, versions
 from experiments.run.run import Run, load_run
 from experiments.run.run_record import open_evaluate, plan_hash
 from experiments.verbs.groups import with_groups
 from experiments.verdicts.choose import Chosen, choose, parents_of, same_pairs, split_of, unseen_tokens
+from experiments.verdicts.matrix import DamageMatrix
 from experiments.verdicts.records import (
+    MISSED,
     SCHEMA,
     CausalResult,
     ControlRow,
@@ -33,7 +36,7 @@ from interventions.causal.cost import causal_cost
 from interventions.causal.settings import TestSettings
 from interventions.causal.test import Measured, judge_runs, measure_run
 from polca_edit.allocation.progress import progress as progress_of
-from polca_edit.artifacts import load_record, save_record, to_plain
+from polca_edit.artifacts import key_of, load_record, save_record, to_plain
 from polca_edit.basis.record import Basis
 from polca_edit.clusters.hypotheses import Unchosen
 
@@ -110,6 +113,7 @@ def run_study(
         {label: runs[0].key(f"clusters:{label}") for label in settings.bases},
         seeds,
         unseen_tokens(runs[0], settings.unseen).sequences,
+        settings.unseen > 0,
         time.perf_counter() - started,
         versions(),
         hardware(),
@@ -201,15 +205,22 @@ def measure_basis(place: Path, label: str, settings: StudySettings) -> KeptEvide
     def compute() -> KeptEvidence:
         chosen = choose(run, label, least=settings.test.least, window=settings.window)
         tokens = unseen_tokens(run, settings.unseen)
+<<<<<<< HEAD
         split = split_of(run, tokens, settings.window)
         with progress_of(None, f"{run.directory.path.name} {label}", total=0) as bar:
+=======
+        with (
+            open_matrix(run) as matrix,
+            tqdm(desc=f"{run.directory.path.name} {label}", disable=None, leave=False) as bar,
+        ):
+>>>>>>> main
 
             def told(name: str, done: int, total: int) -> None:
                 bar.total, bar.n = total, done
                 bar.set_postfix_str(name)
 
             found = measure_run(
-                split,
+                replace(split_of(run, tokens, settings.window), matrix=matrix),
                 chosen.pairs,
                 settings.test,
                 parents=parents_of(run, tokens) or None,
@@ -221,6 +232,12 @@ def measure_basis(place: Path, label: str, settings: StudySettings) -> KeptEvide
         return KeptEvidence(found.evidence, found.bases, left)
 
     return run.directory.kept(name, key, KeptEvidence, compute, run.objective.passes)
+
+
+def open_matrix(run: Run) -> DamageMatrix:
+    """The run's damage matrix: every basis and every test of the run reads and adds rows."""
+    context = key_of(keys.SCHEMA, "damage", keys.data_key(run.config, run.contents))
+    return DamageMatrix(run.directory.damage_matrix, context)
 
 
 def _measure(
@@ -255,16 +272,15 @@ def measure_control(place: Path, settings: StudySettings) -> ControlRow | None:
         part, rest = (tokens.select(rows) for rows in torch.arange(tokens.sequences).tensor_split([cut]))
         basis = load_record(Basis, run.directory.basis(settings.bases[0]))
         assert run.task.plant is not None
-        found = positive_control(
-            run.objective,
-            run.checkpoints(),
-            basis,
-            (rest, run.task.splits.select, part),
-            run.task.plant,
-            replace(
-                settings.test, rotations=min(settings.test.rotations, 20), null_documents=40, transplants=0
-            ),
+        light = replace(
+            settings.test, rotations=min(settings.test.rotations, 20), null_documents=40, transplants=0
         )
+        given = (rest, run.task.splits.select, part)
+        try:
+            found = positive_control(run.objective, run.checkpoints(), basis, given, run.task.plant, light)
+        except ValueError as error:
+            # The model could not learn the rule, or its movement was not found: no reason to lose the table.
+            return ControlRow(run.config.seed, MISSED, MISSED, str(error), False)
         return ControlRow(
             run.config.seed, found.planted.word, found.twin.word, found.planted.sentence, found.passed
         )

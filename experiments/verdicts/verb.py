@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from experiments.application import console, json_result, say, then
+from experiments.application import console, json_result, say, then, would
+from experiments.verbs.guard import require_different
 from experiments.verbs.options import Bases, DryRun, Groups, Json, Unseen, Window, Workers
 
 if TYPE_CHECKING:
@@ -24,9 +25,9 @@ def causal_test(
     unseen: Unseen = None,
     window: Window = None,
     groups: Groups = None,
-    rotations: Annotated[int, typer.Option(min=20, help="Rotations of each span (S, P).")] = 39,
-    draws: Annotated[int, typer.Option(help="Random edits per movement (N).")] = 39,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of every draw.")] = 0,
+    rotations: Annotated[int, typer.Option(min=20, max=10**4, help="Rotations of each span (S, P).")] = 39,
+    draws: Annotated[int, typer.Option(max=10**5, help="Random edits per movement (N).")] = 39,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of every draw.")] = 0,
     workers: Workers = None,
     dry_run: DryRun = False,
     json_: Json = None,
@@ -48,7 +49,7 @@ def causal_test(
 
     _require_places(runs, out, groups)
     first = with_groups(load_run(runs[0], say=lambda _: None), groups)
-    labels = tuple(basis or [spec.label for spec in first.config.bases])
+    labels = tuple(dict.fromkeys(basis or [spec.label for spec in first.config.bases]))
     wanted = unseen if unseen is not None else (1000 if first.task.unseen is not None else 0)
     given = None if groups is None else str(groups.absolute())
     settings = StudySettings(labels, wanted, parse_window(window), groups=given)
@@ -60,8 +61,7 @@ def causal_test(
     test = TestSettings(rotations=rotations, random_draws=draws, seed=seed)
     settings = replace(settings, test=test)
     if dry_run:
-        say(f"  would measure {planned_study(runs, settings)}")
-        return
+        return would(f"  would measure {planned_study(runs, settings)}", json_)
     place = out or runs[0]
     with ExitStack() as held:
         for one in runs:
@@ -80,8 +80,9 @@ def _require_places(runs: Sequence[Path], out: Path | None, groups: Path | None)
     """Where a result may go: into the one run that is tested, or into a folder that is no run.
 
     Raises:
-        ValueError: for anything else, or groups of one run's tokens given to several runs.
+        ValueError: for anything else, a run given twice, or groups of one run's tokens given to several runs.
     """
+    require_different(runs)
     if len(runs) > 1 and out is None:
         raise ValueError("a study of several runs needs a folder of its own; pass --out studies/NAME")
     if groups is not None and len(runs) > 1:
@@ -99,6 +100,7 @@ def _told(result: CausalResult) -> None:
     """A table with its sentences."""
     from experiments.report.chapters.verdicts import print_verdicts
     from experiments.run.summary.records import TestedFile
+    from experiments.verdicts.records import MISSED
     from polca_edit.artifacts import from_plain, to_plain
 
     shown = from_plain(TestedFile, to_plain(result))
@@ -107,5 +109,6 @@ def _told(result: CausalResult) -> None:
         say(
             f"  positive control, seed {control.seed}: planted rule {control.planted}, its twin with "
             f"shuffled labels {control.twin}: {'passed' if control.passed else 'FAILED'}"
+            + (f" ({control.sentence})" if control.planted == MISSED else "")
         )
     print_verdicts([(row.basis, row.entry()) for row in shown.rows], answers, console)

@@ -93,7 +93,8 @@ def special_axes(bench: Bench, pool: SpanPool, settings: TestSettings) -> Specia
     if len(groups) < 2 or not pool.curves:
         return Special("not asked", float("nan"), (), None)
     room = bench.headroom[bench.kept]
-    changes = [bench.change(project_out(bench.split, row))[bench.kept] for row in pool.rows]
+    axes = pool.rows if pool.axes is None else pool.axes
+    changes = [bench.change(project_out(bench.split, row))[bench.kept] for row in axes]
     own = three_largest([best_selectivity(change, room, groups) for change in changes])
     levels = [total_share(change, room) for change in changes]
     null = [

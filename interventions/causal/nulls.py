@@ -88,6 +88,7 @@ class SpanPool:
         seed: of the draws.
         lowest: total share from which curves are measured; below it they are straight lines.
         highest: total share up to which they are measured.
+        axes: (K, N) the basis's own axes where ``rows`` are others of the same span.
     """
 
     split: EvaluatedSplit
@@ -96,6 +97,7 @@ class SpanPool:
     seed: int
     lowest: float = 0.01
     highest: float = 0.5
+    axes: Float[Tensor, "K N"] | None = None
     frames: list[Tensor] = field(default_factory=list, repr=False)
     curves: list[list[Curve]] = field(default_factory=list, repr=False)
 

@@ -141,7 +141,8 @@ def measure_run(
     pairs, members, left = _testable(split, hypotheses, settings)
     bench = open_bench(split, pairs, members, settings, parents)
     say = progress or (lambda *_: None)
-    _fill_pools(bench, pairs, say)
+    own_axes = {n: o.basis.rows for n, o in (observations or {}).items() if o.basis is not None}
+    _fill_pools(bench, pairs, own_axes, say)
     evidence: dict[str, Evidence] = {}
     for number, pair in enumerate(pairs):
         say("pairs", number, len(pairs))
@@ -229,7 +230,7 @@ def open_bench(
     )
 
 
-def _fill_pools(bench: Bench, pairs: Sequence[Hypothesis], say: Progress) -> None:
+def _fill_pools(bench: Bench, pairs: Sequence[Hypothesis], axes: Mapping[str, Tensor], say: Progress) -> None:
     """One pool of in-span directions per basis, measured over the total damages that its pairs do."""
     settings, room = bench.settings, bench.headroom
     spans = {pair.basis: pair.span for pair in pairs if pair.span is not None}
@@ -244,6 +245,7 @@ def _fill_pools(bench: Bench, pairs: Sequence[Hypothesis], say: Progress) -> Non
             settings.seed + 5,
             lowest=max(LEVELS[0], min(known)),
             highest=min(LEVELS[1], 1.1 * max(known)),
+            axes=axes.get(name),
         )
         bench.pools[name] = pool_of
         pool_of.fill(partial(_told, say, f"directions of {name}", settings.rotations))

@@ -17,6 +17,11 @@ from interventions.removal.spans import leading_rows
 
 #: Shares of a skill's fall still to come at both ends of the windows that are tried, narrowest first.
 FALLS = {"own": (0.9, 0.15), "wide": (0.98, 0.05)}
+#: Window's lengths by which undoing begins before a skill's fall: what lets the skill come back is learned
+#: before its loss falls (measured, docs/results/removal-demo.md).
+EARLIER = 0.5
+#: Sequences on which curves and falls are measured, at most.
+SEQUENCES = 100
 #: A group that is predicted to lose this share of its headroom falls with the skill.
 FALLING = 0.1
 
@@ -72,18 +77,23 @@ def group_masks(select: GroupedSplit) -> dict[str, Bool[Tensor, " M"]]:
     return {rule.skill: select.target, **others}
 
 
-def skill_timeline(select: GroupedSplit, *, points: int = 41, seed: int = 0) -> Timeline:
+def skill_timeline(
+    select: GroupedSplit, *, points: int = 41, sequences: int = SEQUENCES, seed: int = 0
+) -> Timeline:
     """Curves, own windows and what falls with each, for the skill and every other group.
 
     Args:
         select: tokens that choose.
         points: checkpoints at which losses are measured, at most: one forward pass each.
+        sequences: of the tokens, the first so many.
         seed: of the random movements beside the windows.
     """
     settings = TimelineSettings(
         windows=1, doubling=False, random_draws=1, curve_points=points, resamples=100, shuffles=1, seed=seed
     )
-    return causal_timeline(select.split, None, group_masks(select), settings)
+    tokens = select.split.tokens
+    few = select.on(tokens.select(torch.arange(min(sequences, tokens.sequences))))
+    return causal_timeline(few.split, None, group_masks(few), settings)
 
 
 def forecast(timeline: Timeline, skill: str) -> Forecast:
@@ -105,8 +115,19 @@ def forecast(timeline: Timeline, skill: str) -> Forecast:
     return Forecast(skill, own.window, own.shares[skill], others, later, fraction)
 
 
+def begun_earlier(steps: Sequence[int], own: Window, widths: float = EARLIER) -> Window:
+    """A window that begins so many of its lengths earlier, at a recorded step.
+
+    >>> str(begun_earlier(range(0, 100, 10), Window(50, 90), 0.5))
+    '30:90'
+    """
+    wanted = own.start - widths * (own.end - own.start)
+    first = max((step for step in steps if step <= wanted), default=steps[0])
+    return Window(first, own.end, "earlier")
+
+
 def candidate_windows(timeline: Timeline, skill: str) -> list[Window]:
-    """The skill's own window, a wider one, and one that begins a window's length earlier.
+    """The skill's own window, a wider one, and those that begin half a length and a length earlier.
 
     The own window begins when a tenth of the fall is done; what the skill is built from may be learned
     before that.
@@ -114,9 +135,7 @@ def candidate_windows(timeline: Timeline, skill: str) -> list[Window]:
     curve, steps = np.array(timeline.curves[skill]), list(timeline.steps)
     found = [proposed_windows(steps, {kind: curve}, falls).get(kind) for kind, falls in FALLS.items()]
     windows = [replace(window, kind=kind) for window, kind in zip(found, FALLS, strict=True) if window]
-    own = windows[0]
-    earlier = [step for step in steps if step <= max(own.start - (own.end - own.start), steps[0])]
-    windows.append(Window(earlier[-1], own.end, "earlier"))
+    windows += [begun_earlier(steps, windows[0], widths) for widths in (EARLIER, 1.0)]
     return list({(window.start, window.end): window for window in reversed(windows)}.values())[::-1]
 
 

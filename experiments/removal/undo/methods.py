@@ -35,7 +35,13 @@ from interventions.removal.spans import (
 )
 from interventions.removal.tuning import tuned
 from interventions.removal.undo import Undo, interpolated, probed, replayed, tried_window, undoing
-from interventions.removal.windows import candidate_windows, group_masks, with_descendants
+from interventions.removal.windows import (
+    EARLIER,
+    begun_earlier,
+    candidate_windows,
+    group_masks,
+    with_descendants,
+)
 from polca_edit.basis.path import trajectory_basis
 from polca_edit.seeds import generator_for
 
@@ -270,15 +276,8 @@ def _descendants(place: Place) -> tuple[Window, ...]:
 
 
 def _earlier(widths: float) -> Callable[[Place], tuple[Window, ...]]:
-    """Windows that begin so many widths earlier, at a recorded step."""
-
-    def windows(place: Place) -> tuple[Window, ...]:
-        own, steps = place.own, place.problem.select.split.series.steps
-        wanted = own.start - widths * (own.end - own.start)
-        first = max([step for step in steps if step <= wanted], default=steps[0])
-        return (Window(first, own.end, "earlier"),)
-
-    return windows
+    """The skill's window, begun so many widths earlier."""
+    return lambda place: (begun_earlier(place.problem.select.split.series.steps, place.own, widths),)
 
 
 # -- methods that stand on others ---------------------------------------------------------------------
@@ -363,8 +362,11 @@ GOLD, DISTIL, HELD = "retrained without the data", "noise and distil", "rollback
 METHODS: Mapping[str, Method] = {
     GOLD: retrained,
     "untouched": untouched,
-    "return and repair": undone("return"),
-    "rollback and repair": undone("rollback"),
+    "rollback and repair": _window("rollback", _earlier(EARLIER)),
+    "return and repair": _window("return", _earlier(EARLIER)),
+    "rollback, windows compared": undone("rollback"),
+    "return, windows compared": undone("return"),
+    "rollback of its own window": _window("rollback", lambda place: (place.own,)),
     "GradDiff": fitted("GradDiff"),
     "NPO": fitted("NPO"),
     "gradient ascent": fitted("gradient ascent"),
@@ -378,14 +380,12 @@ METHODS: Mapping[str, Method] = {
     **{f"skill axes, rank {rank}": _axis(rank) for rank in range(1, AXES + 1)},
     "retrained from the window": retrained_from_window,
     "rollback with descendants": _window("rollback", _descendants),
-    "rollback, one width earlier": _window("rollback", _earlier(1)),
+    "rollback, one width earlier": _window("rollback", _earlier(1.0)),
     HELD: _window("rollback", lambda place: (place.own,)),
     "replay off the axes": _of_edit(_replay),
     "rollback and GradDiff, half each": _of_edit(_between),
     "return to the window": _window("return", lambda place: (place.own,)),
-    "return, half a width earlier": _window("return", _earlier(0.5)),
-    "return, one width earlier": _window("return", _earlier(1)),
-    "return, three widths earlier": _window("return", _earlier(3)),
+    "return, one width earlier": _window("return", _earlier(1.0)),
 }
 #: Starts that other methods are made from, and which methods need which.
 SHARED: Mapping[str, Method] = {"axes": axes_of}

@@ -22,7 +22,7 @@ from interventions.discovery.windows import Window
 from interventions.removal.grouped import GroupedSplit, GroupRule, Predictor
 from interventions.removal.problem import RemovalProblem
 from interventions.removal.tuning import MaskedBatches, label_loss, masked_batches, tuned
-from interventions.removal.undo import UNDO_LIMITS
+from interventions.removal.undo import UNDO_LIMITS, repair_settings
 from interventions.removal.windows import skill_timeline
 from polca_edit.checkpoints.files import SeriesFolder
 from polca_edit.seeds import generator_for
@@ -126,9 +126,10 @@ class Place:
         return self.run.config.training.learning_rate
 
     def repair_settings(self, steps: int) -> TrainingSettings:
-        """Training's own, with a fresh optimiser and no warm-up."""
-        t = self.run.config.training
-        return TrainingSettings(steps, t.learning_rate, t.weight_decay, t.betas, 0, seed=self.run.config.seed)
+        """The same for every method: training's optimisation annealed, with a fresh optimiser."""
+        t, seed = self.run.config.training, self.run.config.seed
+        decay, betas = t.weight_decay, t.betas
+        return repair_settings(steps, t.learning_rate, weight_decay=decay, betas=betas, seed=seed)
 
     @property
     def training_passes(self) -> float:

@@ -17,19 +17,20 @@ from interventions.lora import adapter_edit, low_rank
 from interventions.removal.grouped import GroupedSplit, GroupRule, LogitFunction, Predictor
 from interventions.removal.measures import relearn
 from interventions.removal.tuning import masked_batches
-from interventions.removal.undo import Undo, Undone, check_windows
+from interventions.removal.undo import Undo, Undone, check_windows, repair_settings
 from interventions.removal.windows import Forecast, forecast, group_masks, skill_timeline
 from polca_edit.artifacts import load_record
 from polca_edit.basis.path import trajectory_basis
 from polca_edit.basis.record import Basis
 from polca_edit.seeds import generator_for
 from polca_edit.tokens import TokenSet
-from polca_edit.training import TrainingSettings
 
 #: ``--method`` of the verb: fits inside a span, and undoing.
 METHODS = ("span", "axis", "rollback", "return")
 #: Trajectory vectors in which an axis is searched.
 AXIS_VECTORS = 12
+#: Least and most steps of a repair that nobody asked for.
+REPAIR_STEPS = (20, 400)
 #: Share of labels that the attack of the report gives back.
 GIVEN_BACK = 0.1
 
@@ -51,9 +52,10 @@ class UndoOptions:
     Attributes:
         method: one of :data:`METHODS`.
         windows: START:END each; empty: chosen.
-        steps: of repair.
+        steps: of repair; None: a tenth of the recorded steps.
         relearn: steps of the attack that is measured, 0 for none.
         lora: rank of the adapter that is measured, None for none.
+        compare: windows that nobody gave are compared by short probes.
 
     Raises:
         ValueError: for an unknown method, or options that a fit inside a span does not take.
@@ -61,9 +63,10 @@ class UndoOptions:
 
     method: str
     windows: tuple[str, ...] = ()
-    steps: int = 60
+    steps: int | None = None
     relearn: int = 0
     lora: int | None = None
+    compare: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -81,16 +84,27 @@ def undo_of(run: Run, options: UndoOptions) -> Undo:
     Raises:
         ValueError: for a window that was not recorded.
     """
-    t, series = run.config.training, run.checkpoints()
+    t, rate = run.config.training, training_rate(run)
     windows = windows_of(options.windows)
-    check_windows(series, windows)
-    # Opened checkpoints may say what they were trained with; a config that trains nothing does not know.
-    rates = [rate for rate in series.learning_rates or () if rate > 0]
-    rate = rates[-1] if rates and run.config.checkpoints is not None else t.learning_rate
-    training = TrainingSettings(options.steps, rate, t.weight_decay, t.betas, 0, seed=run.config.seed)
-    every = max(1, min(10, options.steps))
+    check_windows(run.checkpoints(), windows)
+    steps = repair_steps(run) if options.steps is None else options.steps
+    training = repair_settings(steps, rate, weight_decay=t.weight_decay, betas=t.betas, seed=run.config.seed)
+    every = max(1, min(10, steps))
     kind = "rollback" if options.method == "axis" else options.method
-    return Undo(kind, windows, training=training, every=every, seed=run.config.seed)
+    return Undo(kind, windows, training=training, every=every, seed=run.config.seed, compare=options.compare)
+
+
+def training_rate(run: Run) -> float:
+    """Learning rate of the recorded training: the config's, or the last one that opened checkpoints tell."""
+    # Opened checkpoints may say what they were trained with; a config that trains nothing does not know.
+    rates = [rate for rate in run.checkpoints().learning_rates or () if rate > 0]
+    return rates[-1] if rates and run.config.checkpoints is not None else run.config.training.learning_rate
+
+
+def repair_steps(run: Run) -> int:
+    """Steps of repair that nobody asked for: a tenth of the recorded steps, between the bounds."""
+    series = run.checkpoints()
+    return min(max((series.steps[-1] - series.steps[0]) // 10, REPAIR_STEPS[0]), REPAIR_STEPS[1])
 
 
 def axis_undo(run: Run, rule: GroupRule, logits: LogitFunction, undo: Undo, basis: str | None) -> Undo:
@@ -165,7 +179,7 @@ def said_first(run: Run, skill: str, undo: Undo, *, data: bool) -> list[str]:
     assert undo.timeline is not None
     said: Forecast = forecast(undo.timeline, skill)
     trained = run.config.training.steps if run.config.checkpoints is None else None
-    probes = 0 if undo.windows else 3 * 2 * undo.probe
+    probes = 4 * 2 * undo.probe if undo.compare and not undo.windows else 0
     steps = undo.training.steps + probes if data else 0
     cost = f"repair and its choice take up to {steps} training steps"
     if trained:
@@ -229,7 +243,12 @@ class Returned:
 
 
 def returned(
-    judged: GroupedSplit, edit: Edit, batch: Callable[[int], TokenSet], undo: Undo, steps: int
+    judged: GroupedSplit,
+    edit: Edit,
+    batch: Callable[[int], TokenSet],
+    undo: Undo,
+    steps: int,
+    rate: float,
 ) -> Returned:
     """How fast the skill comes back: relearning on other batches than repair saw.
 
@@ -237,8 +256,9 @@ def returned(
         judged: tokens that judge, with the original weights.
         edit: of them.
         batch: step -> tokens.
-        undo: gives learning rate and seed.
+        undo: gives the seed, and which batches repair saw.
         steps: of the attack.
+        rate: its learning rate, training's own.
     """
     later = undo.training.steps + 1000
     given = masked_batches(lambda step: batch(later + step), judged.rule, GIVEN_BACK, seed=undo.seed)
@@ -247,7 +267,7 @@ def returned(
         edit.moved(judged.split.theta),
         given,
         steps,
-        learning_rate=undo.training.learning_rate,
+        learning_rate=rate,
         every=max(1, steps // 4),
     )
     return Returned(

@@ -110,26 +110,14 @@ class Row:
 def repaired_at(
     place: Place, method: str, start: Start, wanted: Sequence[int], teacher: Start | None
 ) -> dict[int, tuple[Tensor, float, float]]:
-    """Weights after each wanted number of repair steps, with the passes and seconds up to there.
+    """Weights after each wanted number of repair steps, with the passes and seconds they took.
 
-    Repair is the same for every method: training's own optimisation on everything but the skill, of one run
-    to the largest number. Noise-and-distil learns from its teacher's outputs instead of from labels.
+    Repair is the same for every method: training's optimisation annealed over so many steps, on everything
+    but the skill. Noise-and-distil learns from its teacher's outputs instead of from labels.
     """
-    predictor = place.problem.predictor
-    before, began = predictor.spent, time.perf_counter()
     if start.finished or not max(wanted):
         return {0: (start.theta, 0.0, 0.0)}
-    found: dict[int, tuple[Tensor, float, float]] = {}
-    every = int(np.gcd.reduce([step for step in wanted if step]))
-    looks = 0
-
-    def watch(theta: Tensor) -> Mapping[str, float]:
-        nonlocal looks
-        if looks * every in wanted:
-            found[looks * every] = theta.clone(), predictor.spent - before, time.perf_counter() - began
-        looks += 1
-        return {}
-
+    predictor = place.problem.predictor
     if method == DISTIL:
         assert teacher is not None
         loss = distillation(place.problem, teacher.theta)
@@ -137,9 +125,12 @@ def repaired_at(
         loss = label_loss(predictor, masked_batches(place.draws("repair"), place.rule))
     rows = movement_rows(place.problem.select, place.own, HELD_RANK) if method == HELD else None
     hold = None if rows is None else Hold(place.run.task.space, start.theta, rows)
-    tuned(
-        predictor, start.theta, loss, place.repair_settings(max(wanted)), every=every, watch=watch, hold=hold
-    )
+    found: dict[int, tuple[Tensor, float, float]] = {}
+    for steps in wanted:
+        before, began = predictor.spent, time.perf_counter()
+        settings = place.repair_settings(steps)
+        theta = tuned(predictor, start.theta, loss, settings, hold=hold) if steps else start.theta
+        found[steps] = theta.clone(), predictor.spent - before, time.perf_counter() - began
     return found
 
 

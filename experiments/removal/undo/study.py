@@ -38,11 +38,12 @@ from experiments.removal.undo.tables import study_tables
 from experiments.run.run import Run, load_run, open_run
 from experiments.run.stages.training import trained_series
 from experiments.study.results import publish, show
+from experiments.verbs.options import Result
 from polca_edit.artifacts import from_plain, key_of, load_record, to_plain
 from polca_edit.checkpoints.files import finite_json
 
 #: Raised when a method or a measure changes so that kept rows no longer stand.
-VERSION = 1
+VERSION = 2
 #: Efforts by preset; every preset not named here gets the default.
 EFFORTS: Mapping[str, Effort] = {
     "smoke": Effort(32, 2, 6, 8, 4, axis_directions=16, noise=(0.1, 0.3)),
@@ -233,12 +234,12 @@ def removal(
     first_seed: Annotated[int, typer.Option(min=0, help="The first of them.")] = 0,
     skills: Annotated[str | None, typer.Option(help="Comma-separated; default all digits.")] = None,
     methods: Annotated[str | None, typer.Option(help="Separated by semicolons; default all.")] = None,
-    repair: Annotated[str, typer.Option(help="Numbers of repair steps, comma-separated.")] = "60",
+    repair: Annotated[str, typer.Option(help="Numbers of repair steps, comma-separated.")] = "120",
     short: Annotated[bool, typer.Option("--short", help="Relearn with a tenth of the labels only.")] = False,
     kept: Annotated[bool, typer.Option("--kept", help="Only what was measured before.")] = False,
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 2,
     runs: Annotated[Path, typer.Option(help="Trained runs, PRESET-SEED.")] = Path("runs/removal"),
-    json_: Annotated[Path | None, typer.Option("--json", help="Result file; it grows row by row.")] = None,
+    json_: Result = None,
     figure: Annotated[Path | None, typer.Option(help="Picture of curves and frontier (.png).")] = None,
 ) -> None:
     """Take skills out in every way, repair all alike, and see how fast they come back.

@@ -203,18 +203,20 @@ def skills_map(view: RunView, analysis: AnalysisView) -> Table:
     return table(columns, rows)
 
 
-def clusters_map(analysis: AnalysisView, columns: Sequence[ClusterView]) -> Table:
-    """Damage of every vector on every given cluster; a cluster's own vector is framed."""
-    raw, relative = analysis.cluster_damage(columns)
+def clusters_map(analysis: AnalysisView, listed: Sequence[ClusterView]) -> Table:
+    """Damage of every vector (columns) on every given cluster (rows); a cluster's own vector is framed."""
+    raw, relative = analysis.cluster_damage(listed)
     largest = largest_of(raw)
+    vectors = analysis.entry.vectors
     rows = []
-    for v, values, shares in zip(analysis.entry.vectors, raw, relative, strict=True):
+    for cluster, values, shares in zip(listed, raw.T, relative.T, strict=True):
         cells = [
             map_cell(value, part, largest, "own" if cluster.vector == v.vector else "")
-            for value, part, cluster in zip(values, shares, columns, strict=True)
+            for value, part, v in zip(values, shares, vectors, strict=True)
         ]
-        rows.append([Cell(v.title, sort=v.vector), *cells])
-    return table([Column("vector", left=True), *(c.title for c in columns)], rows)
+        rows.append([Cell(cluster.name), Cell(cluster.called, look="named"), *cells])
+    heads = [Column(f"v{v.vector}", note=v.title) for v in vectors]
+    return table([Column("cluster", left=True), Column("its tokens are", left=True), *heads], rows)
 
 
 def map_cell(value: float, part: float, largest: float, look: str = "") -> Cell:

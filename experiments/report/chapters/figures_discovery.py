@@ -18,7 +18,7 @@ TIMELINE_CAPTION = (
     "Which stretch of training each skill needs. Above: mean loss of each group, in nats. Below: the "
     "movement of each stretch undone in the final model, and the share of its headroom that each group "
     "loses; it takes what was learned in the stretch and what builds on it. Small numbers: random movements "
-    "of the same norm."
+    'of the same norm. "found 0" is interventional cluster i0 of all bases together.'
 )
 AXES_CAPTION = (
     "When the axes of the {basis} span move: coordinate of the weights along each skill's axis over "

@@ -169,7 +169,10 @@ def grouping_section(view: RunView, polca: Sequence[Group], hues: Mapping[str, s
         blocks += [heading("Best cluster of either kind for each skill"), best_table(view, groups, hues)]
     if (words := _families(view)) is not None:
         blocks.append(paragraph(words))
-    blocks += [heading("Every cluster: open one for its tokens"), groups_table(groups, hues)]
+    blocks += [
+        heading("Every cluster, the best of each skill first: open one for its tokens"),
+        groups_table(groups, hues),
+    ]
     total = sum(len(a.clusters) for a in view.analyses)
     told = f"POLCA's: showing {len(polca)} of {total}. " if len(polca) < total else ""
     stability = "; ".join(
@@ -178,7 +181,8 @@ def grouping_section(view: RunView, polca: Sequence[Group], hues: Mapping[str, s
         for file, _ in files
         if file.stability
     )
-    blocks.append(note(f"{told}F1 of homogeneity and recall with the nearest skill. {stability}"))
+    told += "F1 of homogeneity and recall with the nearest skill."
+    blocks.append(note(f"{told} {stability}." if stability else told))
     opened = [group.opened for group in groups if group.opened is not None]
     inside = Markup("").join(Markup(part.__html__()) for part in opened)
     blocks.append(
@@ -229,8 +233,20 @@ def _families(view: RunView) -> str | None:
     return f"Selective or carrier in the causal test: {'; '.join(told)}." if told else None
 
 
+def best_of_each_first(groups: Sequence[Group]) -> list[Group]:
+    """The best fit of every skill, then the second of every skill, and so on."""
+    ranked = sorted(groups, key=lambda group: -group.fit)
+    before: Counter[str | None] = Counter()
+    rank = []
+    for group in ranked:
+        rank.append(before[group.skill])
+        before[group.skill] += 1
+    order = sorted(range(len(ranked)), key=lambda i: rank[i])
+    return [ranked[i] for i in order]
+
+
 def groups_table(groups: Sequence[Group], hues: Mapping[str, str]) -> Table:
-    """Every cluster with its kind, its name where it holds, and the nearest skill."""
+    """Every cluster with its kind, its name where it holds, and the nearest skill; the best of each first."""
     columns: list[Column | str] = [
         Column("cluster", left=True), Column("found by", left=True), Column("its tokens are", left=True),
         "tokens", Column("nearest skill", left=True), "F1",
@@ -244,6 +260,6 @@ def groups_table(groups: Sequence[Group], hues: Mapping[str, str]) -> Table:
             Cell(group.skill or MISSING, colour=hues.get(group.skill or "")),
             Cell(decimal(group.fit), sort=group.fit, look="" if group.fit >= NAMED_F1 else "soft"),
         ]
-        for group in groups
+        for group in best_of_each_first(groups)
     ]
-    return table(columns, rows)
+    return table(columns, rows, look="many")

@@ -1,6 +1,6 @@
 "use strict";
 (function () {
-  var MINUS = "\u2212", MISSING = "\u2013", FILTER_FROM = 6;
+  var MINUS = "\u2212", MISSING = "\u2013", FILTER_FROM = 6, SHORT = 12;
   var tip = document.getElementById("tip");
 
   function make(name, attributes, text) {
@@ -58,14 +58,23 @@
         close(table);
         own(table).sort(function (x, y) { return compare(value(x), value(y)); })
           .forEach(function (row) { body.appendChild(row); });
+        if (table.classList.contains("many")) shorten(table);
       });
     });
   }
+  function shorten(table) {  // the first rows in their order; the others on request
+    own(table).forEach(function (row, i) { row.classList.toggle("more", i >= SHORT); });
+  }
   function tools(table, place) {
     var bar = make("div", {"class": "tools"}), rows = own(table);
+    var many = table.classList.contains("many") && rows.length > SHORT + 3;
     if (rows.length >= FILTER_FROM) {
       var label = make("label", {}, "Filter "), field = make("input", {type: "search", autocomplete: "off"});
-      var told = make("span", {"class": "told", role: "status"});
+      var told = make("span", {"class": "told", role: "status"}), all = false;
+      var whole = function () {
+        return many ? "showing " + (all ? rows.length : SHORT) + " of " + rows.length : "";
+      };
+      told.textContent = whole();
       field.addEventListener("input", function () {
         var wanted = field.value.toLowerCase().split(/\s+/).filter(Boolean), shown = 0;
         close(table);
@@ -74,10 +83,26 @@
           row.hidden = !wanted.every(function (word) { return text.indexOf(word) >= 0; });
           shown += row.hidden ? 0 : 1;
         });
-        told.textContent = wanted.length ? "showing " + shown + " of " + rows.length : "";
+        table.classList.toggle("short", many && !wanted.length && !all);
+        told.textContent = wanted.length ? "showing " + shown + " of " + rows.length : whole();
       });
       label.appendChild(field);
       bar.append(label, told);
+      if (many) {
+        var more = make("button", {type: "button", "aria-expanded": "false"}, "Show all");
+        more.addEventListener("click", function () {
+          all = !all;
+          close(table);
+          table.classList.toggle("short", !all);
+          more.textContent = all ? "Show fewer" : "Show all";
+          more.setAttribute("aria-expanded", String(all));
+          field.value = "";
+          field.dispatchEvent(new Event("input"));
+        });
+        bar.append(more);
+        shorten(table);
+        table.classList.add("short");
+      }
     }
     var button = make("button", {type: "button"}, "CSV");
     button.setAttribute("aria-label", "CSV of this table");
@@ -246,6 +271,18 @@
       } else { part.removeAttribute("tabindex"); part.removeAttribute("role"); part.removeAttribute("aria-label"); }
     });
   }
+  window.addEventListener("beforeprint", function () {
+    document.querySelectorAll("details:not([open]):not(.tokens):not(#all-tokens)").forEach(function (part) {
+      part.open = true;
+      part.dataset.printed = "";
+    });
+  });
+  window.addEventListener("afterprint", function () {
+    document.querySelectorAll("details[data-printed]").forEach(function (part) {
+      part.open = false;
+      delete part.dataset.printed;
+    });
+  });
   reach();
   window.addEventListener("resize", reach);
   document.addEventListener("toggle", reach, true);

@@ -17,6 +17,7 @@ from experiments.config import RunConfig
 from experiments.run.cost.memory import memory_warnings, peak_bytes, transient_bytes
 from experiments.run.cost.sizes import Sizes, Speeds, StageCost, sizes_of, stage_costs
 from experiments.run.cost.speeds import rehearse
+from experiments.run.run import require_parts
 from experiments.run.stages.bases import require_places
 from experiments.tasks.task import Task, build_task
 from interventions.causal.statistics import minimum_detectable
@@ -164,6 +165,7 @@ def make_plan(config: RunConfig, folder: Path, budget_seconds: float | None = No
         budget_seconds: also find settings that fit this.
     """
     task = build_task(config)
+    require_parts(config, task)
     given = task.given_checkpoints(config)
     steps = config.training.recorded if given is None else list(given.steps)
     for spec in config.measured_bases():

@@ -29,6 +29,7 @@ from experiments.study.grokking.claim import (
     summaries,
 )
 from experiments.study.results import show, to_terminal, write_with_tables
+from experiments.verbs.options import Result
 from interventions.causal.statistics import Interval
 from polca_edit.artifacts import key_of
 
@@ -63,7 +64,7 @@ def grokking_study(
     seeds: Annotated[int, typer.Option(help="Runs of every arm; intervals are over them.", min=2)] = 5,
     branch: Annotated[int, typer.Option(help="Step from which arms differ.", min=20)] = 300,
     limit: Annotated[int, typer.Option(help="Last step of any arm.")] = 1200,
-    json_: Annotated[Path | None, typer.Option("--json", help="Result; table and figure beside it.")] = None,
+    json_: Result = None,
     out: Annotated[Path, typer.Option(help="Where finished seeds are kept.")] = Path("runs/study-grokking"),
 ) -> None:
     """Does grokking need the motion along 16 trajectory components (arXiv 2602.16746)?

@@ -21,7 +21,9 @@ from experiments.study.reproduce.measure import ReproductionSettings
 from experiments.study.reproduce.seed import SeedTables, seed_tables
 from experiments.study.reproduce.tables import Reproduction, reproduction_tables
 from experiments.study.results import publish, show
+from experiments.verbs.options import Result
 from polca_edit.allocation.quadrature import FixedRule
+from polca_edit.basis.build import KINDS
 
 #: Config changes and settings by preset. ``demo`` must end in twenty minutes on two cores, so it has
 #: 60 intervals, the bases that are not in the main comparison get 8 vectors and evaluate 150 sums;
@@ -85,9 +87,7 @@ def run_reproduction(
 def reproduce(
     preset: Annotated[str, typer.Option(help="demo, mini or paper.")] = "demo",
     seeds: Annotated[int, typer.Option(help="How many seeds, from 0.", min=1)] = 1,
-    json_: Annotated[
-        Path | None, typer.Option("--json", help="Write all numbers here, the tables beside it.")
-    ] = None,
+    json_: Result = None,
     out: Annotated[Path, typer.Option(help="Where checkpoints go; finished training is kept.")] = Path(
         "runs/reproduce"
     ),
@@ -112,7 +112,11 @@ def reproduce(
         raise ValueError(f"--rule must be one of {', '.join(known)}, got '{rule}'; correct the name")
     settings = replace(PRESETS[preset][1], rule=cast(Any, rule), tables=tables, rivals=rivals)
     if bases is not None:
-        settings = replace(settings, kinds=tuple(name.strip() for name in bases.split(",")))
+        wanted = tuple(name.strip() for name in bases.split(","))
+        unknown = next((name for name in wanted if name not in KINDS), None)
+        if unknown is not None:
+            raise ValueError(f"--bases must be some of {sorted(KINDS)}, got '{unknown}'; correct the name")
+        settings = replace(settings, kinds=wanted)
     given = range(first_seed, first_seed + seeds)
     found = run_reproduction(preset, given, json_, out / preset, settings, say, **settings_from(set_))
     show(reproduction_tables(found))

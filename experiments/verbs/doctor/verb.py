@@ -26,9 +26,13 @@ def doctor(
     json_: Json = None,
 ) -> None:
     """Open a checkpoint folder of any kind and print what was found; not 0 where it does not open rightly."""
+    from experiments.config import load_config
     from experiments.verbs.doctor.examine import Question, examine
     from experiments.verbs.doctor.outlook import outlook
 
+    load_config(preset)
+    if base is not None and not base.exists():
+        raise ValueError(f"--base must exist, '{base}' does not; check the path")
     asked = Question(folder, base, names, step_pattern)
     found = examine(asked)
     if not found.problems:
@@ -42,6 +46,8 @@ def doctor(
     if found.problems:
         more = f" (and {len(found.problems) - 1} more above)" if len(found.problems) > 1 else ""
         raise ValueError(f"'{folder}' does not open rightly: {found.problems[0]}{more}")
+    if found.model is None:  # weights alone: a config says the model
+        return then("run", "CONFIG", "--checkpoints", folder)
     then("open", folder, "--text", text or "FILE", *(["--base", base] if base else []))
 
 
