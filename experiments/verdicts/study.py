@@ -205,15 +205,10 @@ def measure_basis(place: Path, label: str, settings: StudySettings) -> KeptEvide
     def compute() -> KeptEvidence:
         chosen = choose(run, label, least=settings.test.least, window=settings.window)
         tokens = unseen_tokens(run, settings.unseen)
-<<<<<<< HEAD
-        split = split_of(run, tokens, settings.window)
-        with progress_of(None, f"{run.directory.path.name} {label}", total=0) as bar:
-=======
         with (
             open_matrix(run) as matrix,
-            tqdm(desc=f"{run.directory.path.name} {label}", disable=None, leave=False) as bar,
+            progress_of(None, f"{run.directory.path.name} {label}", total=0) as bar,
         ):
->>>>>>> main
 
             def told(name: str, done: int, total: int) -> None:
                 bar.total, bar.n = total, done
