@@ -12,7 +12,8 @@ from benchmarks import rivals
 from benchmarks.problems import Problem, text_problem, trained_arithmetic
 from benchmarks.pseudocode import pseudocode_pipeline
 from benchmarks.timing import Clock, Row, Skipped, interleaved, time_once
-from polca_edit.allocation.allocate import allocate, project, second_order_terms
+from polca_edit.allocation.allocate import allocate, project
+from polca_edit.allocation.terms import second_order_terms
 from polca_edit.basis.hessian import EigenSettings, Keeping, hessian_basis
 from polca_edit.basis.record import Basis
 from polca_edit.clusters.density import ClusterSettings, cluster_trajectories

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from interventions.edits import Edit, Movement
+from polca_edit.allocation.progress import progress as progress_of
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.derivatives.objective import Objective
 from polca_edit.tokens import TokenSet, group_means
@@ -225,7 +226,7 @@ class EvaluatedSplit:
             progress: called with the number of edits done.
         """
         rows = []
-        for edit in edits:
+        for edit in progress_of(edits, "edits") if progress is None else edits:
             edit.require_base(self.movement.base)
             rows.append((self._losses(edit, self.theta) - self.before).double())
             if progress is not None:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from polca_edit.allocation.allocate import Allocation, CheckpointMap, Projections, Rule, allocate, project
+from polca_edit.allocation.allocate import Allocation, CheckpointMap, Projections, Rule, allocate
+from polca_edit.allocation.terms import project_for
 from polca_edit.basis.record import Basis
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.clusters.breakthroughs import fitting_delta, flat_after, is_hidden
@@ -169,5 +170,6 @@ def observe(
     Raises:
         ValueError: for a series that is too short, or losses that are not finite.
     """
-    (projections,) = project(objective, checkpoints, [basis], tokens, mapped=mapped)
+    settings = settings or ObserveSettings()
+    (projections,) = project_for(settings.rule, objective, checkpoints, [basis], tokens, mapped=mapped)
     return analyse(projections, tokens, settings, basis=basis)

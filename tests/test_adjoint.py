@@ -94,7 +94,7 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_route_equals_token_gradients(name, generator):
-    # A bridge computes its norms by hand from the weights, so no call of theirs can be watched.
+    # A bridge computes its norms by hand from the weights: those calls are watched one by one.
     module = MODELS[name]().double()
     space, tokens = ParameterSpace.from_module(module), few_scored(generator)
     rows = torch.randn(3, space.size, generator=generator, dtype=torch.float64)
@@ -105,8 +105,7 @@ def test_route_equals_token_gradients(name, generator):
     with torch.no_grad():
         torch.testing.assert_close(losses, next_token_loss(module, tokens.inputs)[tokens.scored])
     assert objective.route_used == "adjoint"
-    expected = {"awkward": {"scale", "by_hand.weight"}, "bridge": {n for n in space.names if "ln" in n}}
-    assert set(objective._adjoint.leftovers) == expected.get(name, set())
+    assert objective._adjoint.leftovers == ()
     # Every sequence once, one backward pass per scored slot of the fullest one.
     assert objective.passes.backward == 7 * int(tokens.scored.sum(1).max())
 

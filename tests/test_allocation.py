@@ -17,8 +17,8 @@ from polca_edit.allocation.allocate import (
     loss_change,
     project,
     residual_direction,
-    second_order_terms,
 )
+from polca_edit.allocation.terms import second_order_terms
 from polca_edit.basis.record import Basis, random_basis, unlabelled
 from polca_edit.checkpoints.opening import open_checkpoints
 from polca_edit.checkpoints.series import Checkpoints

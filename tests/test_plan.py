@@ -122,8 +122,8 @@ def test_time_of_a_real_run(size, compared):
 def test_a_wide_spacing_is_warned_of_and_a_fine_one_is_not():
     fine = config(32, 1)
     assert planning.gap_warnings(fine, fine.training.recorded) == [
-        "learning rate x spacing is 8.0e-03, above 6e-03 the trapezoid misses much of the loss change; "
-        "set training.record_every to 6 or less"
+        "learning rate x spacing is 8.0e-03, above 6.0e-03 rule 'trapezoid' misses much of the loss change; "
+        "set training.record_every to 6 or less, or rule to simpson"
     ]
     slow = fine.model_copy(update={"training": fine.training.model_copy(update={"learning_rate": 1e-4})})
     assert planning.gap_warnings(slow, slow.training.recorded) == []

@@ -16,9 +16,12 @@ from experiments.run.driver import run_stages
 from experiments.run.keys import discovery_stages, stage_names
 from experiments.run.run import Run, load_run, open_run
 from experiments.run.stages.damage import evaluated
+from experiments.verdicts.choose import choose
 from polca_edit.allocation.allocate import Projections, allocate
+from polca_edit.allocation.terms import project_for, projections_within
 from polca_edit.artifacts import load_record
 from polca_edit.basis.record import Basis
+from polca_edit.clusters.density import cluster_trajectories
 
 WINDOW = (12, 36)
 TINY = {
@@ -164,3 +167,41 @@ def test_the_window_of_a_run_is_read_back(cut: Run) -> None:
     assert load_run(cut.directory.path, quiet).config.window == WINDOW
     result = CliRunner().invoke(app, ["run", "smoke", "--window", "12:36", "--dry-run"])
     assert result.exit_code == 0
+
+
+@pytest.mark.parametrize("rule", ["trapezoid", "simpson"])
+def test_projections_of_a_window_are_those_measured_on_its_checkpoints(whole: Run, rule: str) -> None:
+    basis, tokens = load_record(Basis, whole.directory.basis("trajectory")), whole.task.splits.select
+    tokens = tokens.select(torch.arange(5))
+    (all_,) = project_for(rule, whole.objective, whole.checkpoints(), [basis], tokens)
+    (own,) = project_for(rule, whole.objective, whole.observed(WINDOW), [basis], tokens)
+    cut = projections_within(all_, WINDOW)
+    for field in dataclasses.fields(own):
+        one, two = getattr(cut, field.name), getattr(own, field.name)
+        assert (one is None) == (two is None), field.name
+        if one is not None:
+            torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5, msg=field.name)
+    ours, theirs = allocate(cut, rule), allocate(own, rule)
+    torch.testing.assert_close(ours.values, theirs.values, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="start and end at recorded steps, 12:13"):
+        projections_within(all_, (12, 13))
+
+
+def test_a_test_of_a_window_takes_its_own_clusters_or_says_what_to_run(tmp_path: Path) -> None:
+    run = observed(tmp_path / "run", bases=TINY["bases"][:2])
+    run_stages(run, stages=discovery_stages(run.config))
+    with pytest.raises(ValueError, match=r"run polca-edit discover .*run --window 12:36 first"):
+        choose(run, "trajectory", least=2, window=WINDOW)
+    run_stages(run, stages=discovery_stages(run.config, WINDOW))
+    chosen = choose(run, "trajectory", least=2, window=WINDOW)
+    projections = load_record(Projections, run.directory.projections("trajectory"))
+    paths = allocate(projections_within(projections, WINDOW)).projected_loss()
+    clusters = cluster_trajectories(paths, run.settings().clusters)
+    assert chosen.observation.projections.steps.tolist() == list(run.observed(WINDOW).steps)
+    for seen, own in zip(chosen.observation.clusters, clusters, strict=True):
+        assert seen.labels.tolist() == own.labels.tolist()
+    found = load_found(run, "hessian+trajectory@12-36").clusters
+    tested = {p.group.name for p in chosen.pairs if p.family == "interventional"}
+    assert tested <= {f"found:{name}" for name in found}
+    whole_run = choose(run, "trajectory", least=2)
+    assert whole_run.observation.projections.steps.tolist() == list(run.observed().steps)

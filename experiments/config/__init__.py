@@ -52,6 +52,11 @@ class RunConfig(Section):
     options: dict[str, Any] = Field({}, description="given to the task's build, by name")
     seed: int = Field(0, ge=0, lt=2**32, description="of data, initial weights and every draw")
     device: str = Field("cpu", description="cpu or cuda")
+    precision: Literal["float32", "float64"] = Field(
+        "float32",
+        description="of derivatives, bases, allocation and damage; training stays in the model's own, so the "
+        "weights are the same. float64 takes twice the memory and about twice the time",
+    )
     threads: int | None = Field(None, ge=1, le=4096, description="torch threads; default all cores")
     engine: Literal["local", "ray"] = Field("local", description="where derivative work runs")
     engine_address: str | None = Field(None, description="Ray head node; default RAY_ADDRESS or this machine")
@@ -76,8 +81,10 @@ class RunConfig(Section):
     window: tuple[int, int] | None = Field(
         None, description="first and last step of the training that is observed and undone; default all"
     )
-    rule: Literal["first_order", "second_order", "trapezoid"] = Field(
-        "trapezoid", description="quadrature of the loss change over an interval"
+    rule: Literal["first_order", "second_order", "trapezoid", "simpson"] = Field(
+        "trapezoid",
+        description="quadrature of the loss change over an interval; simpson also measures its middle, "
+        "for twice the derivatives",
     )
     clusters: ClusterConfig = ClusterConfig()
     breakthrough_delta: int = Field(100, ge=1, le=10**8, description="steps of Eqs. 9 and 10")
@@ -164,6 +171,11 @@ class RunConfig(Section):
         # Frozen sections cannot be assigned to; validation is where they are made.
         object.__setattr__(self, "bases", tuple(resolved))
         return self
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number in vectors and tables."""
+        return 8 if self.precision == "float64" else 4
 
     def measured_bases(self) -> tuple[BasisConfig, ...]:
         """Bases that are projected; the others are turned from them."""

@@ -22,6 +22,7 @@ from torch import Tensor
 from experiments.run.memory import memory_shares
 from experiments.run.run import Run, load_run
 from polca_edit.allocation.allocate import CheckpointSlopes, directions_at, slopes_from
+from polca_edit.allocation.terms import places_of
 from polca_edit.artifacts import load_record
 from polca_edit.basis.record import Basis
 from polca_edit.checkpoints.series import Checkpoints
@@ -123,7 +124,7 @@ def slope_engine(
 
     Args:
         run: the run; its config names the engine.
-        checkpoints: the run's series.
+        checkpoints: the places the run's rule takes derivatives at.
         bases: in the order of the config.
         tokens: the select split.
         wanted: indices that will be asked for, in that order; others are kept already.
@@ -190,7 +191,7 @@ def _open_once(directory: str, threads: int) -> tuple[Run, Checkpoints, list[Bas
         torch.set_num_threads(threads)
         run = load_run(Path(directory), lambda text: None)
         bases = [load_record(Basis, run.directory.basis(b.label)) for b in run.config.measured_bases()]
-        _OPEN[directory] = run, run.observed(), bases
+        _OPEN[directory] = run, places_of(run.observed(), run.config.rule), bases
     return _OPEN[directory]
 
 

@@ -111,6 +111,8 @@ def data_key(config: RunConfig, contents: str) -> str:
         sections["options"] = settings["options"]
     if config.window is not None:
         sections["window"] = settings["window"]
+    if config.precision != "float32":
+        sections["precision"] = config.precision
     return key_of(SCHEMA, sections, contents)
 
 
@@ -140,12 +142,15 @@ def stage_key(config: RunConfig, contents: str, stage: str) -> str:
         return next(basis for basis in config.bases if basis.label == wanted)
 
     if kind == "train":
-        return key_of("train", data_key(config, contents))
+        # Weights are trained alike in either precision.
+        return key_of("train", data_key(config.model_copy(update={"precision": "float32"}), contents))
     if kind == "basis":
         return basis_key(config, contents, spec(label))
     if kind == "projections":
         measured = [(b.label, basis_key(config, contents, b)) for b in config.measured_bases()]
-        return key_of("projections", measured, settings["rule"] == "second_order")
+        # Only rules that measure more than the trapezoid: keys of runs without them stay as they are.
+        more = ["simpson"] if settings["rule"] == "simpson" else []
+        return key_of("projections", measured, settings["rule"] == "second_order", *more)
     if kind == "clusters":
         source = f"basis:{label}" if spec(label).rotated else "projections"
         own = [settings[name] for name in ("rule", "clusters", "breakthrough_delta")]

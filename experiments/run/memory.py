@@ -14,7 +14,6 @@ from experiments.config import RunConfig
 #: Vectors of N entries that are needed however small the budget is: three cached checkpoints, the model,
 #: its weights in their own storage, tangents, a gradient, a product and what Lanczos takes it from.
 FIXED_VECTORS = 12
-FLOAT = 4
 UNITS = {"": 1e9, "MB": 1e6, "GB": 1e9, "TB": 1e12, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -44,7 +43,7 @@ def memory_shares(config: RunConfig, parameters: int) -> MemoryShares:
     rows = round(config.basis_memory_gb * 1e9)
     if config.memory_gb is None:
         return MemoryShares(rows, directions=config.vector_block)
-    budget, vector = round(config.memory_gb * 1e9), FLOAT * parameters
+    budget, vector = round(config.memory_gb * 1e9), config.itemsize * parameters
     left = budget - FIXED_VECTORS * vector
     if left < 4 * vector:
         raise ValueError(

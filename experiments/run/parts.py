@@ -82,10 +82,12 @@ def part_path(parts: Path, index: int) -> Path:
     return parts / f"part-{index:05d}.safetensors"
 
 
-def mapped_rows(path: Path, count: int, size: int) -> Float[Tensor, "K N"]:
-    """An empty float32 table that lives in a file; the system writes pages back when memory is short."""
+def mapped_rows(
+    path: Path, count: int, size: int, dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "K N"]:
+    """An empty table that lives in a file; the system writes pages back when memory is short."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    return torch.from_file(str(path), shared=True, size=count * size, dtype=torch.float32).view(count, size)
+    return torch.from_file(str(path), shared=True, size=count * size, dtype=dtype).view(count, size)
 
 
 def kept_parts(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -121,10 +121,12 @@ class Run:
 
     def checkpoints(self) -> Checkpoints:
         """The run's series (recorded or opened)."""
-        given = self.task.given_checkpoints(self.config)
-        if given is not None:
-            return given.require()
-        return open_checkpoints(self.directory.checkpoints, self.task.space).require()
+        series = self.task.given_checkpoints(self.config)
+        if series is None:
+            series = open_checkpoints(self.directory.checkpoints, self.task.space)
+        if self.config.precision == "float64":
+            series = replace(series, dtype=torch.float64)
+        return series.require()
 
     def observed(self, window: tuple[int, int] | None = None) -> Checkpoints:
         """The checkpoints of a window of training, by default the config's, by default all."""

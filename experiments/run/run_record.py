@@ -55,6 +55,7 @@ class RunRecord:
         select_sequences: unit of passes in the summary.
         stages: finished stages and their cost.
         evaluate_openings: plans that opened the evaluate split, in order.
+        precision: of derivatives, bases and everything stored of them.
     """
 
     schema: int = SCHEMA
@@ -65,6 +66,7 @@ class RunRecord:
     select_sequences: int = 0
     stages: Mapping[str, StageRecord] = field(default_factory=dict)
     evaluate_openings: tuple[Opening, ...] = ()
+    precision: str = "float32"
 
 
 def read_run_record(directory: RunDirectory) -> RunRecord:
@@ -85,6 +87,7 @@ def write_run_record(run: Run) -> None:
         run.task.splits.select.sequences,
         {r.stage: r for r in run.directory.stage_records() if r.stage in names},
         read_run_record(run.directory).evaluate_openings,
+        run.config.precision,
     )
     save_record(run.directory / "run.json", record)
 

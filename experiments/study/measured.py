@@ -14,7 +14,8 @@ from experiments.run.parts import Ledger, kept_parts
 from experiments.run.run import Run
 from experiments.run.stages.bases import basis_inputs
 from interventions.edits import weights_fingerprint
-from polca_edit.allocation.allocate import CheckpointSlopes, Projections, project, second_order_terms
+from polca_edit.allocation.allocate import CheckpointSlopes, Projections, project
+from polca_edit.allocation.terms import second_order_terms
 from polca_edit.artifacts import load_record, save_record
 from polca_edit.basis.build import build_basis
 from polca_edit.basis.hessian import EigenSettings

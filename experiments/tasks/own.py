@@ -6,6 +6,7 @@ document, training batches that leave the held-out sequences out, branches with 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import inspect
@@ -79,26 +80,38 @@ def build(config: RunConfig, tokenizer: object = None) -> Task:
     for name, tokens in vars(splits).items():
         _check_parents(parents, tokens, name)
     _check_loss(own.file, definition, splits.select)
-    draws = None
+    token_loss, draws = _of_its_precision(definition.token_loss), None
     if definition.training is not None:
         held_out = frozenset({*rows_of(splits.select.inputs), *rows_of(splits.evaluate.inputs)})
-        draws = TrainingDraws.of(definition.training, held_out, config, definition.token_loss)
+        draws = TrainingDraws.of(definition.training, held_out, config, token_loss)
     return Task(
         own.name,
         definition.module,
         ParameterSpace.from_module(definition.module),
-        definition.token_loss,
+        token_loss,
         splits,
         None if draws is None else draws.loss_of_branch,
         {"seed": config.seed, "rule": DATA_ORDER, "batch_size": config.training.batch_size},
         unseen=_unseen(draws, splits, config),
         parents=parents,
         plant=definition.plant,
-        logits=definition.logits,
+        logits=None if definition.logits is None else _of_its_precision(definition.logits),
         fresh=None if draws is None or not draws.labelled else draws.labelled_draw,
         fingerprint=_fingerprint(definition.module, splits, draws),
         notes=() if draws is None else draws.notes,
     )
+
+
+def _of_its_precision(function: Callable[..., Tensor]) -> Any:
+    """The same function of (module, inputs, ...), whose inputs are given the precision of the weights."""
+
+    @functools.wraps(function)
+    def cast(module: nn.Module, inputs: Tensor, *more: Any, **named: Any) -> Tensor:
+        if inputs.is_floating_point():
+            inputs = inputs.to(next(module.parameters()).dtype)
+        return function(module, inputs, *more, **named)
+
+    return cast
 
 
 def define(own: OwnTask, config: RunConfig) -> TaskDefinition:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -116,6 +116,7 @@ class Task:
             None draws from the curvature and select splits.
         fingerprint: hash of data and initial weights, where code and settings do not decide them.
         notes: sentences for whoever starts a run: order of checkpoints, text kept, training rows left out.
+        trains_in: precision of the recorded training, whatever that of the derivatives.
     """
 
     name: str
@@ -136,6 +137,7 @@ class Task:
     fresh: Callable[[int, torch.Generator], TokenSet] | None = None
     fingerprint: str | None = None
     notes: tuple[str, ...] = ()
+    trains_in: torch.dtype = torch.float32
 
     @property
     def batch_loss(self) -> BatchLoss | None:
@@ -185,6 +187,9 @@ def build_task(config: RunConfig, tokenizer: Tokenizer | None = None) -> Task:
     module = "tasks.own" if own_task(config.task) else TASKS[config.task].module
     task: Task = importlib.import_module(f"experiments.{module}").build(config, tokenizer)
     task.module.to(device_of(config))
+    if config.precision == "float64":
+        task = replace(task, trains_in=next(task.module.parameters()).dtype)
+        task.module.double()
     return task
 
 

@@ -360,8 +360,8 @@ def _huggingface_task(config: RunConfig) -> Task:
     tokenizer = load_tokenizer(path) or (load_tokenizer(last) if last else None)
     if tokenizer is None and not (config.text.file or "").endswith(".npy"):
         raise ValueError(
-            f"'{path}' must hold a tokenizer.json to read text with, it does not; save the tokenizer there "
-            "or give token ids as an .npy file"
+            f"'{path}' must hold a tokenizer.json, or vocab.json and merges.txt, to read text with, it does "
+            "not; save the tokenizer there or give token ids as an .npy file"
         )
     data = text_data(config, tokenizer, vocabulary)
     token_loss, ready = ready_for_derivatives(module, data.splits.select.inputs[:2])

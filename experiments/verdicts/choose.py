@@ -19,6 +19,7 @@ from interventions.causal.statistics import capped
 from interventions.damage import EvaluatedSplit
 from interventions.edits import project_out
 from polca_edit.allocation.allocate import Projections
+from polca_edit.allocation.terms import projections_within
 from polca_edit.artifacts import load_record
 from polca_edit.basis.record import Basis
 from polca_edit.clusters.hypotheses import Hypothesis, TokenGroup, Unchosen
@@ -54,16 +55,22 @@ def choose(run: Run, label: str, *, least: int, window: tuple[int, int] | None =
         run: with finished stages.
         label: of the basis.
         least: tokens that a group must have.
-        window: of the movement that is undone.
+        window: of the movement that is undone; clusters are those of its own checkpoints.
+
+    Raises:
+        ValueError: for a window that was not recorded, or in which nothing was discovered.
     """
     basis = load_record(Basis, run.directory.basis(label))
-    projections = load_record(Projections, run.directory.projections(label))
+    if window is not None:
+        run.observed(window)  # refuses one that was not recorded
+    stored = load_record(Projections, run.directory.projections(label))
+    projections = projections_within(stored, window)
     tokens = run.task.splits.select
     seen = analyse(projections, tokens, run.settings(), basis=basis)
     pairs = [*seen.hypotheses(label, least=least, seed=run.config.seed)]
     left = [*_unchosen(seen, label, least)]
     groups: dict[str, dict[str, torch.Tensor]] = {
-        "interventional": _found_clusters(run),
+        "interventional": _found_clusters(run, window),
         "skill": dict(tokens.skills),
     }
     wanted = {name: mask for found in groups.values() for name, mask in found.items()}
@@ -94,11 +101,22 @@ def _unturned(run: Run, label: str) -> Basis | None:
     return None if found is None else load_record(Basis, run.directory.basis(found))
 
 
-def _found_clusters(run: Run) -> dict[str, torch.Tensor]:
-    """Interventional clusters of the run's last signature stage; none where it has no such stage."""
-    names = signature_names(run.config)
+def _found_clusters(run: Run, window: tuple[int, int] | None) -> dict[str, torch.Tensor]:
+    """Interventional clusters of the last signature stage of the run or window; none without such a stage.
+
+    Raises:
+        ValueError: for a window in which nothing was discovered: clusters of the whole run are not its own.
+    """
+    names = signature_names(run.config, window)
     if not names or not run.task.splits.select.features:
         return {}
+    stage = f"signatures:{names[-1]}"
+    if window is not None and not run.directory.finished(stage, run.key(stage)):
+        steps = f"{window[0]}:{window[1]}"
+        raise ValueError(
+            f"clusters of steps {steps} must be found before they are tested; run polca-edit discover "
+            f"{run.directory.path} --window {steps} first"
+        )
     found = load_found(run, names[-1])
     return {f"found:{name}": mask for name, mask in found.clusters.items()}
 

@@ -35,6 +35,7 @@ from interventions.causal.control import positive_control
 from interventions.causal.cost import causal_cost
 from interventions.causal.settings import TestSettings
 from interventions.causal.test import Measured, judge_runs, measure_run
+from polca_edit.allocation.progress import progress as progress_of
 from polca_edit.artifacts import key_of, load_record, save_record, to_plain
 from polca_edit.basis.record import Basis
 from polca_edit.clusters.hypotheses import Unchosen
@@ -165,7 +166,7 @@ def stated_cost(
 
 def _place(run: Run, label: str, settings: StudySettings) -> tuple[str, str]:
     """Name and key under which the evidence of a basis is kept."""
-    found = [run.key(f"signatures:{n}") for n in signature_names(run.config)]
+    found = [run.key(f"signatures:{n}") for n in signature_names(run.config, settings.window)]
     clusters = run.key(f"clusters:{label}")
     depends = (settings.unseen, settings.window, settings.test, clusters, found, SCHEMA)
     name = f"verdicts/{label}"
@@ -198,8 +199,6 @@ def _plan(run: Run, chosen: Sequence[Chosen], settings: StudySettings) -> TestPl
 
 def measure_basis(place: Path, label: str, settings: StudySettings) -> KeptEvidence:
     """One basis of one run, read back where it was measured before with the same key."""
-    from tqdm import tqdm
-
     run = with_groups(load_run(place, say=lambda _: None), settings.groups)
     name, key = _place(run, label, settings)
 
@@ -208,7 +207,7 @@ def measure_basis(place: Path, label: str, settings: StudySettings) -> KeptEvide
         tokens = unseen_tokens(run, settings.unseen)
         with (
             open_matrix(run) as matrix,
-            tqdm(desc=f"{run.directory.path.name} {label}", disable=None, leave=False) as bar,
+            progress_of(None, f"{run.directory.path.name} {label}", total=0) as bar,
         ):
 
             def told(name: str, done: int, total: int) -> None:

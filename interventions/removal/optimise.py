@@ -29,6 +29,7 @@ from interventions.removal.grouped import LEAST_HEADROOM, mean_by_group, token_k
 from interventions.removal.problem import Limits, RemovalProblem
 from interventions.removal.relabelling import Refit, fit_relabelling
 from interventions.removal.spans import Movable, Span
+from polca_edit.allocation.progress import progress
 from polca_edit.tokens import TokenSet
 
 
@@ -251,7 +252,7 @@ def fit(
     z = torch.zeros(span.rank, requires_grad=True)
     optimiser = torch.optim.Adam([z], lr=settings.learning_rate, betas=(0.9, 0.95))
     done = 0
-    for step in range(steps):
+    for step in progress(range(steps), "search"):
         warm = min(1.0, (step + 1) / min(10, steps))
         factor = warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         optimiser.param_groups[0]["lr"] = settings.learning_rate * factor

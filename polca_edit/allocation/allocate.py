@@ -8,21 +8,21 @@ arXiv 2506.15872.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm import tqdm
 
-from polca_edit.basis.record import Basis
+from polca_edit.allocation.progress import progress
+from polca_edit.basis.record import Basis, require_orthonormal
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.derivatives.lanczos import inner_products
 from polca_edit.derivatives.objective import Objective
 from polca_edit.tokens import TokenSet
 
-Rule = Literal["first_order", "second_order", "trapezoid", "quadrature"]
+Rule = Literal["first_order", "second_order", "trapezoid", "simpson", "quadrature"]
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,6 @@ class Projections:
 
     def rotated(self, rotation: Float[Tensor, "K K"]) -> Projections:
         """Projections onto the rows R'B; no model is needed."""
-        from dataclasses import replace
-
         rotation = rotation.to(self.gradients.dtype)
         interior = self.interior_gradients
         return replace(
@@ -249,30 +247,31 @@ def project(
     Raises:
         ValueError: for a basis whose rows are not orthonormal, or a series that is too short.
     """
+    slopes = measured_slopes(
+        objective, checkpoints, bases, tokens, mapped=mapped, derivative_scale=derivative_scale
+    )
+    return [assemble(checkpoints, basis, number, slopes) for number, basis in enumerate(bases)]
+
+
+def measured_slopes(
+    objective: Objective,
+    checkpoints: Checkpoints,
+    bases: Sequence[Basis],
+    tokens: TokenSet,
+    *,
+    mapped: CheckpointMap = map,
+    derivative_scale: float = 1.0,
+) -> list[CheckpointSlopes]:
+    """What :func:`project` measures, one record per checkpoint."""
     checkpoints.require()
     for basis in bases:
-        _require_orthonormal(basis)
+        require_orthonormal(basis)
 
     def at(index: int) -> CheckpointSlopes:
         return slopes_at(objective, checkpoints, bases, tokens, index, derivative_scale=derivative_scale)
 
     count = len(checkpoints)
-    bar = tqdm(mapped(at, range(count)), total=count, desc="projections", disable=None, leave=False)
-    slopes = list(bar)
-    return [assemble(checkpoints, basis, number, slopes) for number, basis in enumerate(bases)]
-
-
-def _require_orthonormal(basis: Basis) -> None:
-    """Row by row against the rows before it, so that rows on disk are never all in memory."""
-    for number in range(len(basis)):
-        products = basis.rows[: number + 1] @ basis.rows[number]
-        products[number] -= 1
-        error = float(products.abs().max())
-        if not error <= 1e-2:
-            raise ValueError(
-                f"rows of a basis must be orthonormal, row {number} of '{basis.kind}' misses by {error:.3g}; "
-                "orthonormalise them (torch.linalg.qr), or parts would be counted twice"
-            )
+    return list(progress(mapped(at, range(count)), "projections", total=count))
 
 
 def assemble(
@@ -303,20 +302,6 @@ def coordinates(rows: Float[Tensor, "K N"], moved: Float[Tensor, " N"]) -> Float
     return inner_products(rows, moved[None])[:, 0].cpu()
 
 
-def second_order_terms(
-    objective: Objective, checkpoints: Checkpoints, basis: Basis, tokens: TokenSet
-) -> tuple[Float[Tensor, "T K"], Float[Tensor, "Tm1 K"]]:
-    """<b, g_t(X)> and b' H_t(X) b on the curvature sample, what Eq. 6 needs beyond first order."""
-    gradients, curvatures = [], []
-    for index in range(len(checkpoints)):
-        theta = checkpoints[index]
-        gradients.append(coordinates(basis.rows, objective.mean_gradient(theta, tokens)[1].cpu()))
-        if index < len(checkpoints) - 1:
-            product = objective.hessian(theta, tokens, expected=len(basis) * len(checkpoints))
-            curvatures.append(torch.stack([row.double() @ product(row).cpu().double() for row in basis.rows]))
-    return torch.stack(gradients), torch.stack(curvatures)
-
-
 # -- integrating ----------------------------------------------------------------------------------
 
 
@@ -328,6 +313,7 @@ def allocate(projections: Projections, rule: Rule = "trapezoid", *, guard: float
       Where the denominator is below ``guard`` times its root mean square over the vector's
       intervals, or below the rounding of the token slopes, the term is dropped and counted.
     - ``trapezoid``: 1/2 <b, g_t(x) + g_{t+1}(x)> <b, dtheta_t>; exact for quadratic losses in any basis.
+    - ``simpson``: 1/6, 4/6 and 1/6 of the derivatives at start, middle and end; exact for quartic losses.
     - ``quadrature``: the nodes and weights stored in the record (Simpson, Gauss-Legendre, adaptive).
 
     Args:
@@ -351,6 +337,8 @@ def allocate(projections: Projections, rule: Rule = "trapezoid", *, guard: float
         values, guarded = _second_order(p, guard)
         residual = p.residual_start
     else:
+        if rule == "simpson":
+            _require_middles(p)
         values, residual = _stored_quadrature(p)
     return Allocation(rule, p.steps, values, residual, exact, guarded)
 
@@ -373,6 +361,17 @@ def _second_order(p: Projections, guard: float) -> tuple[Tensor, int]:
     )
     values = p.gradients[:-1] * p.displacements[:, :, None] + factor[:, :, None] * token_change
     return values, int((~usable).sum())
+
+
+def _require_middles(p: Projections) -> None:
+    """Three places in every interval: an odd number in any window, whatever its length."""
+    places = None if p.interior_position is None else p.interior_position.tolist()
+    numbers = None if p.interior_interval is None else p.interior_interval.tolist()
+    if places != [0.5] * len(p.displacements) or numbers != [*range(len(p.displacements))]:
+        raise ValueError(
+            "rule 'simpson' needs derivatives at the middle of every interval, these projections have none; "
+            "measure them with rule='simpson' (terms.project_for), or use rule 'trapezoid'"
+        )
 
 
 def _stored_quadrature(p: Projections) -> tuple[Tensor, Tensor]:

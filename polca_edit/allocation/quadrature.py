@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from polca_edit.allocation.allocate import Projections, residual_direction
+from polca_edit.allocation.progress import progress
 from polca_edit.basis.record import Basis
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.derivatives.objective import Objective
@@ -145,7 +146,8 @@ def measure_nodes(
         blocks = slopes.split([len(r) for r in rows])
         return NodeSlopes(tuple(block[:-1] for block in blocks), tuple(block[-1] for block in blocks))
 
-    found = list(mapped(at, range(len(plan.interval))))
+    count = len(plan.interval)
+    found = list(progress(mapped(at, range(count)), "interior nodes", total=count))
     return [
         with_nodes(own, plan, [n.gradients[number] for n in found], [n.residuals[number] for n in found])
         for number, own in enumerate(projections)

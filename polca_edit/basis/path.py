@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from polca_edit.allocation.progress import progress
 from polca_edit.basis.record import Basis, unlabelled
 from polca_edit.basis.streamed import combined, displacement_gram, displacements
 from polca_edit.checkpoints.series import Checkpoints
@@ -64,7 +65,8 @@ def trajectory_basis(
 
 def mean_gradients(objective: Objective, checkpoints: Checkpoints, tokens: TokenSet) -> Float[Tensor, "T N"]:
     """Gradient of the mean loss at every checkpoint."""
-    return torch.stack([objective.mean_gradient(checkpoints[i], tokens)[1] for i in range(len(checkpoints))])
+    indices = progress(range(len(checkpoints)), "mean gradients")
+    return torch.stack([objective.mean_gradient(checkpoints[i], tokens)[1] for i in indices])
 
 
 def principal_rows(

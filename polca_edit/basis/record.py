@@ -151,3 +151,20 @@ def gram_error(rows: Float[Tensor, "K N"]) -> float:
     """Largest entry of |B B' - I|; 0 for no rows."""
     products = gram(rows)
     return float((products - torch.eye(len(rows)).to(products)).abs().max()) if len(rows) else 0.0
+
+
+def require_orthonormal(basis: Basis) -> None:
+    """Row by row against the rows before it, so that rows on disk are never all in memory.
+
+    Raises:
+        ValueError: for the first row that is not of length one or not at right angles to those before it.
+    """
+    for number in range(len(basis)):
+        products = basis.rows[: number + 1] @ basis.rows[number]
+        products[number] -= 1
+        error = float(products.abs().max())
+        if not error <= 1e-2:
+            raise ValueError(
+                f"rows of a basis must be orthonormal, row {number} of '{basis.kind}' misses by {error:.3g}; "
+                "orthonormalise them (torch.linalg.qr), or parts would be counted twice"
+            )

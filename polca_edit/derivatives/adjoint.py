@@ -12,9 +12,11 @@ positions, the per-token gradient sum_l delta a' is formed once, in blocks that 
 multiplied with all vectors.
 
 Modules are watched with forward hooks: ``nn.Linear``, ``nn.LayerNorm``, ``nn.Embedding`` and the
-``Conv1D`` of GPT-2, called any number of times per forward, tied or not. Every parameter's share is
-checked against autograd before the route is used; parameters that disagree or sit elsewhere get
-explicit per-token gradients, and if those do not fit, the route declares itself unavailable.
+``Conv1D`` of GPT-2, called any number of times per forward, tied or not. Parameters used without such
+a module (``einsum``, ``@``, ``*``, ``+``, an index) are watched call by call
+(:mod:`polca_edit.derivatives.operations`). Every parameter's share is checked against autograd before
+the route is used; parameters that disagree or are used in another way get explicit per-token gradients,
+and if those do not fit, the route declares itself unavailable.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from torch import Tensor, nn
 
 from polca_edit.derivatives.contacts import Contact, Kind, contact_shares, kind_of
 from polca_edit.derivatives.heads import SlotLoss, at_slots
+from polca_edit.derivatives.operations import Operation, WatchedOperations
 from polca_edit.parameters import ParameterSpace, call_with
 from polca_edit.tokens import TokenLossFunction
 
@@ -72,10 +75,28 @@ class AdjointRoute:
 
     @contextmanager
     def _watched(
-        self, contacts: list[Contact], batch: int | None, shapes: list[tuple[int, ...]]
+        self,
+        contacts: list[Contact | Operation],
+        values: Mapping[str, Tensor],
+        given: tuple[Tensor, Tensor],
+        shapes: list[tuple[int, ...]],
+        *,
+        batch: int | None = None,
     ) -> Iterator[None]:
-        """Within the block every call of a watched module is recorded; ``batch=None`` records shapes only."""
+        """Within the block watched calls on ``given`` are recorded; without ``batch`` their shapes alone."""
         canonical, handles = dict(self.space.aliases), []
+
+        def keep(operation: Operation, size: int) -> Tensor:
+            result = operation.result
+            shapes.append((len(result), size, result[0].numel()))
+            if batch is None:
+                return result
+            if not result.requires_grad:
+                result = result.detach().requires_grad_()
+            contacts.append(Operation(operation.parts, result))
+            return result
+
+        operations = WatchedOperations(values, given, keep)
         for path, module in self.module.named_modules():
             kind = kind_of(module)
             names = [
@@ -85,6 +106,9 @@ class AdjointRoute:
             if kind is None or names == [None, None]:
                 continue
 
+            def enter(module: nn.Module, args: Any) -> None:
+                operations.inside += 1
+
             def hook(
                 module: nn.Module,
                 args: Any,
@@ -93,22 +117,25 @@ class AdjointRoute:
                 kind: Kind = kind,
                 names: Any = tuple(names),
             ) -> Tensor | None:
+                operations.inside -= 1
                 given = args[0] if args else kwargs["input"]
                 shapes.append((*given.shape[:1], given[0].numel(), output[0].numel()))
                 if batch is None:
                     return None
                 return self._record(contacts, kind, names, module, given, output, batch, len(shapes) - 1)
 
+            handles.append(module.register_forward_pre_hook(enter))
             handles.append(module.register_forward_hook(hook, with_kwargs=True))
         try:
-            yield
+            with operations:
+                yield
         finally:
             for handle in handles:
                 handle.remove()
 
     def _record(
         self,
-        contacts: list[Contact],
+        contacts: list[Contact | Operation],
         kind: Kind,
         names: tuple[str | None, str | None],
         module: nn.Module,
@@ -145,13 +172,12 @@ class AdjointRoute:
         for count in (2, 3):
             shapes: list[tuple[int, ...]] = []
             rows = torch.arange(count, device=inputs.device) % len(inputs)
-            with torch.no_grad(), self._watched([], None, shapes):
-                self._picked(values, inputs[rows], slots[rows])
+            given = inputs[rows], slots[rows]
+            with torch.no_grad(), self._watched([], values, given, shapes):
+                self._picked(values, *given)
             seen.append(shapes)
-        if len(seen[0]) != len(seen[1]) or not seen[0]:
-            raise AdjointUnavailable(
-                "the model calls no watched module, or other modules for another batch size"
-            )
+        if len(seen[0]) != len(seen[1]):
+            raise AdjointUnavailable("the model makes other calls for another batch size")
         self._batched = [(a[0], b[0]) == (2, 3) for a, b in zip(*seen, strict=True)]
         self._bytes = [(shape[1], shape[2]) for shape in seen[0]]
 
@@ -171,19 +197,21 @@ class AdjointRoute:
 
     def _cotangents(
         self, values: Mapping[str, Tensor], inputs: Tensor, slots: Int[Tensor, "B R"]
-    ) -> tuple[Tensor, list[Contact], list[Tensor]]:
+    ) -> tuple[Tensor, list[Contact | Operation], list[Tensor]]:
         """(losses (B, R), contacts, per contact (B, R, L, out))."""
-        contacts: list[Contact] = []
-        with torch.enable_grad(), self._watched(contacts, len(inputs), []):
+        contacts: list[Contact | Operation] = []
+        with torch.enable_grad(), self._watched(contacts, values, (inputs, slots), [], batch=len(inputs)):
             losses = self._picked(values, inputs, slots)
             picked = losses.sum(0).unbind()
+        if len(contacts) != len(self._bytes):  # a call that is not seen would be missing from every slope
+            raise AdjointUnavailable("the model makes other calls for another batch size")
         results = [contact.result for contact in contacts]
         ranks = slots.shape[1]
         deltas = [
             r.new_empty(r.shape[0], ranks, r.numel() // r.shape[0] // r.shape[-1], r.shape[-1])
             for r in results
         ]
-        for rank in range(ranks):
+        for rank in range(ranks if results else 0):
             pulled = torch.autograd.grad(
                 picked[rank], results, retain_graph=rank < ranks - 1, materialize_grads=True
             )
@@ -222,8 +250,10 @@ class AdjointRoute:
         def shares() -> Iterator[tuple[str, Tensor]]:
             while contacts:
                 contact, delta = contacts.pop(), deltas.pop()
-                for name, part in contact_shares(contact, delta, rows, self.leftovers):
-                    yield name, part
+                if isinstance(contact, Operation):
+                    yield from contact.shares(delta, rows, self.leftovers)
+                else:
+                    yield from contact_shares(contact, delta, rows, self.leftovers)
             for name, gradient in explicit.items():
                 yield name, gradient @ rows[name].flatten(1).T
 

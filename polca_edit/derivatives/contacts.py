@@ -76,12 +76,12 @@ def contact_shares(
     if contact.kind == "norm":
         yield contact.weight, (delta * given[:, None]).sum(2) @ vectors.T
     elif contact.kind == "embedding":
-        yield contact.weight, _embedding_share(given, delta, vectors)
+        yield contact.weight, embedding_share(given, delta, vectors)
     else:
         yield contact.weight, linear_share(given, delta, vectors, transposed=contact.kind == "linear")
 
 
-def _embedding_share(
+def embedding_share(
     given: Int[Tensor, "B L"], delta: Float[Tensor, "B R L out"], vectors: Float[Tensor, "K words out"]
 ) -> Float[Tensor, "B R K"]:
     """sum_l delta[x, r, l] . V[given[x, l]], vector by vector."""

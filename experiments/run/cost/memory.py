@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from experiments.config import RunConfig
-from experiments.run.cost.sizes import FLOAT, ROTATED, Sizes, Speeds, products
+from experiments.run.cost.sizes import ROTATED, Sizes, Speeds, products
 from experiments.run.memory import memory_shares
 from polca_edit.basis.streamed import HELD
 
@@ -15,7 +15,7 @@ LANCZOS = 6
 
 def peak_bytes(sizes: Sizes, speeds: Speeds, config: RunConfig) -> int:
     """The largest stage: building a basis, or taking slopes along all rows."""
-    vector, shares = sizes.parameters * FLOAT, memory_shares(config, sizes.parameters)
+    vector, shares = sizes.parameters * config.itemsize, memory_shares(config, sizes.parameters)
     batch = speeds.sequence_bytes * min(config.batch_size, sizes.curvature)
     needs = []
     for spec, (kind, vectors, taken) in zip(config.bases, sizes.bases, strict=True):
@@ -31,7 +31,7 @@ def peak_bytes(sizes: Sizes, speeds: Speeds, config: RunConfig) -> int:
             needs.append(held + (HELD + 2) * vector)
     rows = sum(vectors for kind, vectors, _ in sizes.bases if kind != ROTATED)
     directions = sizes.rows if shares.directions is None else min(shares.directions, sizes.rows)
-    table = 2 * sizes.select_tokens * sizes.checkpoints * sizes.rows * FLOAT
+    table = 2 * sizes.select_tokens * sizes.places * sizes.rows * config.itemsize
     # Stored rows are read through mapped pages, which the system gives back where a budget is enforced.
     held = rows * vector if config.memory_gb is None else min(rows * vector, shares.rows)
     needs.append(held + directions * vector + table + min(batch, shares.slopes))
@@ -46,7 +46,7 @@ def _products_of_one(sizes: Sizes, tolerance: float, most: int) -> int:
 
 def transient_bytes(sizes: Sizes, config: RunConfig) -> int:
     """The largest basis's finished parts, kept products and, where they are mapped, tables."""
-    vector, shares = sizes.parameters * FLOAT, memory_shares(config, sizes.parameters)
+    vector, shares = sizes.parameters * config.itemsize, memory_shares(config, sizes.parameters)
     found = [0]
     for spec, (kind, vectors, taken) in zip(config.bases, sizes.bases, strict=True):
         rows = vectors * vector

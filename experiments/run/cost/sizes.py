@@ -45,6 +45,8 @@ class Sizes:
         draws: random directions per vector.
         route: how directional derivatives are taken.
         second_order: whether Eq. 6 is asked for.
+        simpson: whether derivatives are taken in the middle of intervals too.
+        itemsize: bytes of a number in vectors and tables; weights on disk keep their own.
     """
 
     parameters: int
@@ -62,6 +64,13 @@ class Sizes:
     draws: int
     route: str
     second_order: bool
+    simpson: bool = False
+    itemsize: int = FLOAT
+
+    @property
+    def places(self) -> int:
+        """Where derivatives are taken: checkpoints, and middles of intervals if the rule has them."""
+        return 2 * self.checkpoints - 1 if self.simpson else self.checkpoints
 
     @property
     def vectors(self) -> int:
@@ -99,6 +108,8 @@ def sizes_of(task: Task, config: RunConfig, steps: Sequence[int]) -> Sizes:
         config.damage.random_draws,
         "jvp",
         config.rule == "second_order",
+        config.rule == "simpson",
+        config.itemsize,
     )
 
 
@@ -179,7 +190,7 @@ def stage_costs(sizes: Sizes, speeds: Speeds, config: RunConfig) -> list[StageCo
     for spec, (_, vectors, _) in zip(config.bases, s.bases, strict=True):
         runs = 2 + vectors * (s.doses + s.draws)
         seconds = runs * select * speeds.forward + 2 * speeds.read
-        stored = vectors * s.select_tokens * FLOAT
+        stored = vectors * s.select_tokens * s.itemsize
         stages.append(StageCost(f"damage:{spec.label}", runs * select, 0, 2 * weights, stored, seconds))
     stages += _discovery_cost(speeds, config, select)
     runs = 2 + s.vectors
@@ -211,7 +222,7 @@ def _discovery_cost(speeds: Speeds, config: RunConfig, select: int) -> list[Stag
 def _basis_cost(
     s: Sizes, speeds: Speeds, spec: BasisConfig, kind: str, vectors: int, taken: int
 ) -> StageCost:
-    weights, stored = s.parameters * FLOAT, vectors * s.parameters * FLOAT
+    weights, stored = s.parameters * FLOAT, vectors * s.parameters * s.itemsize
     name = f"basis:{spec.label}"
     if kind == ROTATED:  # turned from stored projections, which it stores anew
         return StageCost(name, 0, 0, 0, stored + projected_bytes(s, vectors), 0.0)
@@ -235,17 +246,17 @@ def _basis_cost(
 
 def projected_bytes(s: Sizes, vectors: int) -> int:
     """Stored projections of one basis: token slopes along its vectors and residuals, exact losses."""
-    return s.select_tokens * FLOAT * s.checkpoints * (vectors + 3)
+    return s.select_tokens * s.itemsize * s.places * (vectors + 3)
 
 
 def _projection_cost(s: Sizes, speeds: Speeds, select: int) -> StageCost:
     weights = s.parameters * FLOAT
     if s.route == "adjoint":
-        forward = s.checkpoints * s.select
+        forward = s.places * s.select
     elif s.route == "traced":
         forward = min(s.select, s.derivative_batch)
     else:
-        forward = s.checkpoints * select * (1 + s.rows)
+        forward = s.places * select * (1 + s.rows)
     # One pass over the series for the slopes, one more per basis for the displacements.
     measured = [vectors for kind, vectors, _ in s.bases if kind != ROTATED]
     reads = s.checkpoints * (1 + len(measured))
@@ -254,6 +265,6 @@ def _projection_cost(s: Sizes, speeds: Speeds, select: int) -> StageCost:
     if s.second_order:
         hvps = s.vectors * (s.checkpoints - 1)
         reads += s.checkpoints * len(measured)
-    seconds = s.checkpoints * s.select * speeds.slopes + speeds.slopes_setup + reads * speeds.read
+    seconds = s.places * s.select * speeds.slopes + speeds.slopes_setup + reads * speeds.read
     seconds += hvps * s.curvature * speeds.product
     return StageCost("projections", forward, hvps, reads * weights, stored, seconds)

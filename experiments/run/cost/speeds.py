@@ -91,7 +91,7 @@ def _slope_seconds(
     few = min(FEW_DIRECTIONS, sizes.rows)
     draw = torch.Generator().manual_seed(0)
     rows = torch.randn(few, theta.numel(), generator=draw).div_(math.sqrt(theta.numel()))
-    planned, asked = sizes.rows * sizes.checkpoints, objective.route
+    planned, asked = sizes.rows * sizes.places, objective.route
     if objective.wants_adjoint(sizes.rows, tokens, planned):
         objective.route = "adjoint"
 

@@ -11,15 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from experiments.config import BasisConfig
-from experiments.run.memory import FLOAT, memory_shares
+from experiments.run.memory import memory_shares
 from experiments.run.parts import Ledger, kept_parts, kept_products, mapped_rows, part_path
 from experiments.run.run import Run
 from experiments.run.stages.rotated import turned
 from experiments.run.stages.training import trained_series
 from polca_edit.allocation.allocate import Projections
+from polca_edit.allocation.progress import progress
 from polca_edit.artifacts import load_record, save_record
 from polca_edit.basis import build
 from polca_edit.basis.build import BasisInputs
@@ -102,7 +102,7 @@ def build_basis(run: Run, spec: BasisConfig, checkpoints: Checkpoints, parts: Pa
         EigenSettings(spec.per_checkpoint, spec.tolerance, spec.max_products, run.config.seed, mask),
     )
     if _on_disk(run, spec):
-        keeping = Keeping(allocate=mapped_in(parts / "rows.bin"))
+        keeping = Keeping(allocate=mapped_in(parts / "rows.bin", checkpoints.dtype))
         inputs = dataclasses.replace(inputs, keeping=keeping)
     if spec.kind != "hessian":
         return build.build_basis(spec.kind, inputs, spec.vectors)
@@ -129,12 +129,12 @@ def basis_inputs(run: Run, checkpoints: Checkpoints, settings: EigenSettings) ->
 def _on_disk(run: Run, spec: BasisConfig) -> bool:
     """Whether a basis is too large for the share of memory that its rows have."""
     size = run.task.space.size
-    return spec.vectors * size * FLOAT > memory_shares(run.config, size).rows
+    return spec.vectors * size * run.config.itemsize > memory_shares(run.config, size).rows
 
 
-def mapped_in(path: Path) -> Allocate:
+def mapped_in(path: Path, dtype: torch.dtype = torch.float32) -> Allocate:
     """Makes a table in a mapped file."""
-    return lambda rows, width: mapped_rows(path, rows, width)
+    return lambda rows, width: mapped_rows(path, rows, width, dtype)
 
 
 @contextmanager
@@ -145,11 +145,12 @@ def kept_basis(run: Run, spec: BasisConfig, places: int, parts: Path) -> Iterato
     size, large = run.task.space.size, _on_disk(run, spec)
     budget = memory_shares(run.config, size).rows
     # Two vectors a product, and products until the budget of a checkpoint is used up in the worst case.
-    deep = run.config.memory_gb is not None and 2 * spec.max_products * size * FLOAT > budget
+    deep = run.config.memory_gb is not None and 2 * spec.max_products * size * run.config.itemsize > budget
     numbers = itertools.count()
+    dtype = torch.float64 if run.config.precision == "float64" else torch.float32
     finished = [load_record(BasisCheckpoint, p) for p in sorted(parts.glob("part-*.safetensors"))]
     queue = list(finished)
-    bar = tqdm(total=places, initial=len(finished), desc=f"basis {spec.label}", disable=None, leave=False)
+    bar = progress(None, f"basis {spec.label}", total=places, initial=len(finished))
 
     def note(part: BasisCheckpoint) -> BasisCheckpoint:
         # Written through the keeping map, so that cost and part survive together.
@@ -167,9 +168,11 @@ def kept_basis(run: Run, spec: BasisConfig, places: int, parts: Path) -> Iterato
             on_checkpoint=note,
             products=lambda index, product: kept_products(parts / f"products-{index:05d}", product, ledger),
             rows_in_memory=budget,
-            allocate=mapped_in(parts / "rows.bin") if large else None,
+            allocate=mapped_in(parts / "rows.bin", dtype) if large else None,
             krylov=(
-                lambda rows, width: mapped_rows(parts / "krylov" / f"{next(numbers):05d}.bin", rows, width)
+                lambda rows, width: mapped_rows(
+                    parts / "krylov" / f"{next(numbers):05d}.bin", rows, width, dtype
+                )
             )
             if deep
             else None,

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from experiments.run.run import Run
 from experiments.run.stages.clusters import load_clusters
@@ -14,6 +13,7 @@ from experiments.run.stages.damage_rows import DamageRecord, damage_row
 from experiments.run.summary.records import ControlRow, DamageRow
 from interventions.damage import EvaluatedSplit
 from interventions.edits import Edit, displace, reverse
+from polca_edit.allocation.progress import progress
 from polca_edit.artifacts import load_record, save_record
 from polca_edit.basis.record import Basis
 from polca_edit.checkpoints.files import write_tensors
@@ -72,7 +72,7 @@ def vector_rows(
     others = [mask for own in masks for mask in own.values()]
     rows: list[list[DamageRow]] = []
     at_one: list[Tensor] = []
-    for vector in tqdm(range(len(vectors)), desc=f"damage {split}", disable=None, leave=False):
+    for vector in progress(range(len(vectors)), f"damage {split}"):
         rows.append([])
         for dose in sorted({1.0, *doses}):
             damage = place.damage(undo(place, vectors[vector], dose))

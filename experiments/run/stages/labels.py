@@ -16,7 +16,8 @@ from experiments.run.stages.label_records import (
     TagRecord,
     TransferredLabel,
 )
-from polca_edit.allocation.allocate import Projections, allocate, project
+from polca_edit.allocation.allocate import Projections, allocate
+from polca_edit.allocation.terms import project_for
 from polca_edit.artifacts import load_record, save_record
 from polca_edit.basis.record import Basis
 from polca_edit.clusters.comparators import cluster_both
@@ -96,8 +97,13 @@ def transferred_labels(run: Run, basis: str, tokens: TokenSet) -> list[Transferr
     that was fitted on select; the rule never sees a loss.
     """
     settings = ClusterSettings(**run.config.clusters.model_dump())
-    projections = project(
-        run.objective, run.observed(), [load_record(Basis, run.directory.basis(basis))], tokens
+    projections = project_for(
+        run.config.rule,
+        run.objective,
+        run.observed(),
+        [load_record(Basis, run.directory.basis(basis))],
+        tokens,
+        curvature=run.task.splits.curvature,
     )[0]
     both = cluster_both(
         load_observation(run, basis).allocation.projected_loss(),

@@ -2,46 +2,35 @@
 
 from __future__ import annotations
 
-import dataclasses
-
-from tqdm import tqdm
-
 from experiments.run.engines import slope_engine
 from experiments.run.parts import Ledger, kept_parts, part_path
 from experiments.run.run import Run
-from polca_edit.allocation.allocate import CheckpointSlopes, Projections, assemble, second_order_terms
+from polca_edit.allocation.allocate import CheckpointSlopes
+from polca_edit.allocation.progress import progress
+from polca_edit.allocation.terms import assemble_for, places_of, with_curvature
 from polca_edit.artifacts import load_record, save_record
 from polca_edit.basis.record import Basis
-from polca_edit.checkpoints.series import Checkpoints
 
 
 def run_projections(run: Run, stage: str) -> None:
     """Project the select split; finished checkpoints survive an interruption."""
     labels = [basis.label for basis in run.config.measured_bases()]
     bases = [load_record(Basis, run.directory.basis(label)) for label in labels]
-    checkpoints, tokens = run.observed(), run.task.splits.select
+    rule, series, tokens = run.config.rule, run.observed(), run.task.splits.select
+    places = places_of(series, rule)
     parts = run.directory.path / "projections" / "parts"
     outputs = [run.directory.projections(label) for label in labels]
     with run.directory.stage(stage, run.key(stage), outputs, run.objective.passes, parts=parts):
         mapped = kept_parts(parts, CheckpointSlopes, Ledger(parts, run.objective.passes))
-        indices = range(len(checkpoints))
+        indices = range(len(places))
         wanted = [i for i in indices if not part_path(parts, i).exists()]
-        with slope_engine(run, checkpoints, bases, tokens, wanted) as at:
-            slopes = list(
-                tqdm(mapped(at, indices), total=len(indices), desc="projections", disable=None, leave=False)
-            )
+        with slope_engine(run, places, bases, tokens, wanted) as at:
+            slopes = list(progress(mapped(at, indices), "projections", total=len(indices)))
         if run.objective.route_note:
             run.say(f"  derivatives by route {run.objective.route_used}: {run.objective.route_note}")
         for number, (basis, path) in enumerate(zip(bases, outputs, strict=True)):
-            projections = assemble(checkpoints, basis, number, slopes)
-            save_record(path, _with_curvature(run, checkpoints, basis, projections))
-
-
-def _with_curvature(
-    run: Run, checkpoints: Checkpoints, basis: Basis, projections: Projections
-) -> Projections:
-    """Terms of Eq. 6 where the config's rule needs them."""
-    if run.config.rule != "second_order":
-        return projections
-    means, curvatures = second_order_terms(run.objective, checkpoints, basis, run.task.splits.curvature)
-    return dataclasses.replace(projections, mean_gradients=means, curvatures=curvatures)
+            projections = assemble_for(rule, series, basis, number, slopes)
+            if rule == "second_order":
+                sample = run.task.splits.curvature
+                projections = with_curvature(run.objective, series, basis, sample, projections)
+            save_record(path, projections)

@@ -8,10 +8,9 @@ import shutil
 import time
 from pathlib import Path
 
-from tqdm import tqdm
-
 from experiments.config import RunConfig
 from experiments.run.run import Run
+from polca_edit.allocation.progress import progress as progress_of
 from polca_edit.checkpoints.files import SeriesFolder, write_json
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.training import SeriesWriter, TrainingSettings, train
@@ -57,7 +56,7 @@ def run_training(run: Run, stage: str) -> None:
     folder, key = run.directory.checkpoints, run.key(stage)
     _clear_other(folder, key)
     run.directory.stage_file(stage).unlink(missing_ok=True)
-    bar = tqdm(total=settings.steps, desc="training", unit="step", disable=None, leave=False)
+    bar = progress_of(None, "training", total=settings.steps, unit="step")
 
     def progress(step: int, loss: float) -> None:
         bar.n = step
@@ -67,6 +66,8 @@ def run_training(run: Run, stage: str) -> None:
 
     # The module is trained on a copy: the objective's own module keeps its initial weights.
     module = copy.deepcopy(run.task.module)
+    if run.config.precision == "float64":  # exact: these are the initial weights, widened
+        module.to(run.task.trains_in)
     started = time.perf_counter()
     train(module, run.task.batch_loss, settings, recorder=recorder, progress=progress)
     bar.close()

@@ -303,9 +303,10 @@ class Analysis:
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """``model``."""
+    """``model``; ``precision`` is that of derivatives and all that follows from them."""
 
     parameters: int
+    precision: str = "float32"
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def collect_summary(run: Run) -> Summary:
     return Summary(
         run.task.name,
         run.config.seed,
-        ModelEntry(run.task.space.size),
+        ModelEntry(run.task.space.size, run.config.precision),
         TokenCounts(splits.select.count, splits.evaluate.count, len(run.observed())),
         _cost(run),
         PlanEntry(evaluated.opening.plan, evaluated.opening.exploratory),
