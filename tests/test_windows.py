@@ -201,7 +201,10 @@ def test_a_test_of_a_window_takes_its_own_clusters_or_says_what_to_run(tmp_path:
     for seen, own in zip(chosen.observation.clusters, clusters, strict=True):
         assert seen.labels.tolist() == own.labels.tolist()
     found = load_found(run, "hessian+trajectory@12-36").clusters
-    tested = {p.group.name for p in chosen.pairs if p.family == "interventional"}
-    assert tested <= {f"found:{name}" for name in found}
+    select = run.task.splits.select
+    tested = [pair for pair in chosen.pairs if pair.family == "interventional"]
+    assert tested
+    for pair in tested:
+        assert torch.equal(pair.group.on(select), found[str(pair.cluster)])
     whole_run = choose(run, "trajectory", least=2)
     assert whole_run.observation.projections.steps.tolist() == list(run.observed().steps)
