@@ -22,6 +22,7 @@ from polca_edit.allocation.terms import project_for, projections_within
 from polca_edit.artifacts import load_record
 from polca_edit.basis.record import Basis
 from polca_edit.clusters.density import cluster_trajectories
+from polca_edit.clusters.names import name_group
 
 WINDOW = (12, 36)
 TINY = {
@@ -205,6 +206,7 @@ def test_a_test_of_a_window_takes_its_own_clusters_or_says_what_to_run(tmp_path:
     tested = [pair for pair in chosen.pairs if pair.family == "interventional"]
     assert tested
     for pair in tested:
-        assert torch.equal(pair.group.on(select), found[str(pair.cluster)])
+        own = name_group(select, found[str(pair.cluster)], f"found:{pair.cluster}", seed=run.config.seed)
+        assert pair.group.name == own.name
     whole_run = choose(run, "trajectory", least=2)
     assert whole_run.observation.projections.steps.tolist() == list(run.observed().steps)
