@@ -121,8 +121,8 @@ def a_then_b(seed: int, twin: bool) -> Natural:
 # -- induction --------------------------------------------------------------------------------------
 
 VOCABULARY, SPAN, PERIODS = 24, 24, (6, 12)
-#: At width 64 a random edit of the window's norm costs more than undoing the window (N cannot be asked); at 128
-#: it costs a third. The loss has fallen by step 500; what comes after it only adds norm.
+#: At width 64 random edits of the window's norm cost more than undoing the window, so that N cannot be asked;
+#: at 128 they cost a third of it. The loss has fallen by step 500; what comes later only adds norm.
 INDUCTION_SHAPE = TransformerShape(2, 128, 4, 0, VOCABULARY, SPAN)
 INDUCTION_BEGIN, INDUCTION_LAST = 100, 600
 
