@@ -172,6 +172,11 @@ def test_every_case_is_built_with_its_target_among_unseen_tokens():
         assert case.target in natural.task.parents
         evaluate = natural.task.splits.evaluate
         assert int(evaluate.skills[case.target].sum()) >= TestSettings().least
+        # Random edits are measured on the first documents: each group must be among them.
+        first = evaluate.of_first_documents(TestSettings().null_documents)
+        for group in natural.task.parents:
+            assert bool(evaluate.skills[group][first].any())
+            assert bool(evaluate.skills[group][~first].any()) or bool(first.all())
         assert set(natural.window) <= set(recorded_steps(natural))
         assert natural.task.splits.select.fingerprint() != evaluate.fingerprint()
 
