@@ -274,7 +274,7 @@ STUDIES = {
         next=_AFTER_A_STUDY,
     ),
     "heads": Verb(
-        "study.heads:heads_study",
+        "natural.heads:heads_study",
         "Which heads carry an effect: weights against activations.",
         ("polca-edit study heads runs/demo --target 10s --case induction --json heads.json",),
         next=_AFTER_A_STUDY,

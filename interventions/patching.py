@@ -6,7 +6,7 @@ The activation side of :mod:`interventions.localise`, through TransformerLens ho
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -22,7 +22,6 @@ from interventions.edits import Edit
 from interventions.localise import (
     CONV_WRITES,
     WRITES,
-    Component,
     HeadLayout,
     head_layout,
     heads,
@@ -258,28 +257,15 @@ def head_map(split: EvaluatedSplit, edit: Edit, members: Bits, layout: HeadLayou
             "heads are compared by their part in an edit's damage, which must be positive, got "
             f"{whole:.3g} nats; take an edit that costs the target something"
         )
-
-    def given(
-        theta: Tensor, other: Mapping[int, Tensor], own: Mapping[int, Tensor], part: Component
-    ) -> float:
-        """The target's loss with one head's output taken from the other model."""
+    effects = []
+    for part, effect in zip(parts, by_weights.parts, strict=True):
         head = int(part.name.removeprefix("head "))
-        change = other[part.layer][head] - own[part.layer][head]
-        [name] = _hooks_of(split.loss.module, rf"\.{part.layer}\.hook_attn_out$")
-        with _weights(split, theta, {name: lambda value: value + change}):
-            return target_loss()
-
-    effects = [
-        HeadEffect(
-            part.layer,
-            int(part.name.removeprefix("head ")),
-            effect.damage / whole,
-            (by_weights.whole - effect.without) / whole,
-            (given(split.theta, written, kept, part) - before) / whole,
-            (after - given(edited, kept, written, part)) / whole,
-        )
-        for part, effect in zip(parts, by_weights.parts, strict=True)
-    ]
+        change = written[part.layer][head] - kept[part.layer][head]
+        given = _added(split, split.theta, part.layer, change, target_loss)
+        taken = _added(split, edited, part.layer, -change, target_loss)
+        alone, without = effect.damage, by_weights.whole - effect.without
+        values = (alone, without, given - before, after - taken)
+        effects.append(HeadEffect(part.layer, head, *(value / whole for value in values)))
     every = torch.stack([part.mask for part in parts]).any(0)
 
     def cost(mask: Tensor) -> float:
@@ -293,6 +279,19 @@ def head_map(split: EvaluatedSplit, edit: Edit, members: Bits, layout: HeadLayou
         rank_agreement([e.weights for e in effects], [e.output for e in effects]),
         rank_agreement([e.weights_left for e in effects], [e.output_left for e in effects]),
     )
+
+
+def _added(
+    split: EvaluatedSplit,
+    theta: Float[Tensor, " N"],
+    layer: int,
+    change: Float[Tensor, "B L D"],
+    target_loss: Callable[[], float],
+) -> float:
+    """The target's loss with something added to one layer's attention output."""
+    [name] = _hooks_of(split.loss.module, rf"\.{layer}\.hook_attn_out$")
+    with _weights(split, theta, {name: lambda value: value + change}):
+        return target_loss()
 
 
 def _outputs(

@@ -156,17 +156,15 @@ def summary(source: str, rows: Sequence[HeadRow]) -> Summary:
     )
 
 
-def _tables(result: HeadsResult) -> list[Table]:
-    """Sources, runs, heads."""
+ALONE, KEPT = "rho, head alone", "rho, head kept"
 
+
+def _source_table(summaries: Sequence[Summary]) -> Table:
     def interval(found: Interval) -> str:
-        return (
-            f"{found.estimate:.2f} [{found.low:.2f}, {found.high:.2f}]"
-            if found.units > 1
-            else decimal(found.estimate)
-        )
+        bounds = f" [{found.low:.2f}, {found.high:.2f}]" if found.units > 1 else ""
+        return f"{found.estimate:.2f}{bounds}"
 
-    sources = [
+    lines = [
         [
             one.source,
             str(one.runs),
@@ -178,8 +176,14 @@ def _tables(result: HeadsResult) -> list[Table]:
             decimal(one.together_kept),
             f"{one.same_top}/{one.runs}",
         ]
-        for one in result.summaries
+        for one in summaries
     ]
+    columns = ["source", "runs", ALONE, KEPT, "one head", "all", "one kept", "all kept", "same first"]
+    return table(columns, lines, "Weights against activations, mean over runs, 95 % t interval")
+
+
+def _tables(result: HeadsResult) -> list[Table]:
+    """Sources, runs, heads."""
     runs = [
         [
             row.source,
@@ -187,8 +191,7 @@ def _tables(result: HeadsResult) -> list[Table]:
             row.movement,
             row.target,
             decimal(row.map.whole),
-            f"{row.map.alone.rho:.2f} (p {row.map.alone.p:.4f})",
-            f"{row.map.left_out.rho:.2f} (p {row.map.left_out.p:.4f})",
+            *(f"{a.rho:.2f} (p {a.p:.4f})" for a in (row.map.alone, row.map.left_out)),
         ]
         for row in result.rows
     ]
@@ -197,27 +200,16 @@ def _tables(result: HeadsResult) -> list[Table]:
             row.source,
             str(row.seed),
             f"{effect.layer}.{effect.head}",
-            decimal(effect.weights),
-            decimal(effect.output),
-            decimal(effect.weights_left),
-            decimal(effect.output_left),
+            *map(decimal, (effect.weights, effect.output, effect.weights_left, effect.output_left)),
         ]
         for row in result.rows
         for effect in row.map.effects
     ]
-    alone, left = "rho, head alone", "rho, head kept"
+    columns = ["source", "seed", "head", "its weights", "its output", "weights missing", "output missing"]
     return [
-        table(
-            ["source", "runs", alone, left, "one head", "all", "one kept", "all kept", "same first"],
-            sources,
-            "Weights against activations, mean over runs, 95 % t interval",
-        ),
-        table(["source", "seed", "movement", "target", "nats", alone, left], runs, "Runs"),
-        table(
-            ["source", "seed", "head", "its weights", "its output", "weights missing", "output missing"],
-            heads,
-            "Shares of the damage",
-        ),
+        _source_table(result.summaries),
+        table(["source", "seed", "movement", "target", "nats", ALONE, KEPT], runs, "Runs"),
+        table(columns, heads, "Shares of the damage"),
     ]
 
 
