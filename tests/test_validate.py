@@ -389,6 +389,8 @@ def test_the_study_of_heads_writes_every_head_both_ways(tmp_path, monkeypatch):
         assert row_["map"]["whole"] > 0
         one, two = ([e[k] for e in row_["map"]["effects"]] for k in ("weights", "output"))
         assert row_["map"]["alone"]["rho"] == pytest.approx(spearmanr(one, two).statistic, abs=1e-4)
+    rhos = [r["map"]["alone"]["rho"] for r in result["rows"]]
+    assert found["alone"]["estimate"] == pytest.approx(sum(rhos) / 2)
     assert "| quick | 2 |" in file.with_suffix(".md").read_text()
 
 
