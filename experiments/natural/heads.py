@@ -216,7 +216,7 @@ def _tables(result: HeadsResult) -> list[Table]:
 def heads_study(
     runs: Annotated[list[Path] | None, typer.Argument(help="Finished runs of a model with hooks.")] = None,
     target: Annotated[str, typer.Option(help="Skill whose axis is cut, in the runs.")] = "10s",
-    basis: Annotated[str, typer.Option(help="Basis by name: the span of the axis.")] = "hessian",
+    basis: Annotated[str, typer.Option(help="Span of the axis.")] = "hessian",
     unseen: Annotated[int, typer.Option(min=0, help="Sequences drawn anew; 0: the evaluate split.")] = 1000,
     case: Annotated[str | None, typer.Option(help="Also a case of `validate`, by name.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of the case.")] = 5,
