@@ -273,6 +273,12 @@ STUDIES = {
         ("polca-edit study removal --preset demo --seeds 1 --skills 10s,1s --json removal.json",),
         next=_AFTER_A_STUDY,
     ),
+    "heads": Verb(
+        "natural.heads:heads_study",
+        "Which heads carry an effect: weights against activations.",
+        ("polca-edit study heads runs/demo --target 10s --case induction --json heads.json",),
+        next=_AFTER_A_STUDY,
+    ),
     "grokking": Verb(
         "study.grokking.verb:grokking_study",
         "A published claim put to the test: does grokking need the motion along 16 components?",

@@ -1,4 +1,4 @@
-"""Where in the model an edit's effect sits: parameter masks, and activation patching.
+"""Where in the model an edit's effect sits: parameter masks.
 
 The same edit is restricted to one tensor, head, MLP or layer. Restrictions of the edit to disjoint
 masks add up exactly; their damages need not, and the difference is reported (additive check).
@@ -7,10 +7,9 @@ masks add up exactly; their damages need not, and the difference is reported (ad
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
@@ -251,81 +250,3 @@ def localise(split: EvaluatedSplit, edit: Edit, members: Bits, parts: Sequence[C
     total = float(delta.double().square().sum())
     gap = whole - sum(p.damage for p in found)
     return LocalisationMap(whole, tuple(found), gap, squares / total if total > 0 else 1.0)
-
-
-def _target_loss(split: EvaluatedSplit, members: Bits, sequences: int) -> Callable[[], float]:
-    """Mean loss of the target's tokens among the first sequences, at the module's present weights."""
-    loss, module = split.loss, split.loss.module
-    part = split.tokens.select(torch.arange(min(sequences, split.tokens.sequences)))
-    target = torch.from_numpy(np.ascontiguousarray(members[: part.count]))
-    if not bool(target.any()):
-        raise ValueError(
-            f"activation patching needs target tokens in the first {sequences} sequences, got none"
-        )
-
-    def measured() -> float:
-        with torch.no_grad():
-            found: Tensor = loss.token_loss(module, part.inputs.to(loss.device)).cpu()[part.scored]
-        return float(found[target].double().mean())
-
-    return measured
-
-
-def patch_activations(
-    split: EvaluatedSplit,
-    edit: Edit,
-    members: Bits,
-    *,
-    names: Sequence[str] | None = None,
-    sequences: int = 64,
-) -> dict[str, float]:
-    """Share of an edit's damage that one activation of the edited model carries into the original.
-
-    The original model runs with one hook's activation replaced by the edited model's; the target's
-    loss change over the whole damage is the component's share (1 for the last residual stream). The
-    first ``sequences`` sequences are used, in one batch.
-
-    Args:
-        split: its module must be a model with hooks.
-        edit: an edit of the split's final weights.
-        members: (M,) target tokens.
-        names: hooks; by default all attention outputs, MLP outputs and residual streams.
-        sequences: at most this many.
-
-    Raises:
-        ValueError: if the module has no hooks, or no target token is among the sequences.
-    """
-    # TransformerLens takes seconds to import; parameters are localised without it.
-    from polca_edit.models import hook_names, replaced_activations
-
-    module, space = split.loss.module, split.loss.space
-    chosen = [n for n in hook_names(module) if re.search(r"(attn_out|mlp_out|resid_post)$", n)]
-    chosen = list(names) if names is not None else chosen
-    if not chosen:
-        raise ValueError(
-            "activation patching needs a model with hooks, this one has none; localise by parameters"
-        )
-    target_loss = _target_loss(split, members, sequences)
-    kept: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Callable[[Tensor], Tensor]:
-        def same(value: Tensor) -> Tensor:
-            kept[name] = value.detach().clone()
-            return value
-
-        return same
-
-    def give(name: str) -> Callable[[Tensor], Tensor]:
-        return lambda value: kept[name]
-
-    keepers = {name: keep(name) for name in chosen}
-    with space.substituted(module, edit.apply(split.theta)), replaced_activations(module, keepers):
-        edited = target_loss()
-    shares = {}
-    with space.substituted(module, split.theta):
-        base = target_loss()
-        for name in chosen:
-            with replaced_activations(module, {name: give(name)}):
-                moved = target_loss() - base
-            shares[name] = moved / (edited - base) if edited != base else float("nan")
-    return shares

@@ -393,6 +393,20 @@ def test_pairs_that_cannot_be_tested_are_named_with_the_reason() -> None:
         )
 
 
+def test_a_group_outside_the_documents_of_the_null_is_not_tested() -> None:
+    split, groups = world()
+    late = split.tokens.sequence_of >= QUICK.null_documents
+    tokens = replace(split.tokens, skills={**groups, "late": groups["skill0"] & late})
+    pairs = [replace(pairs_of((0,))[0], group=TokenGroup("late", skill="late")), pairs_of((1,))[0]]
+    quick = replace(QUICK, rotations=0, transplants=0)
+    table = causal_test(split.on(tokens), pairs, quick)
+    assert [row.name for row in table.rows] == ["axis 1"]
+    assert "no token in the first 40 documents" in table.untested[0].reason
+    # With every document in the null the same pair is tested, and needed.
+    wide = causal_test(split.on(tokens), pairs[:1], replace(quick, null_documents=80))
+    assert wide.rows[0].answers["N"] == "yes"
+
+
 def test_the_stated_cost_is_that_of_the_passes_made() -> None:
     split, groups = world()
     split.before, split.headroom, split.start_loss  # noqa: B018 - measured once, whoever asks first

@@ -51,7 +51,7 @@ def test_every_verb_has_json_and_shared_options_mean_the_same(words: tuple[str, 
     if words != ("remove",):  # where a window may be undone instead, and repeats
         same["--window"] = "Only the movement of these training steps"
     #: Where a basis is one span to look in, or may be none.
-    other = words in {("validate",), ("remove",), ("study", "blocking")}
+    other = words in {("validate",), ("remove",), ("study", "blocking"), ("study", "heads")}
     for option, start in same.items():
         if option in given and not (option == "--basis" and other):
             assert given[option].help.startswith(start), option

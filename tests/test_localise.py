@@ -1,10 +1,13 @@
 """Localisation finds the part that carries a planted edit; label tests tell label from cluster."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
+from scipy.stats import rankdata, spearmanr
 
-from interventions import edits, localise
+from interventions import edits, localise, patching
 from interventions.damage import EvaluatedSplit
 from polca_edit.checkpoints.opening import open_checkpoints
 from polca_edit.derivatives.objective import Objective
@@ -131,8 +134,80 @@ def test_patching_the_last_stream_carries_everything_and_earlier_layers_nothing(
     before = space.read(bench.loss.module).clone()
     moved = only(space, "blocks.1.mlp.*", torch.Generator().manual_seed(3))
     edit = edits.from_delta(bench.movement.base, moved, "planted")
-    shares = localise.patch_activations(bench, edit, np.ones(bench.tokens.count, dtype=bool))
+    shares = patching.patch_activations(bench, edit, np.ones(bench.tokens.count, dtype=bool))
     assert shares["blocks.1.hook_resid_post"] == pytest.approx(1.0, abs=1e-4)
     assert shares["blocks.1.hook_mlp_out"] == pytest.approx(1.0, abs=1e-4)
     assert shares["blocks.0.hook_resid_post"] == pytest.approx(0.0, abs=1e-6)
     assert torch.equal(space.read(bench.loss.module), before)
+
+
+# -- heads: by weights and by activations -------------------------------------------------------------
+
+
+def edited_head(bench, number: int, scale: float = 1.0):
+    """An edit of one head's weights alone, which costs the tokens something, and the head."""
+    space = bench.loss.space
+    part = localise.heads(space, localise.head_layout(bench.loss.module))[number]
+    g = torch.Generator().manual_seed(number)
+    moved = scale * torch.randn(space.size, generator=g) * part.mask
+    return edits.from_delta(bench.movement.base, moved, "planted"), part
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_both_sides_name_the_head_whose_weights_alone_were_edited(bench, number: int) -> None:
+    edit, part = edited_head(bench, number)
+    # Tokens that the edit hurts, so that the damage is positive whatever was drawn.
+    members = (bench.damage(edit).change > 0).numpy()
+    before = bench.loss.space.read(bench.loss.module).clone()
+    found = patching.head_map(bench, edit, members)
+    assert torch.equal(bench.loss.space.read(bench.loss.module), before)
+    planted = found.effects[number]
+    assert (planted.layer, f"head {planted.head}") == (part.layer, part.name)
+    four = planted.weights, planted.weights_left, planted.output, planted.output_left
+    assert four == pytest.approx((1, 1, 1, 1), abs=1e-4)
+    for other in found.effects:
+        if other is not planted:
+            assert (other.weights, other.weights_left) == pytest.approx((0, 0), abs=1e-6)
+        # Heads beside it and before it write what they wrote; later ones read another stream.
+        if other is not planted and other.layer <= planted.layer:
+            assert (other.output, other.output_left) == pytest.approx((0, 0), abs=1e-4)
+    assert found.alone.same_top
+    assert (found.together, found.together_left) == pytest.approx((1.0, 1.0), abs=1e-4)
+
+
+def test_columns_of_the_output_map_are_seen_though_mixed_values_stay(bench) -> None:
+    space = bench.loss.space
+    _, part = edited_head(bench, 2)
+    only_out = part.mask & space.mask(["blocks.1.attn.out.weight"])
+    moved = torch.randn(space.size, generator=torch.Generator().manual_seed(9)) * only_out
+    edit = edits.from_delta(bench.movement.base, moved, "planted")
+    members = (bench.damage(edit).change > 0).numpy()
+    found = patching.head_map(bench, edit, members)
+    assert [round(e.output, 3) for e in found.effects] == [0, 0, 1, 0]
+
+
+def test_an_edit_without_damage_has_no_heads(bench) -> None:
+    nothing = edits.from_delta(bench.movement.base, torch.zeros(bench.loss.space.size), "nothing")
+    with pytest.raises(ValueError, match="must be positive"):
+        patching.head_map(bench, nothing, np.ones(bench.tokens.count, dtype=bool))
+
+
+def test_rank_agreement_is_spearmans_and_its_p_that_of_all_pairings() -> None:
+    g = np.random.default_rng(9)
+    one, two = g.normal(size=7).tolist(), g.normal(size=7).round(0).tolist()
+    found = patching.rank_agreement(one, two)
+    assert found.rho == pytest.approx(spearmanr(one, two).statistic, abs=1e-9)
+    first, second = rankdata(one) - 4, rankdata(two) - 4
+    every = np.array(list(itertools.permutations(second))) @ first
+    exact = float(np.mean(every >= second @ first - 1e-9))
+    assert 0.1 < exact < 0.4
+    assert found.p == pytest.approx(exact, abs=0.02)
+    assert patching.rank_agreement([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]).p == 1.0
+    with pytest.raises(ValueError, match="at least three heads"):
+        patching.rank_agreement([1.0, 2.0], [1.0, 2.0])
+
+
+def test_heads_need_hooks(bench) -> None:
+    module = torch.nn.Linear(4, 4)
+    with pytest.raises(ValueError, match="with hooks"):
+        patching._hooks_of(module, "hook_z$")

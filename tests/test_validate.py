@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from scipy.stats import spearmanr
 
-from experiments.natural import cases, kept, verb
+from experiments.natural import cases, heads, kept, sequences, verb
 from experiments.natural.case import Case, Natural, agrees, recorded_steps, stretch_rows
 from experiments.natural.columns import (
     EQUALS,
@@ -30,11 +31,20 @@ from experiments.natural.measure import MeasureSettings, measure_case, open_case
 from experiments.natural.parity import ATOM_BITS, composite_data, composite_parity
 from experiments.natural.records import CaseRow, Rung, RunRows
 from experiments.natural.scores import confusion, failures, ladder, rate, rates
-from experiments.natural.sequences import PERIODS, a_then_b, induction, induction_tokens, repeated
+from experiments.natural.sequences import (
+    PERIODS,
+    SPAN,
+    VOCABULARY,
+    a_then_b,
+    induction,
+    induction_tokens,
+    repeated,
+)
 from experiments.tasks.task import Task
 from experiments.testbeds.base import Landscape, landscape_loss, slot_tokens
 from interventions.causal.settings import TestSettings
 from polca_edit.checkpoints.opening import open_checkpoints
+from polca_edit.models import TransformerShape
 from polca_edit.parameters import ParameterSpace
 from polca_edit.tokens import Splits
 from polca_edit.training import TrainingSettings
@@ -172,6 +182,11 @@ def test_every_case_is_built_with_its_target_among_unseen_tokens():
         assert case.target in natural.task.parents
         evaluate = natural.task.splits.evaluate
         assert int(evaluate.skills[case.target].sum()) >= TestSettings().least
+        # Random edits are measured on the first documents: each group must be among them.
+        first = evaluate.of_first_documents(TestSettings().null_documents)
+        for group in natural.task.parents:
+            assert bool(evaluate.skills[group][first].any())
+            assert bool(evaluate.skills[group][~first].any()) or bool(first.all())
         assert set(natural.window) <= set(recorded_steps(natural))
         assert natural.task.splits.select.fingerprint() != evaluate.fingerprint()
 
@@ -346,3 +361,41 @@ def test_a_crossover_of_a_group_that_was_never_learned_is_no_number():
     settings = MeasureSettings(QUICK, bases=(), discovery=False)
     opened = open_case(SMALL, natural, natural.recorded(), settings)
     assert math.isnan(crossover(opened.unseen, (0, 40), ("A", "B"), QUICK).estimate)
+
+
+# -- heads: weights against activations ----------------------------------------------------------------
+
+
+def test_the_study_of_heads_writes_every_head_both_ways(tmp_path, monkeypatch):
+    monkeypatch.setattr(sequences, "INDUCTION_SHAPE", TransformerShape(2, 16, 2, 0, VOCABULARY, SPAN))
+
+    def quick(seed, twin):
+        natural = induction(seed, twin)
+        short = replace(natural.training, steps=30, warmup=0)
+        return replace(natural, training=short, stretches=(0, 10, 30), window=(10, 30))
+
+    for module in (heads, kept):
+        monkeypatch.setattr(
+            module, "CASES", {"quick": replace(cases.CASES["induction"], name="quick", build=quick)}
+        )
+    file = tmp_path / "heads.json"
+    heads.heads_study(case="quick", seeds=2, json_=file, out=tmp_path / "runs")
+    result = json.loads(file.read_text())
+    [found] = result["summaries"]
+    assert (found["source"], found["runs"], found["alone"]["units"]) == ("quick", 2, 2)
+    for row_ in result["rows"]:
+        places = [(e["layer"], e["head"]) for e in row_["map"]["effects"]]
+        assert places == [(0, 0), (0, 1), (1, 0), (1, 1)]
+        assert row_["map"]["whole"] > 0
+        one, two = ([e[k] for e in row_["map"]["effects"]] for k in ("weights", "output"))
+        assert row_["map"]["alone"]["rho"] == pytest.approx(spearmanr(one, two).statistic, abs=1e-4)
+    rhos = [r["map"]["alone"]["rho"] for r in result["rows"]]
+    assert found["alone"]["estimate"] == pytest.approx(sum(rhos) / 2)
+    assert "| quick | 2 |" in file.with_suffix(".md").read_text()
+
+
+def test_heads_of_nothing_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="got neither"):
+        heads.heads_study()
+    with pytest.raises(ValueError, match="--case must be one of"):
+        heads.heads_study(case="nothing")

@@ -66,7 +66,7 @@ CASES: dict[str, Case] = {
             "repeated",
             "carrier",
             source="arXiv 2404.07129",
-            minutes=2.0,
+            minutes=0.5,
         ),
         Case(
             "grokking",

@@ -115,8 +115,10 @@ def grokking(seed: int, twin: bool) -> Natural:
         shown[:, 2], hidden[:, 2] = answers[:cut], answers[cut:]
         data = GrokkingData(shown, hidden, seed)
     halves = [part.split([*SIZES, len(part) - sum(SIZES)])[:3] for part in (data.shown, data.hidden)]
+    # One half after the other would leave the first documents, on which random edits are measured, without
+    # the hidden half.
     sets = [
-        table_tokens(torch.cat([one, two]), torch.arange(2 * len(one)) < len(one))
+        table_tokens(torch.stack([one, two], 1).flatten(0, 1), torch.arange(2 * len(one)) % 2 == 0)
         for one, two in zip(*halves, strict=True)
     ]
     module = grokking_module(seed)

@@ -54,22 +54,41 @@ def source_of(*modules: object) -> list[str]:
     return [checksum(Path(inspect.getfile(m))) for m in modules]  # type: ignore[arg-type]
 
 
+def recording_of(name: str, twin: bool, seed: int, out: Path) -> Recording:
+    """Weights of one run of a case, trained or read back.
+
+    Args:
+        name: of the case.
+        twin: whether it is the twin.
+        seed: of the run.
+        out: folder that runs are kept in.
+    """
+    case = CASES[name]
+    job = Job(name, twin, seed, out, MeasureSettings())
+
+    def train() -> Recording:
+        return case.build(seed, twin).recorded()
+
+    return RunDirectory(out).kept(f"{job.name}/weights", _made(job), Recording, train)
+
+
+def _made(job: Job) -> str:
+    """What the weights of a run depend on."""
+    return key_of(SCHEMA, job.name, source_of(CASES[job.case].build, case_module), versions()["torch"])
+
+
 def run_job(job: Job) -> RunRows:
     """Train and measure one run, or read back what was kept."""
     case, store = CASES[job.case], RunDirectory(job.out)
-    made = key_of(SCHEMA, job.name, source_of(case.build, case_module), versions()["torch"])
-
-    def train() -> Recording:
-        return case.build(job.seed, job.twin).recorded()
 
     def measure() -> RunRows:
         started = time.perf_counter()
-        recording = store.kept(f"{job.name}/weights", made, Recording, train)
+        recording = recording_of(job.case, job.twin, job.seed, job.out)
         seconds = time.perf_counter() - started
         opened = open_case(case, case.build(job.seed, job.twin), recording, job.settings)
         return measure_case(opened, job.settings, job.seed, job.twin, seconds)
 
-    key = key_of(made, job.settings, source_of(measure_module), case.truth, case.target, case.exempt)
+    key = key_of(_made(job), job.settings, source_of(measure_module), case.truth, case.target, case.exempt)
     return store.kept(f"{job.name}/rows.json", key, RunRows, measure)
 
 

@@ -178,6 +178,7 @@ def _testable(
     members: dict[str, Bits] = {}
     left: list[Unchosen] = []
     size = float(split.movement.displacement.double().norm())
+    first = split.tokens.of_first_documents(settings.null_documents).numpy()
     for pair in hypotheses:
         mask = pair.group.on(split.tokens).numpy().astype(bool)
         moved = float(split.movement.along(pair.rows).norm())
@@ -185,6 +186,12 @@ def _testable(
             left.append(
                 Unchosen(pair.name, f"{int(mask.sum())} unseen tokens, {settings.least} are asked for")
             )
+        elif not mask[first].any():
+            # Without a token there are no random edits to compare with, and N would be judged by the floor.
+            why = (
+                f"no token in the first {settings.null_documents} documents, where random edits are measured"
+            )
+            left.append(Unchosen(pair.name, f"{why}; mix the documents, or raise null_documents"))
         elif moved <= 1e-7 * size and size > 0 and not _came_back(split, pair.rows):
             left.append(Unchosen(pair.name, f"its rows moved by {moved:.2g} only"))
         else:
