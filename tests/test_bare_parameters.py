@@ -61,6 +61,8 @@ ODD: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
     "two parameters multiplied first": (lambda x, v, w: x @ (v @ w), [(D, 3), (3, D)]),
     "convolution": (lambda x, w: functional.conv1d(x.mT, w, padding=1).mT, [(4, D, 3)]),
     "in place": (lambda x, b: x.clone().add_(b), [(D,)]),
+    # The table is all that is watched; before the check not even that.
+    "moved before use": (lambda x, w: x * (w - 2.0), [(D,)]),
     "batch not first": (lambda x, w: torch.einsum("bld,de->lbe", x, w).transpose(0, 1), [(D, 3)]),
 }
 
@@ -158,3 +160,21 @@ def test_a_slower_route_is_said_once_by_observe() -> None:
     ) as said:
         project_for("trapezoid", loss, series, [basis], tokens())
     assert len(said) == 1
+
+
+def test_a_model_in_which_nothing_is_watched_gets_explicit_gradients() -> None:
+    class Moved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.own = nn.Parameter(torch.arange(1.0, 4.0, dtype=torch.float64))
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return inputs * (self.own - 2.0) ** 2
+
+    loss = Objective(Moved(), lambda m, x: m(x), route="adjoint")
+    given = torch.ones(2, 3, dtype=torch.float64)
+    held = TokenSet(given, torch.ones(2, 3, dtype=torch.bool), torch.arange(2))
+    theta = loss.space.read(loss.module)
+    _, slopes = loss.directional(theta, torch.eye(3, dtype=torch.float64), held)
+    # d/dw (w - 2)^2 = 2 (w - 2), of one's own slot.
+    assert torch.allclose(slopes, torch.diag(2 * (theta - 2.0)).repeat(1, 2))

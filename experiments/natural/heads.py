@@ -25,7 +25,8 @@ from experiments.report.formats import decimal
 from experiments.report.tables import Table, table
 from experiments.run.machine import hardware, versions
 from experiments.run.run import Run, load_run
-from experiments.study.results import show, write_with_tables
+from experiments.study.results import show, to_terminal, write_with_tables
+from experiments.verbs.options import Result
 from experiments.verdicts.choose import split_of, unseen_tokens
 from interventions.causal.statistics import Interval, t_interval
 from interventions.discovery.axes import skill_axis
@@ -220,7 +221,7 @@ def heads_study(
     unseen: Annotated[int, typer.Option(min=0, help="Sequences drawn anew; 0: the evaluate split.")] = 1000,
     case: Annotated[str | None, typer.Option(help="Also a case of `validate`, by name.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of the case.")] = 5,
-    json_: Annotated[Path | None, typer.Option("--json", help="Result file, tables beside.")] = None,
+    json_: Result = None,
     out: Annotated[Path, typer.Option(help="Where runs of the case are kept.")] = Path("runs/validate"),
 ) -> None:
     """Which heads carry an effect, by their weights and by their activations, and do the two agree?"""
@@ -240,6 +241,7 @@ def heads_study(
     spent = time.perf_counter() - started
     result = HeadsResult(made, tuple(rows), spent, versions(), hardware())
     tables = _tables(result)
-    show(tables)
+    if not to_terminal(json_):
+        show(tables)
     if json_ is not None:
         write_with_tables(json_, result, tables)

@@ -191,7 +191,8 @@ class AdjointRoute:
         each = itemsize * (sum(given + (ranks + 3) * result for given, result in self._bytes) + ranks * left)
         if each > self.memory_budget:
             raise AdjointUnavailable(f"one sequence needs {each} bytes, the budget is {self.memory_budget}")
-        return max(1, min(most, self.memory_budget // each))
+        # Before the check nothing may have been watched yet.
+        return max(1, min(most, self.memory_budget // max(1, each)))
 
     # -- cotangents -----------------------------------------------------------------------------
 
