@@ -87,7 +87,7 @@ class Undo:
         ValueError: for another method.
     """
 
-    method: str = "return"
+    method: str = "rollback"
     windows: tuple[Window, ...] = ()
     rows: Float[Tensor, "k N"] | None = None
     training: TrainingSettings = field(default_factory=lambda: repair_settings(120, 2.5e-4))
