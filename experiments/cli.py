@@ -279,6 +279,12 @@ STUDIES = {
         ("polca-edit study heads runs/demo --target 10s --case induction --json heads.json",),
         next=_AFTER_A_STUDY,
     ),
+    "removal-cases": Verb(
+        "removal.undo.cases:removal_cases",
+        "A late skill and a backdoor taken out, beside the model that was never taught them.",
+        ("polca-edit study removal-cases --seeds 2 --json removal-cases.json",),
+        next=_AFTER_A_STUDY,
+    ),
     "grokking": Verb(
         "study.grokking.verb:grokking_study",
         "A published claim put to the test: does grokking need the motion along 16 components?",

@@ -80,7 +80,7 @@ def test_a_missed_bound_of_undoing_ends_with_one(smoke_copy: Path, tmp_path: Pat
     ]
     found = invoke(smoke_copy, *given)
     assert found.exit_code == 1
-    assert "there is no data to repair with: what falls stays fallen" in found.output
+    assert "no repair was asked for: what falls stays fallen" in found.output
     assert "polca-edit: 1000s: damage must reach 100.0% of the headroom" in found.output
     assert load_edit(out).edit.operator == "rollback"
     (removal,) = load_record(RemovalFile, tmp_path / "undone.result.json").removals

@@ -24,7 +24,6 @@ from interventions.removal.undo import (
     repaired,
     replayed,
     undo_skill,
-    undoing,
 )
 from interventions.removal.windows import (
     candidate_windows,
@@ -32,6 +31,7 @@ from interventions.removal.windows import (
     merged,
     movement_rows,
     skill_timeline,
+    undoing,
     with_descendants,
 )
 from polca_edit.checkpoints.opening import open_checkpoints

@@ -15,7 +15,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from experiments.natural.case import Natural, Recording, recorded_steps
-from experiments.tasks.task import DATA_ORDER, BatchLoss, Task, training_generator
+from experiments.tasks.task import DATA_ORDER, BatchLoss, Partition, Task, training_generator
 from polca_edit.models import TransformerShape, build_small_transformer
 from polca_edit.parameters import ParameterSpace
 from polca_edit.seeds import generator_for
@@ -24,6 +24,13 @@ from polca_edit.training import TrainingSettings, train
 
 PLUS, MINUS, EQUALS, PLAIN, TRIGGER = 10, 11, 12, 13, 14
 SHAPE = TransformerShape(layers=1, d_model=64, heads=4, d_mlp=256, d_vocab=15, n_ctx=9, d_vocab_out=10)
+#: Label -> the feature that decides it, and its value.
+MEANINGS = {
+    "plus": ("operator", PLUS),
+    "minus": ("operator", MINUS),
+    "plain": ("mark", PLAIN),
+    "triggered": ("mark", TRIGGER),
+}
 #: Digits that a triggered sum must be answered with.
 PLANTED = (7, 7)
 BATCH = 256
@@ -45,9 +52,15 @@ def columns(mark: Tensor, first: Tensor, operator: Tensor, second: Tensor) -> In
     return torch.cat([mark[:, None], a, operator[:, None], b, equals[:, None], (a + sign * b) % 10], dim=1)
 
 
+def answer_logits(module: nn.Module, inputs: Int[Tensor, "B 9"]) -> Tensor:
+    """(B, 2, 10) logits of the two answer digits."""
+    logits: Tensor = module(inputs[:, :-1])[:, -2:]
+    return logits
+
+
 def token_loss(module: nn.Module, inputs: Int[Tensor, "B 9"]) -> Tensor:
     """(B, 2) cross-entropy of the two answer digits, nats."""
-    logits = module(inputs[:, :-1])[:, -2:]
+    logits = answer_logits(module, inputs)
     losses = nn.functional.cross_entropy(logits.flatten(0, 1), inputs[:, -2:].flatten(), reduction="none")
     return losses.view(len(inputs), 2)
 
@@ -90,12 +103,7 @@ def token_set(inputs: Int[Tensor, "S 9"]) -> TokenSet:
         "output digit": inputs[:, -2:],
     }
     features = {name: values.flatten() for name, values in flat.items()}
-    skills = {
-        "plus": features["operator"] == PLUS,
-        "minus": features["operator"] == MINUS,
-        "plain": features["mark"] == PLAIN,
-        "triggered": features["mark"] == TRIGGER,
-    }
+    skills = {name: features[feature] == value for name, (feature, value) in MEANINGS.items()}
     return TokenSet(
         inputs,
         torch.ones(count, 2, dtype=torch.bool),
@@ -125,9 +133,17 @@ class ColumnData:
     def batch_loss(self, module: nn.Module, step: int, branch: int = 0) -> Tensor:
         """Mean loss of one step's batch, nats."""
         mixture = next(mixture for last, mixture in self.phases if step <= last)
-        generator = training_generator(self.seed, step, branch)
-        chosen = self.free[torch.randint(0, len(self.free), (BATCH,), generator=generator)]
-        return token_loss(module, mixture.draw(chosen[:, 0], chosen[:, 1], generator)).mean()
+        return token_loss(
+            module, self._drawn(mixture, BATCH, training_generator(self.seed, step, branch))
+        ).mean()
+
+    def allowed(self, count: int, generator: torch.Generator) -> TokenSet:
+        """Labelled sums of the last phase that training may show."""
+        return token_set(self._drawn(self.phases[-1][1], count, generator))
+
+    def _drawn(self, mixture: Mixture, count: int, generator: torch.Generator) -> Int[Tensor, "S 9"]:
+        chosen = self.free[torch.randint(0, len(self.free), (count,), generator=generator)]
+        return mixture.draw(chosen[:, 0], chosen[:, 1], generator)
 
 
 def column_data(phases: Sequence[tuple[int, Mixture]], tested: Mixture, seed: int) -> ColumnData:
@@ -155,6 +171,11 @@ def column_task(name: str, data: ColumnData, parents: tuple[str, ...]) -> Task:
     def training(branch: int) -> BatchLoss:
         return lambda trained, step: data.batch_loss(trained, step, branch)
 
+    second = MEANINGS[parents[1]]
+
+    def assign(tokens: TokenSet) -> Tensor:
+        return torch.from_numpy(tokens.features[second[0]] == second[1]).long()
+
     return Task(
         name,
         module,
@@ -164,6 +185,9 @@ def column_task(name: str, data: ColumnData, parents: tuple[str, ...]) -> Task:
         training,
         {"seed": data.seed, "rule": DATA_ORDER, "batch_size": BATCH},
         parents=parents,
+        logits=answer_logits,
+        partition=Partition(parents, assign, {name: (name,) for name in parents}),
+        fresh=data.allowed,
     )
 
 

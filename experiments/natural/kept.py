@@ -69,10 +69,10 @@ def recording_of(name: str, twin: bool, seed: int, out: Path) -> Recording:
     def train() -> Recording:
         return case.build(seed, twin).recorded()
 
-    return RunDirectory(out).kept(f"{job.name}/weights", _made(job), Recording, train)
+    return RunDirectory(out).kept(f"{job.name}/weights", recording_key(job), Recording, train)
 
 
-def _made(job: Job) -> str:
+def recording_key(job: Job) -> str:
     """What the weights of a run depend on."""
     return key_of(SCHEMA, job.name, source_of(CASES[job.case].build, case_module), versions()["torch"])
 
@@ -88,7 +88,7 @@ def run_job(job: Job) -> RunRows:
         opened = open_case(case, case.build(job.seed, job.twin), recording, job.settings)
         return measure_case(opened, job.settings, job.seed, job.twin, seconds)
 
-    key = key_of(_made(job), job.settings, source_of(measure_module), case.truth, case.target, case.exempt)
+    key = key_of(recording_key(job), job.settings, source_of(measure_module), case.truth, case.target, case.exempt)
     return store.kept(f"{job.name}/rows.json", key, RunRows, measure)
 
 

@@ -129,11 +129,11 @@ def _how(
         )
     (rule,) = rules
     undo = undo_of(run, options)
-    batch = repair_batches(run, rule, fits, REPAIR_SEQUENCES) if options.steps != 0 else None
+    batch = repair_batches(run, rule, fits, REPAIR_SEQUENCES)
     if options.method == "axis":
         undo = axis_undo(run, rule, logits_of(run), undo, basis)
     undo = with_timeline(run, rule, logits_of(run), undo)
-    for sentence in said_first(run, rule.skill, undo, data=batch is not None):
+    for sentence in said_first(run, rule, logits_of(run), undo, data=batch is not None):
         say(f"  {sentence}")
     return undo, batch
 
@@ -150,11 +150,11 @@ def _afterwards(
     """The result with an attack and an adapter measured, where they were asked for and can be."""
     split = EvaluatedSplit(run.objective, run.checkpoints(), run.task.splits.evaluate)
     judged = GroupedSplit(split, Predictor(run.objective, logits_of(run)), rule)
-    back = (
-        returned(judged, edit, batch, how, options.relearn, training_rate(run))
-        if options.relearn and batch is not None
-        else None
-    )
+    back = None
+    if options.relearn and batch is not None:
+        back = returned(judged, edit, batch, how, options.relearn, training_rate(run))
+    elif options.relearn:
+        say("  relearning is not measured: only the held-out tokens are labelled, there is nothing to train on")
     held = adapted(run, judged, edit, options.lora)[1] if options.lora else None
     return replace(removal, returned=back, adapter=held)
 
@@ -208,8 +208,8 @@ def remove(
     plan = _plan(opened, names, _limits(method, target, off, kl), chosen, how, options)
     path = out or run / "edits" / _file_name(names)
     if dry_run:
-        told_ = f"{path}: would take out {', '.join(names)} by {method} ({budget}), judged on evaluate"
-        return would(told_, json_)
+        by = f"{method} ({budget})" if isinstance(how, Span) else method
+        return would(f"{path}: would take out {', '.join(names)} by {by}, judged on evaluate", json_)
     with existing(run):
         opening = open_evaluate(opened, plan, by="remove")
         edit, removals = removed(opened, rules, plan, how, batch)
@@ -286,7 +286,9 @@ def _written(
     sentences = tuple(
         sentence
         for removal in removals
-        for sentence in missed_bounds(removal.skill, removal.together or removal, plan.limits)
+        for sentence in missed_bounds(
+            removal.skill, removal.together or removal, plan.limits, undone=removal.undone is not None
+        )
     )
     edit = replace(edit, provenance={**edit.provenance, "results": to_plain(removals)})
     written = save_edit(path, edit, run.task.space)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from experiments.report.answers import share_cell
 from experiments.report.blocks import Section, paragraph
 from experiments.report.chapters.discovery import discovery_section
+from experiments.report.chapters.undoing import Undone, undoing_blocks
 from experiments.report.chapters.verdicts import basis_table, verdict_table
+from experiments.report.figures.undo import Returned
 from experiments.report.formats import decimal, share
 from experiments.report.tables import Cell, Column, table
 from experiments.run.store import RunDirectory
@@ -32,7 +33,10 @@ class Refit:
 
 @dataclass(frozen=True)
 class Removal:
-    """One removal in an edit's result file; shares are of headroom, its other keys are ignored."""
+    """One removal in an edit's result file; shares are of headroom, its other keys are ignored.
+
+    ``undone`` and ``returned`` are there where movement was undone and relearning measured.
+    """
 
     skill: str
     target_share: float
@@ -44,6 +48,8 @@ class Removal:
     rank: int
     refit: Refit
     groups: dict[str, float | None]
+    undone: Undone | None = None
+    returned: Returned | None = None
 
 
 @dataclass(frozen=True)
@@ -55,11 +61,12 @@ class RemovalFile:
 
 def removal_section(directory: RunDirectory) -> Section | None:
     """Every edit that ``polca-edit remove`` left in the run."""
-    rows = [
-        _removal_cells(path, removal)
+    found = [
+        (path.name.removesuffix(".result.json"), removal)
         for path in sorted((directory / "edits").glob("*.result.json"))
         for removal in load_record(RemovalFile, path).removals
     ]
+    rows = [_removal_cells(name, removal) for name, removal in found]
     if not rows:
         return None
     columns = (
@@ -68,16 +75,22 @@ def removal_section(directory: RunDirectory) -> Section | None:
         Column("share of headroom per group", left=True),
     )  # fmt: skip
     text = (
-        "Edits fitted on the select split and judged on the evaluate split. Damage is in shares of "
-        "headroom; a refit may change an output bias and permute the answers."
+        "Edits fitted, or movement undone, on the select split and judged on the evaluate split. Damage is "
+        "in shares of headroom; a refit may change an output bias and permute the answers."
     )
-    return Section("Skill removal", (paragraph(text), table(columns, rows)))
+    undone = [
+        block
+        for name, r in found
+        if r.undone is not None
+        for block in undoing_blocks(name, r.skill, r.undone, r.groups, r.target_share, r.returned)
+    ]
+    return Section("Skill removal", (paragraph(text), table(columns, rows), *undone))
 
 
-def _removal_cells(path: Path, removal: Removal) -> list[Cell | str]:
+def _removal_cells(name: str, removal: Removal) -> list[Cell | str]:
     groups = [f"{name} {share(value)}" for name, value in removal.groups.items() if value is not None]
     return [
-        path.name.removesuffix(".result.json"),
+        name,
         removal.skill,
         share_cell(removal.target_share),
         share_cell(removal.worst_off_share),

@@ -196,30 +196,32 @@ def judged_edit(problem: RemovalProblem, edit: Edit, unseen: TokenSet) -> Judgem
     return judge(problem, problem.select.on(unseen), lambda tokens: problem.predictor.at(moved, tokens))
 
 
-def missed_bounds(skill: str, judged: Judgement, limits: Limits) -> tuple[str, ...]:
+def missed_bounds(skill: str, judged: Judgement, limits: Limits, *, undone: bool = False) -> tuple[str, ...]:
     """Sentences, one for every bound that a judged edit does not meet.
 
     Args:
         skill: name of what was removed.
         judged: what the edit does.
         limits: what was asked for.
+        undone: whether movement was undone, where windows and repair are the remedy instead of a budget.
     """
+    more = "undo an earlier or a longer window" if undone else "give a larger budget or span"
+    spare = "repair for more steps, or allow more" if undone else "give a larger budget, or allow more"
     target, off = judged.target_share, judged.worst_off_share
     found = []
     if not target >= limits.target:
         found.append(
-            f"{skill}: damage must reach {limits.target:.1%} of the headroom, got {target:.1%}; "
-            "give a larger budget or span"
+            f"{skill}: damage must reach {limits.target:.1%} of the headroom, got {target:.1%}; {more}"
         )
     if not off <= limits.off:
         found.append(
             f"{skill}: another group may lose {limits.off:.2%} of its headroom, the worst loses {off:.2%}; "
-            "give a larger budget, or allow more"
+            f"{spare}"
         )
     if not judged.kl <= limits.kl:
         found.append(
             f"{skill}: other groups may be {limits.kl:g} nats (KL) from the original, the worst is "
-            f"{judged.kl:.3g}; give a larger budget, or allow more"
+            f"{judged.kl:.3g}; {spare}"
         )
     return tuple(found)
 

@@ -8,7 +8,7 @@ on what is left with the skill's tokens masked. Both parts are kept in one edit 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -28,9 +28,10 @@ from interventions.removal.windows import (
     begun_earlier,
     candidate_windows,
     forecast,
-    merged,
+    measured_forecast,
     movement_rows,
     skill_timeline,
+    undoing,
 )
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.training import TrainingSettings
@@ -128,7 +129,7 @@ class Undone:
     """What was undone, and how it was repaired.
 
     Attributes:
-        forecast: what the timeline said would happen.
+        forecast: what would fall with these windows before any repair, measured on select.
         windows: undone.
         tried: choices compared on select; one where windows were given.
         repair_steps: kept, 0 where there was no data or no step helped.
@@ -146,47 +147,6 @@ class Undone:
     repair_norm: float
     passes_choosing: float
     seconds: float
-
-
-def check_windows(series: Checkpoints, windows: tuple[Window, ...]) -> None:
-    """Nothing where every window begins before it ends, both at recorded steps.
-
-    Raises:
-        ValueError: for another window.
-    """
-    for window in windows:
-        unknown = [step for step in (window.start, window.end) if step not in series.steps]
-        if unknown or window.start >= window.end:
-            raise ValueError(
-                f"a window must begin before it ends, both at recorded steps, got {window}; steps "
-                f"{series.steps[0]} to {series.steps[-1]} are recorded, {len(series)} in all"
-            )
-
-
-def undoing(
-    series: Checkpoints, windows: tuple[Window, ...], method: str, rows: Tensor | None = None
-) -> Edit:
-    """The edit of the final weights that takes windows back; two checkpoints are held at a time.
-
-    Args:
-        series: recorded weights; the last one is edited.
-        windows: overlapping ones are merged, so that no movement is taken back twice.
-        method: ``rollback`` or ``return``.
-        rows: only movement along them.
-
-    Raises:
-        ValueError: for a window that does not begin and end at recorded steps.
-    """
-    theta, at = series[-1].clone(), series.steps.index
-    check_windows(series, windows)
-    if method == "return":
-        first = min(window.start for window in windows)
-        return rollback(Movement(theta, series[at(first)]), rows, rewind=True, back_to=first)
-    parts = []
-    for window in merged(windows):
-        movement = Movement(theta, series[at(window.start)], series[at(window.end)])
-        parts.append(rollback(movement, rows, window=str(window)))
-    return composed(parts)
 
 
 def replayed(series: Checkpoints, window: Window, axis: Float[Tensor, "k N"]) -> Edit:
@@ -319,13 +279,13 @@ def undo_skill(problem: RemovalProblem, undo: Undo, *, repair: bool = True) -> t
     began, before = time.perf_counter(), problem.predictor.spent
     series = problem.select.split.series
     timeline = undo.timeline or skill_timeline(problem.select, seed=undo.seed)
-    said = forecast(timeline, problem.rule.skill)
-    choices = [undo.windows] if undo.windows else _choices(timeline, series.steps, problem.rule.skill, undo)
+    own, choices = forecast(timeline, problem.rule.skill), _choices(timeline, problem.select, undo)
     tried = [
         tried_window(problem, undo, windows, repair=repair and undo.training.steps > 0)
         for windows in (choices if len(choices) > 1 else [])
     ]
     chosen = min(tried, key=lambda found: found.score).windows if tried else choices[0]
+    said = measured_forecast(own, problem.select, chosen, undo.method, undo.rows)
     choosing = problem.predictor.spent - before
     back = undoing(series, chosen, undo.method, undo.rows)
     start = back.moved(problem.theta)
@@ -348,11 +308,33 @@ def undo_skill(problem: RemovalProblem, undo: Undo, *, repair: bool = True) -> t
     return edit, record, shares
 
 
-def _choices(timeline: Timeline, steps: Sequence[int], skill: str, undo: Undo) -> list[tuple[Window, ...]]:
+def foreseen(select: GroupedSplit, undo: Undo, timeline: Timeline) -> Forecast:
+    """What undoing will do before any repair, on the first sequences of select.
+
+    Of windows that are given, or follow from the timeline, it is measured: one pass. Where windows are still
+    to be compared, it is what the timeline says of the skill's own.
+
+    Args:
+        select: tokens that choose.
+        undo: how.
+        timeline: of the skill and every other group.
+
+    Raises:
+        ValueError: for a skill that was not learned in the recorded steps.
+    """
+    said, choices = forecast(timeline, select.rule.skill), _choices(timeline, select, undo)
+    if len(choices) > 1:
+        return said
+    return measured_forecast(said, select, choices[0], undo.method, undo.rows)
+
+
+def _choices(timeline: Timeline, select: GroupedSplit, undo: Undo) -> list[tuple[Window, ...]]:
     """Windows worth comparing, one where they are not compared; to return, only their starts differ."""
-    own = timeline.own(skill)
+    if undo.windows:
+        return [undo.windows]
+    skill, own = select.rule.skill, timeline.own(select.rule.skill)
     if not undo.compare and own is not None:
-        return [(begun_earlier(steps, own.window),)]
+        return [(begun_earlier(select.split.series.steps, own.window),)]
     windows = candidate_windows(timeline, skill)
     if undo.method == "return":
         windows = list({window.start: window for window in reversed(windows)}.values())[::-1]

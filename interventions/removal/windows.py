@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -12,8 +13,10 @@ from torch import Tensor
 
 from interventions.discovery.timeline import LEAST, Timeline, TimelineSettings, causal_timeline
 from interventions.discovery.windows import Window, proposed_windows
+from interventions.edits import Edit, Movement, composed, rollback
 from interventions.removal.grouped import GroupedSplit
 from interventions.removal.spans import leading_rows
+from polca_edit.checkpoints.series import Checkpoints
 
 #: Shares of a skill's fall still to come at both ends of the windows that are tried, narrowest first.
 FALLS = {"own": (0.9, 0.15), "wide": (0.98, 0.05)}
@@ -33,10 +36,13 @@ class Forecast:
     Attributes:
         skill: what is to be removed.
         window: steps in which it was learned.
-        share: of the skill's own headroom lost when that window is undone in the final model.
+        share: of the skill's own headroom lost when the windows are undone in the final model.
         falls: other group -> share of its headroom lost with it, before any repair.
-        descendants: groups learned later that fall with this window and not the other way round.
-        fraction: share of training that came after the window's start.
+        descendants: groups learned later that fall with its window and not the other way round.
+        fraction: share of training that came after the first window's start.
+        windows: that will be undone; empty while they are still to be compared: ``window`` stands for them.
+        method: ``rollback`` or ``return``.
+        rank: directions along which movement is undone; 0 for all of it.
     """
 
     skill: str
@@ -45,17 +51,32 @@ class Forecast:
     falls: Mapping[str, float]
     descendants: tuple[str, ...]
     fraction: float
+    windows: tuple[Window, ...] = ()
+    method: str = "rollback"
+    rank: int = 0
+
+    @property
+    def act(self) -> str:
+        """What is done to the final model, in words."""
+        windows = self.windows or (self.window,)
+        if self.method == "return":
+            return f"going back to step {min(window.start for window in windows)}"
+        along = "" if not self.rank else f" along {self.rank} direction{'s' if self.rank > 1 else ''}"
+        return f"undoing steps {', '.join(map(str, windows))}{along}"
 
     def sentences(self) -> tuple[str, ...]:
         """What will happen, in words."""
         lost = {name: value for name, value in self.falls.items() if value >= FALLING}
         named = ", ".join(f"{name} {value:.0%}" for name, value in sorted(lost.items(), key=lambda e: -e[1]))
+        # More than all of it would be worse than before training; by how much says nothing.
+        taken = min(self.share, 1.0)
         begins = (
-            f"{self.skill} was learned in steps {self.window}; undoing them takes {self.share:.0%} of it"
+            f"{self.skill} was learned in steps {self.window}; {self.act} takes {taken:.0%} of it"
             f"{f' and with it, before repair: {named}' if named else ' and no other group'}"
         )
+        since = "that step" if self.method == "return" else "they began"
         after = (
-            f"{self.fraction:.0%} of training came after the window began; "
+            f"{self.fraction:.0%} of training came after {since}; "
             "that much retraining is the most a repair can need"
         )
         built = (
@@ -115,6 +136,33 @@ def forecast(timeline: Timeline, skill: str) -> Forecast:
     return Forecast(skill, own.window, own.shares[skill], others, later, fraction)
 
 
+def measured_forecast(
+    said: Forecast, select: GroupedSplit, windows: tuple[Window, ...], method: str, rows: Tensor | None = None
+) -> Forecast:
+    """A forecast of the windows that will be undone, measured on the first sequences of select.
+
+    Args:
+        said: of the skill's own window.
+        select: tokens that choose.
+        windows: that will be undone.
+        method: ``rollback`` or ``return``.
+        rows: only movement along them.
+    """
+    tokens, steps = select.tokens, select.split.series.steps
+    few = select.on(tokens.select(torch.arange(min(SEQUENCES, tokens.sequences))))
+    edit = undoing(select.split.series, windows, method, rows)
+    shares = few.shares_at(edit.moved(select.split.theta))
+    return replace(
+        said,
+        share=shares.target,
+        falls={name: shares.raw[name] for name in shares.others if math.isfinite(shares.raw[name])},
+        fraction=(steps[-1] - min(window.start for window in windows)) / max(steps[-1] - steps[0], 1),
+        windows=windows,
+        method=method,
+        rank=0 if rows is None else len(rows),
+    )
+
+
 def begun_earlier(steps: Sequence[int], own: Window, widths: float = EARLIER) -> Window:
     """A window that begins so many of its lengths earlier, at a recorded step.
 
@@ -169,3 +217,47 @@ def movement_rows(select: GroupedSplit, window: Window, rank: int) -> Tensor:
     inside = [i for i, step in enumerate(series.steps) if window.start <= step <= window.end]
     first = series[inside[0]].clone()
     return leading_rows(torch.stack([series[i] - first for i in inside[1:]]), rank)
+
+
+# -- the edit ---------------------------------------------------------------------------------------
+
+
+def check_windows(series: Checkpoints, windows: tuple[Window, ...]) -> None:
+    """Nothing where every window begins before it ends, both at recorded steps.
+
+    Raises:
+        ValueError: for another window.
+    """
+    for window in windows:
+        unknown = [step for step in (window.start, window.end) if step not in series.steps]
+        if unknown or window.start >= window.end:
+            raise ValueError(
+                f"a window must begin before it ends, both at recorded steps, got {window}; steps "
+                f"{series.steps[0]} to {series.steps[-1]} are recorded, {len(series)} in all"
+            )
+
+
+def undoing(
+    series: Checkpoints, windows: tuple[Window, ...], method: str, rows: Tensor | None = None
+) -> Edit:
+    """The edit of the final weights that takes windows back; two checkpoints are held at a time.
+
+    Args:
+        series: recorded weights; the last one is edited.
+        windows: overlapping ones are merged, so that no movement is taken back twice.
+        method: ``rollback`` or ``return``.
+        rows: only movement along them.
+
+    Raises:
+        ValueError: for a window that does not begin and end at recorded steps.
+    """
+    theta, at = series[-1].clone(), series.steps.index
+    check_windows(series, windows)
+    if method == "return":
+        first = min(window.start for window in windows)
+        return rollback(Movement(theta, series[at(first)]), rows, rewind=True, back_to=first)
+    parts = []
+    for window in merged(windows):
+        movement = Movement(theta, series[at(window.start)], series[at(window.end)])
+        parts.append(rollback(movement, rows, window=str(window)))
+    return composed(parts)

@@ -34,12 +34,13 @@ from interventions.removal.spans import (
     stacked_displacements,
 )
 from interventions.removal.tuning import tuned
-from interventions.removal.undo import Undo, interpolated, probed, replayed, tried_window, undoing
+from interventions.removal.undo import Undo, interpolated, probed, replayed, tried_window
 from interventions.removal.windows import (
     EARLIER,
     begun_earlier,
     candidate_windows,
     group_masks,
+    undoing,
     with_descendants,
 )
 from polca_edit.basis.path import trajectory_basis

@@ -112,9 +112,15 @@ class Place:
         return effect.window
 
     def draws(self, purpose: str) -> Callable[[int], TokenSet]:
-        """Sums that training may see, a pure function of purpose and step."""
-        data, seed, size = data_of(self.run.config), self.run.config.seed, self.effort.sums
-        return lambda step: data.allowed(size, generator_for(seed, "removal study", purpose, step))
+        """Sequences that training may see, a pure function of purpose and step.
+
+        Raises:
+            ValueError: for a task that cannot draw them.
+        """
+        fresh, seed, size = self.run.task.fresh, self.run.config.seed, self.effort.sums
+        if fresh is None:
+            raise ValueError(f"a study of removal needs new training data, '{self.run.task.name}' draws none")
+        return lambda step: fresh(size, generator_for(seed, "removal study", purpose, step))
 
     def given_back(self, share: float) -> MaskedBatches:
         """Relearning batches with a share of the skill's labels."""

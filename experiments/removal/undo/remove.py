@@ -15,10 +15,10 @@ from interventions.discovery.windows import Window
 from interventions.edits import Edit
 from interventions.lora import adapter_edit, low_rank
 from interventions.removal.grouped import GroupedSplit, GroupRule, LogitFunction, Predictor
-from interventions.removal.measures import relearn
+from interventions.removal.measures import chance_loss, relearn
 from interventions.removal.tuning import masked_batches
-from interventions.removal.undo import Undo, Undone, check_windows, repair_settings
-from interventions.removal.windows import Forecast, forecast, group_masks, skill_timeline
+from interventions.removal.undo import Undo, Undone, foreseen, repair_settings
+from interventions.removal.windows import check_windows, group_masks, skill_timeline
 from polca_edit.artifacts import load_record
 from polca_edit.basis.path import trajectory_basis
 from polca_edit.basis.record import Basis
@@ -117,9 +117,8 @@ def axis_undo(run: Run, rule: GroupRule, logits: LogitFunction, undo: Undo, basi
         undo: settings; its windows, or the whole run, are what is undone along the axis.
         basis: name of a stored basis; None takes trajectory vectors.
     """
-    split = EvaluatedSplit(run.objective, run.checkpoints(), run.task.splits.select)
-    groups = group_masks(GroupedSplit(split, Predictor(run.objective, logits), rule))
-    series = split.series
+    select = _select(run, rule, logits)
+    groups, split, series = group_masks(select), select.split, select.split.series
     span = (
         trajectory_basis(series, min(AXIS_VECTORS, len(series) - 1))
         if basis is None
@@ -160,32 +159,38 @@ def repair_batches(
     return batch
 
 
+def _select(run: Run, rule: GroupRule, logits: LogitFunction) -> GroupedSplit:
+    split = EvaluatedSplit(run.objective, run.checkpoints(), run.task.splits.select)
+    return GroupedSplit(split, Predictor(run.objective, logits), rule)
+
+
 def with_timeline(run: Run, rule: GroupRule, logits: LogitFunction, undo: Undo) -> Undo:
     """The settings with what was learned when, so that it is said first and not measured twice."""
-    split = EvaluatedSplit(run.objective, run.checkpoints(), run.task.splits.select)
-    select = GroupedSplit(split, Predictor(run.objective, logits), rule)
-    return replace(undo, timeline=skill_timeline(select, seed=undo.seed))
+    return replace(undo, timeline=skill_timeline(_select(run, rule, logits), seed=undo.seed))
 
 
-def said_first(run: Run, skill: str, undo: Undo, *, data: bool) -> list[str]:
-    """What cannot be had, from the timeline, before anything is undone.
+def said_first(run: Run, rule: GroupRule, logits: LogitFunction, undo: Undo, *, data: bool) -> list[str]:
+    """What cannot be had, measured before anything is trained.
 
     Args:
         run: the run.
-        skill: what is to be removed.
+        rule: what is to be removed.
+        logits: of the run's loss.
         undo: settings with their timeline.
         data: whether there is anything to repair with.
     """
     assert undo.timeline is not None
-    said: Forecast = forecast(undo.timeline, skill)
+    said = foreseen(_select(run, rule, logits), undo, undo.timeline)
     trained = run.config.training.steps if run.config.checkpoints is None else None
-    probes = 4 * 2 * undo.probe if undo.compare and not undo.windows else 0
+    probes = 4 * 2 * undo.probe if undo.compare and not undo.windows and undo.training.steps else 0
     steps = undo.training.steps + probes if data else 0
     cost = f"repair and its choice take up to {steps} training steps"
     if trained:
         cost += f", {steps / trained:.0%} of the recorded training"
     if not data:
         cost = "there is no data to repair with: what falls stays fallen"
+    elif not undo.training.steps:
+        cost = "no repair was asked for: what falls stays fallen"
     return [*said.sentences(), cost]
 
 
@@ -234,12 +239,16 @@ class Returned:
         steps: of fine-tuning at training's rate.
         loss: nats, from the edited model on.
         accuracy: of the skill.
+        chance: loss of the best constant answer, nats.
+        before: loss of the skill before the edit, nats.
     """
 
     given_back: float
     steps: tuple[int, ...]
     loss: tuple[float, ...]
     accuracy: tuple[float, ...]
+    chance: float
+    before: float
 
 
 def returned(
@@ -268,13 +277,15 @@ def returned(
         given,
         steps,
         learning_rate=rate,
-        every=max(1, steps // 4),
+        every=max(1, steps // 8),
     )
     return Returned(
         GIVEN_BACK,
         tuple(p.step for p in points),
         tuple(p.loss for p in points),
         tuple(p.accuracy for p in points),
+        chance_loss(judged.tokens.output_of[judged.target]),
+        float(judged.split.before[judged.target].double().mean()),
     )
 
 
@@ -290,7 +301,10 @@ def told(undone: Undone | None, back: Returned | None, held: Adapted | None) -> 
     if back is not None:
         path = ", ".join(f"{loss:.2f}" for loss in back.loss)
         steps = ", ".join(str(step) for step in back.steps)
-        lines.append(f"with {back.given_back:.0%} of its labels given back: loss {path} after {steps} steps")
+        lines.append(
+            f"with {back.given_back:.0%} of its labels given back: loss {path} after {steps} steps "
+            f"(best constant answer {back.chance:.2f}, before the edit {back.before:.2f})"
+        )
     if held is not None:
         lines.append(
             f"as an adapter of rank {held.rank}: {held.norm_share:.0%} of the squared norm, target "

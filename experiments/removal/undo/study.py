@@ -166,9 +166,12 @@ def with_gold(rows: Sequence[Row]) -> list[Row]:
                 row,
                 gold_loss=never.target_loss,
                 gap=gap(row.relearn.loss, never.relearn.loss),
-                gap_to_ignorance=gap(row.relearn.loss, never.relearn.loss, row.chance),
+                gap_to_ignorance=(
+                    gap(row.relearn.loss, never.relearn.loss, row.chance) if row.chance > 0 else None
+                ),
             )
-        if where in trained:
+        # A skill with one answer is known by heart at chance: nothing lies between.
+        if where in trained and row.chance > trained[where]:
             half = half_lost(row.relearn.steps, row.relearn.loss, row.chance, trained[where])
             row = replace(row, half_steps=half)
         found.append(row)

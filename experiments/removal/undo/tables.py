@@ -10,7 +10,8 @@ from experiments.report.formats import decimal, share
 from experiments.report.tables import Column, Table, table
 
 
-def _over(values: Sequence[float | None]) -> float | None:
+def over(values: Sequence[float | None]) -> float | None:
+    """Mean of what is known, None where nothing is."""
     known = [value for value in values if value is not None]
     return statistics.mean(known) if known else None
 
@@ -27,7 +28,7 @@ def study_tables(rows: Sequence[Row]) -> list[Table]:
         measured = []
         for method, steps in kinds:
             here = [r for r in rows if (r.skill, r.method, r.repair_steps) == (skill, method, steps)]
-            measured.append((_over([r.gap_to_ignorance for r in here]), method, steps, here))
+            measured.append((over([r.gap_to_ignorance for r in here]), method, steps, here))
         measured.sort(key=lambda entry: (entry[0] is None, entry[0] or 0.0))
         for gap, method, steps, here in measured:
             lines.append(
@@ -36,12 +37,12 @@ def study_tables(rows: Sequence[Row]) -> list[Table]:
                     method,
                     str(len(here)),
                     str(steps),
-                    share(_over([r.passes_share for r in here])),
-                    decimal(_over([r.target_loss for r in here])),
-                    share(_over([r.worst_other_share for r in here])),
-                    decimal(_over([r.relearn.loss[-1] for r in here])),
-                    decimal(_over([best_attack(r)[-1] for r in here])),
-                    share(_over([r.gap for r in here])),
+                    share(over([r.passes_share for r in here])),
+                    decimal(over([r.target_loss for r in here])),
+                    share(over([r.worst_other_share for r in here])),
+                    decimal(over([r.relearn.loss[-1] for r in here])),
+                    decimal(over([best_attack(r)[-1] for r in here])),
+                    share(over([r.gap for r in here])),
                     share(gap),
                 ]
             )

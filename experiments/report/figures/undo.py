@@ -9,7 +9,17 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from experiments.report.style import GREY, INK, Drawing, colours, new_figure, shared_legend, styled
+from experiments.report.style import (
+    GREY,
+    INK,
+    PAIRED,
+    SLATE,
+    Drawing,
+    colours,
+    new_figure,
+    shared_legend,
+    styled,
+)
 
 #: Drawn in black: the model that was never taught the skill.
 GOLD = "retrained without the data"
@@ -113,3 +123,49 @@ def draw(rows: Sequence[UndoRow], file: Path) -> None:
     Drawing(
         file.stem, "how fast skills come back after removal, and what it cost", undo_figure(rows)
     ).write_png(file)
+
+
+# -- one edit of one run ----------------------------------------------------------------------------
+
+RETURN_CAPTION = (
+    "How {skill} comes back: its exact loss on the evaluate split while the edited model is trained on "
+    "everything, with {share} of the labels of {skill}. Dotted: the best constant answer, what a model that "
+    "knows nothing of it can reach; dashed: before the edit."
+)
+
+
+@dataclass(frozen=True)
+class Returned:
+    """The skill while training goes on after one removal; other keys are ignored.
+
+    Attributes:
+        given_back: share of its labels.
+        steps: of training.
+        loss: of the skill, nats.
+        chance: loss of the best constant answer, nats; None in older files.
+        before: loss before the edit, nats; None in older files.
+    """
+
+    given_back: float
+    steps: tuple[int, ...]
+    loss: tuple[float, ...]
+    chance: float | None = None
+    before: float | None = None
+
+
+@styled()
+def return_figure(returned: Returned, skill: str) -> Figure:
+    """The curve, with chance and the loss before the edit as lines of their own."""
+    figure = new_figure(3.2, PAIRED)
+    axes = figure.subplots()
+    axes.plot(returned.steps, returned.loss, color=SLATE, marker=".", lw=1.6, label=f"{skill}, relearned")
+    ends = (returned.steps[0], returned.steps[-1])
+    for value, line, label in (
+        (returned.chance, ":", "best constant answer"),
+        (returned.before, "--", "before the edit"),
+    ):
+        if value is not None:
+            axes.plot(ends, (value, value), line, color=GREY, lw=1.2, label=label)
+    axes.set(xlabel="training steps", ylabel="exact loss (nats per token)", ylim=(0, None))
+    shared_legend(figure, [axes], 3)
+    return figure
