@@ -95,7 +95,7 @@ def lost(level: float) -> float:
         # The fall lies in 20:40; undoing begins half of that earlier, at 10.
         (["rollback"], (0, 3), "undoing steps 10:40 takes 100% of it"),
         (["return"], (0, 2), "going back to step 10 takes 100% of it and with it, before repair: other 22%"),
-        (["rollback", "--window", "20:40"], (0, 4), "steps 20:40 takes 100% of it and no other group"),
+        (["rollback", "--window", "20:40"], (0, 4), "undoing steps 20:40 takes 100% of it and no other"),
         (["return", "--window", "30:40"], (2, 3), "going back to step 30 takes 22% of it"),
     ],
 )  # fmt: skip

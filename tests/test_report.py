@@ -599,6 +599,59 @@ class TestSections:
             "1s −0.2\xa0%",
         ]  # fmt: skip
 
+    def test_what_was_undone_stands_beside_what_was_said_first(self, tmp_path) -> None:
+        """Numbers of one edit by hand, in words, table, figure and CSV; edits that were fitted have none."""
+        directory = make_run(tmp_path, {"hessian": False})
+        fitted = {
+            "skill": "1s", "target_share": 1.0, "worst_off_share": 0.0, "worst_positive_share": 0.0,
+            "kl": 0.0, "accuracy": 0.1, "norm": 1.0, "rank": 1, "refit": {"chance": 0.1, "kept": 1.0},
+            "groups": {},
+        }  # fmt: skip
+        forecast = {
+            "skill": "10s", "window": {"start": 40, "end": 60, "kind": "10s"}, "share": 0.93,
+            "falls": {"1s": 0.02, "100s": 0.41, "never": None}, "descendants": ["100s"], "fraction": 0.6,
+            "windows": [{"start": 30, "end": 60, "kind": "earlier"}], "method": "rollback", "rank": 0,
+        }  # fmt: skip
+        undone = {
+            "forecast": forecast, "windows": forecast["windows"], "repair_steps": 12, "undone_norm": 3.25,
+            "repair_norm": 1.5, "seconds": 7.0, "tried": [],
+        }  # fmt: skip
+        returned = {
+            "given_back": 0.1,
+            "steps": [0, 20, 40],
+            "loss": [2.5, 2.2, 1.9],
+            "chance": 2.3,
+            "before": 0.1,
+        }
+        removal = {
+            **fitted, "skill": "10s", "groups": {"10s": 0.97, "1s": -0.01, "100s": 0.05},
+            "target_share": 0.97, "undone": undone, "returned": returned,
+        }  # fmt: skip
+        (tmp_path / "edits").mkdir()
+        for name, one in (("1s", fitted), ("ten", removal)):
+            (tmp_path / "edits" / f"{name}.result.json").write_text(json.dumps({"removals": [one]}))
+        page = write_report(directory, lambda _: None).read_text(encoding="utf-8")
+        assert "What was undone: ten" in page
+        assert "What was undone: 1s" not in page
+        words = "10s was learned in steps 40:60. 100s built on it. What was done: undoing steps 30:60"
+        assert f"{words} (the weights moved by 3.25). Repair: 12 training steps on everything" in page
+        said = [
+            row for row in rows_of(page, "10s") + rows_of(page, "100s") + rows_of(page, "1s") if len(row) == 3
+        ]
+        assert said == [
+            ["10s", "93.0\xa0%", "97.0\xa0%"],
+            ["100s", "41.0\xa0%", "5.0\xa0%"],
+            ["1s", "2.0\xa0%", "−1.0\xa0%"],
+        ]
+        (numbers,) = (tmp_path / "figures").glob("relearning-ten*.csv")
+        lines = numbers.read_text().splitlines()
+        panel = "exact loss (nats per token)"
+        assert lines[1:] == [
+            *(f'{panel},"10s, relearned",{x},{y}' for x, y in ((0.0, 2.5), (20.0, 2.2), (40.0, 1.9))),
+            *(f"{panel},best constant answer,{x},2.3" for x in (0.0, 40.0)),
+            *(f"{panel},before the edit,{x},0.1" for x in (0.0, 40.0)),
+        ]
+
 
 class TestTables:
     made = table(

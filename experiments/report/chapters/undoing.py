@@ -64,7 +64,7 @@ def undoing_words(skill: str, undone: Undone) -> str:
         else "Nothing was repaired afterwards."
     )
     return (
-        f"{skill} was learned in steps {said.window}.{built} Undone by {said.act} (the weights moved by "
+        f"{skill} was learned in steps {said.window}.{built} What was done: {said.act} (the weights moved by "
         f"{decimal(undone.undone_norm)}). {repair} It took {decimal(undone.seconds, 0)} seconds."
     )
 
