@@ -32,7 +32,7 @@ TINY = CaseSettings(Effort(12, 1, 2, 4, 2, rates=(1.0,)), every=5)
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(columns, "BEGIN", 16)
-    monkeypatch.setattr(columns, "LAST", 48)
+    monkeypatch.setattr(columns, "LAST", 120)
     monkeypatch.setattr(columns, "BATCH", 64)
     monkeypatch.setattr(cases, "BATCH", 64)
 
@@ -54,7 +54,7 @@ def test_a_case_and_its_gold_model(tmp_path: Path) -> None:
     train(twin.task.module, twin.task.batch_loss, twin.training)
     gold = never_taught(place, case)
     torch.testing.assert_close(gold.theta, twin.task.space.read(twin.task.module), atol=1e-6, rtol=1e-5)
-    assert gold.passes == 3 * 48 * 64
+    assert gold.passes == 3 * 120 * 64
     # Up to the step at which differences enter both are one run: going back there is gold's own past.
     series, before = place.problem.select.split.series, case.build(0, True)
     assert before.task.batch_loss is not None
@@ -63,7 +63,7 @@ def test_a_case_and_its_gold_model(tmp_path: Path) -> None:
         series[series.steps.index(16)], before.task.space.read(before.task.module), atol=1e-6, rtol=1e-5
     )
     start, steps = undone(place, natural, "return to before the data", TINY)
-    assert start.setting == "16:48"
+    assert start.setting == "16:120"
     assert 0 <= steps <= 20
     # What every way does is kept, and read back.
     ways = (GOLD, "return to before the data", "GradDiff")

@@ -131,10 +131,11 @@ def test_repair_mends_the_other_table_of_an_own_task(planted: Run) -> None:
     assert removal.undone.repair_steps > 0
     assert removal.groups["other"] < removal.undone.forecast.falls["other"]
     assert removal.target_share == pytest.approx(1.0, abs=1e-5)
-    # Four answers, two of five items share one: the best constant answer knows their shares.
-    assert removal.returned.chance == pytest.approx(
-        -(0.4 * math.log(0.4) + 3 * 0.2 * math.log(0.2)), abs=0.02
-    )
+    # The best constant answer knows how often each answer is right, and no more.
+    answers = [int(x) % 4 for x in planted.task.splits.evaluate.inputs[:, 0] if x < 5]
+    shares = [answers.count(one) / len(answers) for one in range(4)]
+    assert removal.returned.chance == pytest.approx(-sum(p * math.log(p) for p in shares))
+    assert removal.returned.before == pytest.approx(math.log(1 + 3 * math.exp(-4.0)), abs=1e-6)
 
 
 def test_a_dry_run_says_what_will_fall_and_writes_nothing(planted: Run) -> None:
@@ -156,11 +157,13 @@ def test_groups_of_a_file_are_undone_and_repaired_where_their_labels_reach(
     (tmp_path / "exact.json").write_text(json.dumps({"mine": on_select + on_evaluate}))
     anything = ["--method", "rollback", "--target", "0", "--off", "9", "--kl", "9"]
     for file, words in (("rule", "repair and its choice"), ("exact", "there is no data to repair with")):
+        anything[-1:] = ["9", "--relearn", "2"] if file == "exact" else ["9"]
         found = invoke(planted, "--groups", str(tmp_path / f"{file}.json"), "--skill", "mine", *anything)
         assert found.exit_code == 0, found.output
         assert words in found.output
         (removal,) = load_record(RemovalFile, planted.directory.path / "edits/mine.result.json").removals
         assert removal.target_share == pytest.approx(1.0, abs=1e-3)
+    assert "relearning is not measured" in found.output
     found = invoke(planted, "--groups", str(tmp_path / "exact.json"), "--skill", "yours", *anything)
     assert "a skill must be one this run labels, got 'yours'" in str(found.exception)
 
@@ -171,6 +174,7 @@ def test_an_opened_folder_of_weights(tmp_path: Path) -> None:
     text = {"file": str(write_text(tmp_path / "text.jsonl")), "n_ctx": 16, "select_sequences": 10}
     text |= {"curvature_sequences": 6, "evaluate_sequences": 10, "scored_per_sequence": 8}
     given = {"task": "text", "threads": 1, "text": text, "checkpoints": {"directory": str(tmp_path / "out")}}
+    given["model"] = {"kind": "huggingface", "path": str(tmp_path / "out/checkpoint-20")}
     run = open_run(load_config("smoke", given), tmp_path / "run", lambda _: None)
     words = run.task.splits.select.features["token"]
     (tmp_path / "groups.json").write_text(json.dumps({"the": [bool(word == " The") for word in words]}))

@@ -88,7 +88,9 @@ def run_job(job: Job) -> RunRows:
         opened = open_case(case, case.build(job.seed, job.twin), recording, job.settings)
         return measure_case(opened, job.settings, job.seed, job.twin, seconds)
 
-    key = key_of(recording_key(job), job.settings, source_of(measure_module), case.truth, case.target, case.exempt)
+    key = key_of(
+        recording_key(job), job.settings, source_of(measure_module), case.truth, case.target, case.exempt
+    )
     return store.kept(f"{job.name}/rows.json", key, RunRows, measure)
 
 

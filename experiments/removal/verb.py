@@ -154,7 +154,7 @@ def _afterwards(
     if options.relearn and batch is not None:
         back = returned(judged, edit, batch, how, options.relearn, training_rate(run))
     elif options.relearn:
-        say("  relearning is not measured: only the held-out tokens are labelled, there is nothing to train on")
+        say("  relearning is not measured: only held-out tokens are labelled, there is nothing to train on")
     held = adapted(run, judged, edit, options.lora)[1] if options.lora else None
     return replace(removal, returned=back, adapter=held)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -16,10 +17,11 @@ import typer
 from experiments.application import say
 from experiments.config import RunConfig
 from experiments.config.sections import TrainingConfig
-from experiments.natural.case import Case, Natural, Recording
+from experiments.natural.case import Case, Natural
 from experiments.natural.cases import CASES
 from experiments.natural.columns import BATCH
-from experiments.natural.kept import kept_recording, recording_key
+from experiments.natural.kept import Job, recording_key, recording_of
+from experiments.natural.measure import MeasureSettings
 from experiments.removal.undo.methods import GOLD, METHODS, Clock, Start
 from experiments.removal.undo.place import Effort, Place
 from experiments.removal.undo.remove import repair_steps
@@ -67,8 +69,8 @@ def run_of(case: Case, seed: int, out: Path) -> tuple[Run, Natural]:
         seed: of the run.
         out: folder that runs are kept in.
     """
-    natural, name = case.build(seed, False), f"{case.name}/case-{seed}"
-    recording: Recording = kept_recording(RunDirectory(out), case, name, seed, False)
+    natural, recording = case.build(seed, False), recording_of(case.name, False, seed, out)
+    made = recording_key(Job(case.name, False, seed, out, MeasureSettings()))
     t, task = natural.training, natural.task
     config = RunConfig(
         seed=seed,
@@ -84,7 +86,7 @@ def run_of(case: Case, seed: int, out: Path) -> tuple[Run, Natural]:
     )
     task = replace(task, open_checkpoints=lambda: recording.series(task.space))
     directory = RunDirectory(out / case.name / f"removal-{seed}")
-    return Run(directory, config, task, task.objective(config), say, recording_key(case, name)), natural
+    return Run(directory, config, task, task.objective(config), say, made), natural
 
 
 def never_taught(place: Place, case: Case) -> Start:
@@ -147,7 +149,7 @@ def case_rows(
     for way in ways:
         name = f"removal-cases/{''.join(c if c.isalnum() else '-' for c in way)}.json"
         key = run.key_for(name, VERSION, settings)
-        found.append(run.directory.kept(name, key, Row, lambda way=way: row(way), run.objective.passes))
+        found.append(run.directory.kept(name, key, Row, partial(row, way), run.objective.passes))
         say(f"  {case.name} seed {seed} {way:<30} loss {found[-1].target_loss:.2f}")
     return found
 

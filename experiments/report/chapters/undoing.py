@@ -78,6 +78,6 @@ def forecast_table(skill: str, said: Forecast, fell: dict[str, float | None], ta
     )
     known = {name: value for name, value in said.falls.items() if math.isfinite(value)}
     order = sorted(known, key=lambda name: -known[name])
-    rows = [[skill, share_cell(said.share), share_cell(target_share)]]
+    rows: list[list[Cell | str]] = [[skill, share_cell(said.share), share_cell(target_share)]]
     rows += [[name, share_cell(known[name]), share_cell(fell.get(name))] for name in order]
-    return table(columns, [[Cell(str(first)), *rest] for first, *rest in rows])
+    return table(columns, rows)
