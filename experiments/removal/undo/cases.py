@@ -22,7 +22,7 @@ from experiments.natural.cases import CASES
 from experiments.natural.columns import BATCH
 from experiments.natural.kept import Job, recording_key, recording_of
 from experiments.natural.measure import MeasureSettings
-from experiments.removal.undo.methods import GOLD, METHODS, Clock, Start
+from experiments.removal.undo.methods import GOLD, METHODS, SETTINGS, Clock, Start, fitted
 from experiments.removal.undo.place import Effort, Place
 from experiments.removal.undo.remove import repair_steps
 from experiments.removal.undo.rows import Row, measured
@@ -35,6 +35,7 @@ from experiments.run.run import Run
 from experiments.run.store import RunDirectory
 from experiments.study.results import publish, show
 from interventions.discovery.windows import Window
+from interventions.removal.optimise import FitSettings
 from interventions.removal.remove import remove_skill
 from interventions.removal.undo import Undo, repaired
 
@@ -48,6 +49,8 @@ UNDONE: Mapping[str, tuple[str, bool]] = {
     "return to before the data": ("return", True),
 }
 RIVALS = ("GradDiff", "NPO", "gradient ascent")
+#: Training's rate in the demo, for which the study's settings of rivals were written.
+DEMO_RATE = 2.5e-4
 WAYS = (GOLD, "untouched", *UNDONE, *RIVALS)
 #: Gap to gold's relearning curve that counts as reached.
 GOAL = 0.2
@@ -117,9 +120,14 @@ def undone(place: Place, natural: Natural, way: str, settings: CaseSettings) -> 
     return Start(theta, words, (), found.passes, found.undone.seconds, True), found.undone.repair_steps
 
 
+def rival_settings(way: str, rate: float) -> list[FitSettings]:
+    """The study's four settings, their rates the same multiples of training's."""
+    return [replace(s, learning_rate=s.learning_rate * rate / DEMO_RATE) for s in SETTINGS[way]]
+
+
 def pushed(place: Place, way: str, settings: CaseSettings) -> tuple[Start, int]:
     """A rival, four settings compared by the study's probe, repaired as undoing is."""
-    start = METHODS[way](place, {})
+    start = fitted(way, rival_settings(way, place.rate))(place, {})
     clock, steps = Clock.on(place), repair_steps(place.run)
     problem = replace(place.problem, batch=place.draws("repair"))
     found = repaired(problem, start.theta, place.repair_settings(steps), every=settings.every)
@@ -148,7 +156,8 @@ def case_rows(
     found = []
     for way in ways:
         name = f"removal-cases/{''.join(c if c.isalnum() else '-' for c in way)}.json"
-        key = run.key_for(name, VERSION, settings)
+        own = [rival_settings(way, place.rate)] if way in RIVALS else []
+        key = run.key_for(name, VERSION, settings, *own)
         found.append(run.directory.kept(name, key, Row, partial(row, way), run.objective.passes))
         say(f"  {case.name} seed {seed} {way:<30} loss {found[-1].target_loss:.2f}")
     return found

@@ -175,13 +175,13 @@ def _iterative(name: str, place: Place) -> Iterative:
     return lambda problem, setting, steps: constrained(problem, span, setting, steps)
 
 
-def fitted(name: str) -> Method:
-    """Four settings with half the steps each; the best one after a probe."""
+def fitted(name: str, settings: Sequence[FitSettings] = ()) -> Method:
+    """Four settings (the study's by default) with half the steps each; the best one after a probe."""
 
     def method(place: Place, starts: Mapping[str, Start]) -> Start:
         clock, problem, run = Clock.on(place), place.problem, _iterative(name, place)
-        steps = max(1, place.effort.fit_steps // 2)
-        found = [(_words(s), problem.theta + run(problem, s, steps).delta) for s in SETTINGS[name]]
+        steps, wanted = max(1, place.effort.fit_steps // 2), settings or SETTINGS[name]
+        found = [(_words(s), problem.theta + run(problem, s, steps).delta) for s in wanted]
         return _best(place, clock, found)
 
     return method
