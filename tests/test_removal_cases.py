@@ -85,11 +85,12 @@ def test_what_counts_as_reached() -> None:
         row("return and repair", (4.7, 4.0, 2.0)),
         row("NPO", (9.0, 2.0, 0.5)),
     ]
-    assert [reached(r) for r in with_gold(rows)] == [None, True, False, False]
+    assert [reached(r) for r in with_gold(rows)] == [None, (True, True), (False, True), (True, False)]
     # One fixed answer: the best constant answer is the skill itself, and says nothing about ignorance.
     fixed = with_gold([replace(r, chance=0.0) for r in rows])
     assert [r.gap_to_ignorance for r in fixed] == [None] * 4
     assert [r.half_steps for r in fixed] == [None] * 4
     lines = [line.split(" | ") for line in case_table({"backdoor": fixed}).markdown().splitlines()[2:]]
     assert [line[1] for line in lines] == [GOLD, "return and repair", "rollback and repair", "NPO"]
-    assert [line[-1].strip(" |") for line in lines] == ["-", "0/1", "1/1", "0/1"]
+    assert [line[-1].strip(" |") for line in lines] == ["-", "1/1", "1/1", "0/1"]
+    assert [line[-2] for line in lines] == ["-", "0/1", "1/1", "1/1"]
