@@ -19,12 +19,12 @@ from interventions.blocking import Hold
 from interventions.discovery.timeline import Timeline
 from interventions.discovery.windows import Window
 from interventions.edits import Edit, Movement, composed, from_delta, rollback
+from interventions.removal.forecast import Forecast
 from interventions.removal.grouped import Shares
 from interventions.removal.measures import relearn
 from interventions.removal.problem import Limits, RemovalProblem, score
 from interventions.removal.tuning import label_loss, masked_batches, tuned
 from interventions.removal.windows import (
-    Forecast,
     begun_earlier,
     candidate_windows,
     forecast,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from interventions.discovery.timeline import LEAST, Timeline, TimelineSettings, causal_timeline
 from interventions.discovery.windows import Window, proposed_windows
 from interventions.edits import Edit, Movement, composed, rollback
+from interventions.removal.forecast import Forecast
 from interventions.removal.grouped import GroupedSplit
 from interventions.removal.spans import leading_rows
 from polca_edit.checkpoints.series import Checkpoints
@@ -25,66 +26,6 @@ FALLS = {"own": (0.9, 0.15), "wide": (0.98, 0.05)}
 EARLIER = 0.5
 #: Sequences on which curves and falls are measured, at most.
 SEQUENCES = 100
-#: A group that is predicted to lose this share of its headroom falls with the skill.
-FALLING = 0.1
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """What the timeline says about removing a skill by undoing, before anything is trained.
-
-    Attributes:
-        skill: what is to be removed.
-        window: steps in which it was learned.
-        share: of the skill's own headroom lost when the windows are undone in the final model.
-        falls: other group -> share of its headroom lost with it, before any repair.
-        descendants: groups learned later that fall with its window and not the other way round.
-        fraction: share of training that came after the first window's start.
-        windows: that will be undone; empty while they are still to be compared: ``window`` stands for them.
-        method: ``rollback`` or ``return``.
-        rank: directions along which movement is undone; 0 for all of it.
-    """
-
-    skill: str
-    window: Window
-    share: float
-    falls: Mapping[str, float]
-    descendants: tuple[str, ...]
-    fraction: float
-    windows: tuple[Window, ...] = ()
-    method: str = "rollback"
-    rank: int = 0
-
-    @property
-    def act(self) -> str:
-        """What is done to the final model, in words."""
-        windows = self.windows or (self.window,)
-        if self.method == "return":
-            return f"going back to step {min(window.start for window in windows)}"
-        along = "" if not self.rank else f" along {self.rank} direction{'s' if self.rank > 1 else ''}"
-        return f"undoing steps {', '.join(map(str, windows))}{along}"
-
-    def sentences(self) -> tuple[str, ...]:
-        """What will happen, in words."""
-        lost = {name: value for name, value in self.falls.items() if value >= FALLING}
-        named = ", ".join(f"{name} {value:.0%}" for name, value in sorted(lost.items(), key=lambda e: -e[1]))
-        # More than all of it would be worse than before training; by how much says nothing.
-        taken = min(self.share, 1.0)
-        begins = (
-            f"{self.skill} was learned in steps {self.window}; {self.act} takes {taken:.0%} of it"
-            f"{f' and with it, before repair: {named}' if named else ' and no other group'}"
-        )
-        since = "that step" if self.method == "return" else "they began"
-        after = (
-            f"{self.fraction:.0%} of training came after {since}; "
-            "that much retraining is the most a repair can need"
-        )
-        built = (
-            (f"{', '.join(self.descendants)} built on {self.skill} and must be taught again",)
-            if self.descendants
-            else ()
-        )
-        return (begins, *built, after)
 
 
 def group_masks(select: GroupedSplit) -> dict[str, Bool[Tensor, " M"]]:

@@ -33,7 +33,8 @@ from experiments.report.formats import decimal, share
 from experiments.report.tables import Column, Table, table
 from experiments.run.run import Run
 from experiments.run.store import RunDirectory
-from experiments.study.results import publish, show
+from experiments.study.results import publish, show, to_terminal
+from experiments.verbs.options import Result
 from interventions.discovery.windows import Window
 from interventions.removal.optimise import FitSettings
 from interventions.removal.remove import remove_skill
@@ -220,7 +221,7 @@ def removal_cases(
     out: Annotated[Path, typer.Option(help="Where runs are kept; finished ones are read back.")] = Path(
         "runs/validate"
     ),
-    json_: Annotated[Path | None, typer.Option("--json", help="Result file, tables beside it.")] = None,
+    json_: Result = None,
 ) -> None:
     """Take a late skill and a backdoor out; the yardstick is the same training without their data.
 
@@ -233,7 +234,8 @@ def removal_cases(
             [row for seed in range(seeds) for row in case_rows(CASES[name], seed, out, settings)]
         )
     made = case_table(rows)
-    show([made])
+    if not to_terminal(json_):
+        show([made])
     contents = {"settings": settings, "version": VERSION, "goal": GOAL, "rows": rows}
     first = run_of(CASES[next(iter(rows))], 0, out)[0].config
     publish(json_, "removal-cases/1", first, list(range(seeds)), contents, [made])

@@ -11,7 +11,7 @@ from experiments.report.figures.undo import RETURN_CAPTION, Returned, return_fig
 from experiments.report.formats import decimal, listed, share
 from experiments.report.style import Drawing
 from experiments.report.tables import Cell, Column, Table, table
-from interventions.removal.windows import Forecast
+from interventions.removal.forecast import Forecast
 
 
 @dataclass(frozen=True)
