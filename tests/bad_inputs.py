@@ -108,7 +108,7 @@ TABLE: list[tuple[str, int, str]] = [
     ("test {gone}", 1, "must be a run directory"),
     ("test {run} --basis nope", 1, "--basis must be one of"),
     ("test {run} --window a:b", 1, "two steps START:END, got 'a:b'"),
-    ("test {run} --window 7:30 --unseen 0", 1, "recorded steps, 7 is not"),
+    ("test {run} --window 7:30 --unseen 0", 1, "recorded steps, .7. are not; the nearest are .6."),
     ("test {run} --draws 3", 1, "random_draws must be at least 19"),
     ("test {run} --rotations 2", 2, "Invalid value for '--rotations'"),
     ("test {run} {gone}", 1, "needs a folder of its own; pass --out"),

@@ -178,3 +178,23 @@ def test_a_model_in_which_nothing_is_watched_gets_explicit_gradients() -> None:
     _, slopes = loss.directional(theta, torch.eye(3, dtype=torch.float64), held)
     # d/dw (w - 2)^2 = 2 (w - 2), of one's own slot.
     assert torch.allclose(slopes, torch.diag(2 * (theta - 2.0)).repeat(1, 2))
+
+
+def test_a_derivative_of_zero_at_the_check_is_no_sign_that_nothing_is_missed() -> None:
+    class Cubed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.own = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+            self.unused = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return inputs @ self.own**3
+
+    loss = Objective(Cubed(), lambda m, x: m(x)[:, None], route="adjoint")
+    held = TokenSet(torch.eye(2, dtype=torch.float64), torch.ones(2, 1, dtype=torch.bool), torch.arange(2))
+    rows = torch.eye(5, dtype=torch.float64)
+    assert not loss.directional(torch.zeros(5, dtype=torch.float64), rows, held)[1].any()
+    theta = torch.tensor([1.0, 2.0, 0.0, 0.0, 0.0], dtype=torch.float64)
+    expected = torch.zeros(5, 2, dtype=torch.float64)
+    expected[0, 0], expected[1, 1] = 3.0, 12.0
+    assert torch.allclose(loss.directional(theta, rows, held)[1], expected)

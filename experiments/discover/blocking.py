@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -120,6 +120,7 @@ class BlockedRow:
         negligible: whether the delay is shown to be within a tenth of the run.
         others_equivalent: whether other groups end within the margin.
         held: whether the directions stayed still.
+        above: other group -> final loss above the free arm's, mean over branches, nats.
     """
 
     arm: str
@@ -132,6 +133,7 @@ class BlockedRow:
     negligible: bool
     others_equivalent: bool
     held: bool
+    above: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -311,6 +313,7 @@ def compared(
                     found.within_margin,
                     found.others_equivalent,
                     found.held,
+                    {name: _above(own, free, name) for name in others},
                 )
             )
     steps = {t: [_half(curves[f"{FREE} from 0", b], None, t) for b in branches] for t in settings.targets}
@@ -321,6 +324,12 @@ def compared(
         {t: float(np.std(values, ddof=1)) for t, values in known.items() if len(values) > 1},
         settings,
     )
+
+
+def _above(own: Sequence[Curve], free: Sequence[Curve], group: str) -> float:
+    """Final loss of a group above the free arm's of the same branch, mean over branches, nats."""
+    pairs = zip(own, free, strict=True)
+    return float(np.mean([arm.losses[group][-1] - base.losses[group][-1] for arm, base in pairs]))
 
 
 def _scaled(interval: Interval, factor: float) -> Interval:

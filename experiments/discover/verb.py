@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -23,8 +24,6 @@ from experiments.verbs.options import (
 )
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from experiments.discover.records import AxisRow, DiscoverSettings
     from experiments.run.run import Run
 
@@ -169,8 +168,9 @@ def blocking(
     """
     from experiments.discover.blocking import BlockingSettings, blocking_study
     from experiments.discover.targets import require_target
-    from experiments.report.chapters.discovery import print_blocking
+    from experiments.report.chapters.discovery import blocking_table, print_blocking
     from experiments.run.run import load_run
+    from experiments.study.results import publish
     from experiments.verbs.guard import existing
 
     run = load_run(directory, say)
@@ -180,7 +180,9 @@ def blocking(
         require_target(run, name)
     with existing(directory):
         result = blocking_study(run, settings, workers=workers or (os.cpu_count() or 1))
-    if not json_result(result, json_):
+    if json_ is not None:
+        publish(Path(json_), "blocking/1", run.config, [run.config.seed], result, [blocking_table(result)])
+    if json_ != "-":
         print_blocking(result, console)
     say(f"Result: {directory / 'blocking.json'}")
     then("report", directory)

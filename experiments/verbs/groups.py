@@ -58,14 +58,14 @@ def _require_usable(
                 f"group '{name}' must have {select} values (select tokens) or {both} (select, then "
                 f"evaluate), got {len(mask)}; tokens.parquet lists the select tokens"
             )
+        if name in labels:
+            raise ValueError(f"group '{name}' is a label of this run already; give it another name")
         if not mask[:select].any() or mask[:select].all():
             held = "none" if not mask[:select].any() else "every one"
             raise ValueError(
                 f"group '{name}' must hold some of the {select} select tokens and leave some out, it holds "
                 f"{held}; correct its mask"
             )
-        if name in labels:
-            raise ValueError(f"group '{name}' is a label of this run already; give it another name")
 
 
 def with_groups(run: Run, file: Path | str | None, say: Say = lambda _: None) -> Run:

@@ -282,7 +282,8 @@ class AdjointRoute:
         total: Tensor | None = None
         for _, share in shares:
             total = share if total is None else total.add_(share)
-        assert total is not None
+        if total is None:  # the losses depend on no parameter
+            total = losses.new_zeros(*losses.shape, len(next(iter(rows.values()))))
         return losses, total
 
     def prepare(self, values: Mapping[str, Tensor], inputs: Tensor, slots: Int[Tensor, "B R"]) -> None:
@@ -340,8 +341,9 @@ class AdjointRoute:
             for name, value in values.items()
         }
         _, shares = self._shares(values, rows, inputs, slots)
-        found = dict.fromkeys(values, 0.0)
+        found, watched = dict.fromkeys(values, 0.0), set()
         for name, share in shares:
+            watched.add(name)
             found[name] += float((share[..., 0].double() * random.double()).sum())
         # <v, g> of a random v has the size of |g|; noise below a thousandth of the whole is no disagreement.
         wanted, size = {}, {}
@@ -352,4 +354,12 @@ class AdjointRoute:
             size[name] = 0.0 if gradient is None else float(gradient.double().norm())
         whole = sum(s * s for s in size.values()) ** 0.5
         tolerance = 1e-3 if random.dtype != torch.float64 else 1e-8
-        return {n for n in values if abs(found[n] - wanted[n]) > tolerance * (size[n] + 1e-2 * whole)}
+        # A derivative of zero here agrees with not being watched at all, and need not be zero elsewhere.
+        unwatched = {
+            name
+            for name, gradient in zip(values, pulled, strict=True)
+            if gradient is not None and name not in watched
+        }
+        return unwatched | {
+            n for n in values if abs(found[n] - wanted[n]) > tolerance * (size[n] + 1e-2 * whole)
+        }

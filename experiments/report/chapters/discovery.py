@@ -223,12 +223,19 @@ def print_discovery(result: DiscoverResult, console: Console) -> None:
         print_axes(result.axes, console)
 
 
-def print_blocking(study: BlockedStudy, console: Console) -> None:
+def _worst_above(above: Mapping[str, float]) -> str:
+    if not above:
+        return MISSING
+    worst = max(above, key=lambda name: above[name])
+    return f"{worst} {decimal(above[worst])}"
+
+
+def blocking_table(study: BlockedStudy) -> Table:
     """One line per arm and target: delay and final gap beyond shams, with intervals over branches."""
     columns: list[Column | str] = [
         Column("held", left=True), Column("skill", left=True), "directions", "of net movement", "learned in",
         Column("later than free, beyond shams (steps)", left=True), Column("final gap (nats)", left=True),
-        "no later", "others alike",
+        "no later", Column("worst other, above free", left=True),
     ]  # fmt: skip
     cells: list[list[Cell | str]] = [
         [
@@ -240,11 +247,16 @@ def print_blocking(study: BlockedStudy, console: Console) -> None:
             f"{decimal(row.delay.estimate, 0)} [{decimal(row.delay.low, 0)}, {decimal(row.delay.high, 0)}]",
             f"{decimal(row.gap.estimate)} [{decimal(row.gap.low)}, {decimal(row.gap.high)}]",
             "yes" if row.negligible else "no",
-            "yes" if row.others_equivalent else "no",
+            _worst_above(row.above),
         ]
         for row in study.rows
     ]
-    console.print(table(columns, cells, title="Blocking").terminal())
+    return table(columns, cells, title="Training again with directions held still")
+
+
+def print_blocking(study: BlockedStudy, console: Console) -> None:
+    """The table, and when free arms learn."""
+    console.print(blocking_table(study).terminal())
     for target, found in study.free.items():
         console.print(
             f"  free arms: {target} half learned at step {found.estimate:.0f} "
