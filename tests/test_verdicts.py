@@ -157,3 +157,8 @@ def test_a_control_that_cannot_be_planted_leaves_the_table(smoke_copy: Path, mon
     [control] = result.controls
     assert (control.planted, control.passed) == ("missed", False)
     assert control.sentence == "the rule was not learned"
+
+
+def test_a_log_gets_a_line_now_and_then_and_not_for_every_step(smoke_copy: Path, capfd) -> None:
+    run_study([smoke_copy], ONE, say=lambda _: None)
+    assert " gone" not in capfd.readouterr().err

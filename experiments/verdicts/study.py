@@ -211,8 +211,10 @@ def measure_basis(place: Path, label: str, settings: StudySettings) -> KeptEvide
         ):
 
             def told(name: str, done: int, total: int) -> None:
-                bar.total, bar.n = total, done
-                bar.set_postfix_str(name)
+                bar.total = total
+                bar.set_postfix_str(name, refresh=False)
+                # Draws only when it is due; setting n and refreshing writes a line for every step into a log.
+                bar.update(done - bar.n)
 
             found = measure_run(
                 replace(split_of(run, tokens, settings.window), matrix=matrix),
