@@ -104,6 +104,52 @@ def _with_spectrum(moved: Tensor, space: ParameterSpace, generator: torch.Genera
     return torch.cat(pieces)
 
 
+def carrying_frame(
+    rows: Float[Tensor, "r N"], movement: Float[Tensor, " N"], generator: torch.Generator
+) -> Float[Tensor, "r N"]:
+    """Random orthonormal directions outside a span along which a movement has the coordinates it has inside.
+
+    A direction drawn in weight space carries next to nothing of training, so that holding it still says
+    little. These carry as much of the movement as the directions they stand for, row by row, and share
+    none of them. Where more than half of the squared movement lies in the span, what is left outside
+    cannot carry as much; they carry all of it then.
+
+    Args:
+        rows: (r, N) orthonormal: what the frame is matched to.
+        movement: of the whole training, or of a window.
+        generator: of the draws.
+
+    Raises:
+        ValueError: for a span that leaves no room for as many directions beside it.
+
+    >>> import torch
+    >>> rows, movement = torch.eye(6)[:2], torch.tensor([3.0, 4.0, 9.0, 9.0, 9.0, 9.0])
+    >>> frame = carrying_frame(rows, movement, torch.Generator().manual_seed(0))
+    >>> [round(float(x), 4) for x in frame @ movement]
+    [3.0, 4.0]
+    """
+    rank, size = rows.shape
+    if size < 2 * rank + 1:
+        raise ValueError(
+            f"a frame beside {rank} directions needs at least {2 * rank + 1} weights, got {size}; "
+            "hold fewer directions"
+        )
+    exact = rows.double()
+    inside = exact @ movement.double()
+    outside = movement.double() - inside @ exact
+    moved, left = float(inside.norm()), float(outside.norm())
+    drawn = torch.randn(rank, size, generator=generator, dtype=torch.float64)
+    beside = torch.cat([exact, outside[None]]) if left > 0 else exact
+    frame = orthonormalise(torch.cat([beside, drawn]))[-rank:]
+    if moved == 0 or left == 0:
+        return frame.to(rows)
+    # The frame's own direction of the wanted coordinates is tilted towards the movement outside the span.
+    wanted, cosine = inside / moved, min(1.0, moved / left)
+    own = wanted @ frame
+    tilted = cosine * outside / left + (1 - cosine**2) ** 0.5 * own
+    return (frame + torch.outer(wanted, tilted - own)).to(rows)
+
+
 def random_frame(count: int, rank: int, generator: torch.Generator) -> Float[Tensor, "r K"]:
     """Orthonormal rows of coefficients: a uniformly random ``rank``-dimensional part of a span.
 

@@ -56,6 +56,23 @@ def test_own_movement_of_a_random_part(net) -> None:
         controls.random_frame(6, 3, g)
 
 
+def test_directions_beside_a_span_carry_as_much_of_a_movement() -> None:
+    g = torch.Generator().manual_seed(4)
+    rows = orthonormalise(torch.randn(3, 40, generator=g, dtype=torch.float64))
+    movement = 2 * rows[0] - rows[1] + 10 * torch.randn(40, generator=g, dtype=torch.float64)
+    movement -= (rows @ movement - torch.tensor([2.0, -1.0, 0.0])) @ rows
+    frame = controls.carrying_frame(rows, movement, g)
+    torch.testing.assert_close(frame @ frame.T, torch.eye(3, dtype=torch.float64))
+    torch.testing.assert_close(frame @ movement, torch.tensor([2.0, -1.0, 0.0], dtype=torch.float64))
+    torch.testing.assert_close(frame @ rows.T, torch.zeros(3, 3, dtype=torch.float64))
+    # A movement that lies almost wholly inside: the frame takes all that is left outside.
+    inside = 3 * rows[0] + 0.1 * frame[0]
+    least = controls.carrying_frame(rows, inside, g)
+    assert float((least @ inside).norm()) == pytest.approx(0.1)
+    with pytest.raises(ValueError, match="at least 7 weights, got 6"):
+        controls.carrying_frame(rows[:, :6], movement[:6], g)
+
+
 def test_a_damage_is_matched_by_bisection_or_refused() -> None:
     dose = controls.scale_to_damage(lambda s: 2 * s**2, 5.0)
     assert 2 * dose**2 == pytest.approx(5.0, rel=0.01)

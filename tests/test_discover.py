@@ -12,6 +12,7 @@ import torch
 
 from experiments.config import load_config
 from experiments.discover.axes import axis_basis, measure_span
+from experiments.discover.blocking import BlockingSettings, arm_plans, held_rows
 from experiments.discover.discover import discover
 from experiments.discover.records import (
     AxisRow,
@@ -35,6 +36,7 @@ from experiments.run.keys import discovery_stages, signature_names, stage_names
 from experiments.run.run import Run, open_run
 from experiments.run.run_record import read_run_record
 from experiments.tasks.arithmetic import token_set
+from experiments.verbs.targets import cluster_groups
 from experiments.verdicts.choose import split_of, unseen_tokens
 from interventions.discovery.axes import AxisSettings
 from interventions.discovery.search import SearchSettings
@@ -172,6 +174,39 @@ def test_a_second_call_measures_nothing_again(run, result):
     assert run.objective.passes.forward == before
     assert (run.directory.path / "kept" / "discover" / "axes-hessian.safetensors").stat().st_mtime_ns == kept
     assert again.axes == result.axes
+
+
+def test_shams_of_blocking_move_as_far_as_what_they_stand_for(run, result):
+    target = result.axes[0].target
+    settings = BlockingSettings("hessian", (target,), begin="start")
+    plans = {plan.name: plan for plan in arm_plans(run, settings)}
+    assert set(plans) == {"free", f"axis {target}", f"sham axis {target}", f"matched axis {target}"} | {
+        "span",
+        "matched span",
+    }
+    moved = run.checkpoints()[-1] - run.checkpoints()[0].clone()
+    for name in (f"axis {target}", "span"):
+        own = held_rows(run, settings, plans[name], 0)
+        sham = held_rows(run, settings, plans[f"matched {name}"], 1)
+        torch.testing.assert_close(sham @ sham.T, torch.eye(len(own)), atol=1e-4, rtol=0)
+        assert float((sham @ own.T).abs().max()) < 1e-4
+        assert float((sham @ moved).norm()) == pytest.approx(float((own @ moved).norm()), rel=1e-3)
+    later = [plan for plan in arm_plans(run, replace(settings, begin="window")) if plan.start > 0]
+    assert all(plan.target == target for plan in later)
+    with pytest.raises(ValueError, match="--begin must be one of"):
+        arm_plans(run, replace(settings, begin="never"))
+
+
+def test_a_found_cluster_is_a_target_of_removal(run):
+    name = next(iter(load_found(run, "hessian+trajectory").clusters))
+    rule = cluster_groups(run, f"found {name}")
+    groups = rule.assign(run.task.splits.select)
+    members = load_found(run, "hessian+trajectory").clusters[name]
+    hit = float((groups == 0)[members].double().mean())
+    assert rule.names[0] == f"found {name}"
+    assert hit > 0.6
+    with pytest.raises(ValueError, match=r"must be one of .*found"):
+        cluster_groups(run, "found 999")
 
 
 def test_targets_of_one_size_share_null_sets_and_parts_of_a_digit_have_their_own(run):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -34,14 +34,15 @@ from interventions.blocking import (
     run_arm,
 )
 from interventions.causal.statistics import Interval, t_interval
-from interventions.controls import random_frame
+from interventions.controls import carrying_frame, random_frame
 from interventions.discovery.windows import reached
 from polca_edit.artifacts import load_record, save_record
-from polca_edit.basis.record import Basis, random_basis
+from polca_edit.basis.record import Basis
 from polca_edit.checkpoints.files import SeriesFolder
 from polca_edit.seeds import generator_for
 
 FREE = "free"
+BEGINNINGS = ("start", "window", "both")
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class BlockingSettings:
         every: steps between measurements.
         sequences: select sequences on which losses are measured.
         margin: equivalence margin for the final loss of other groups, nats.
+        begin: ``start`` of training, ``window`` (from just before the skill's), or ``both``.
     """
 
     basis: str
@@ -63,6 +65,7 @@ class BlockingSettings:
     every: int = 12
     sequences: int = 100
     margin: float = 0.05
+    begin: str = "both"
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class ArmPlan:
     """One arm.
 
     Attributes:
-        name: ``free``, ``axis 10s``, ``axes``, ``span``, ``sham axis 10s`` ...
+        name: ``free``, ``axis 10s``, ``axes``, ``span``, ``sham axis 10s``, ``matched span`` ...
         start: step from which directions are held.
         stop: last step.
         target: skill it is about; None for all.
@@ -115,8 +118,8 @@ class BlockedRow:
         rank: directions held.
         carried: share of the free run's squared net movement that they hold.
         learned: branches in which the skill was half learned by the end.
-        delay: later half-fall than the free arm, beyond shams, steps.
-        gap: final loss above the free arm's, beyond shams, nats.
+        delay: later half-fall than the free arm, beyond shams, steps; a sham's own is beyond nothing.
+        gap: final loss above the free arm's, beyond shams, nats; likewise.
         negligible: whether the delay is shown to be within a tenth of the run.
         others_equivalent: whether other groups end within the margin.
         held: whether the directions stayed still.
@@ -154,15 +157,24 @@ class BlockedStudy:
 
 
 def arm_plans(run: Run, settings: BlockingSettings) -> list[ArmPlan]:
-    """Every arm of the study, free arms first."""
+    """Every arm of the study, free arms first.
+
+    Raises:
+        ValueError: for a beginning that there is not.
+    """
+    if settings.begin not in BEGINNINGS:
+        raise ValueError(f"--begin must be one of {', '.join(BEGINNINGS)}, got '{settings.begin}'")
     last = run.config.training.steps
     plans = [ArmPlan(FREE, 0, last)]
     for target in settings.targets:
-        axis = f"axis {target}"
-        plans += [ArmPlan(axis, 0, last, target), ArmPlan(f"sham {axis}", 0, last, target, axis)]
+        plans += _with_shams(ArmPlan(f"axis {target}", 0, last, target))
     # One target's axes together are its axis.
     for name in ("axes", "span") if len(settings.targets) > 1 else ("span",):
-        plans += [ArmPlan(name, 0, last), ArmPlan(f"sham {name}", 0, last, None, name)]
+        plans += _with_shams(ArmPlan(name, 0, last))
+    if settings.begin == "start":
+        return plans
+    if settings.begin == "window":
+        plans = plans[:1]
     windows = load_timeline(run).proposed
     states = SeriesFolder(run.directory.checkpoints).state_steps()
     for target in settings.targets:
@@ -171,10 +183,16 @@ def arm_plans(run: Run, settings: BlockingSettings) -> list[ArmPlan]:
         window = windows[target]
         start = max(s for s in states if s <= window.start)
         stop = min(last, 2 * window.end - start)
-        names = (FREE, f"axis {target}", "span")
-        plans += [ArmPlan(name, start, stop, target) for name in names]
-        plans += [ArmPlan(f"sham {name}", start, stop, target, name) for name in names[1:]]
+        plans.append(ArmPlan(FREE, start, stop, target))
+        for name in (f"axis {target}", "span"):
+            plans += _with_shams(ArmPlan(name, start, stop, target))
     return list(dict.fromkeys(plans))
+
+
+def _with_shams(plan: ArmPlan) -> list[ArmPlan]:
+    """An arm, then its shams; no other directions of a span are left where all of it is held."""
+    kinds = ("matched",) if plan.name == "span" else ("sham", "matched")
+    return [plan, *(replace(plan, name=f"{kind} {plan.name}", sham_of=plan.name) for kind in kinds)]
 
 
 def held_rows(run: Run, settings: BlockingSettings, plan: ArmPlan, branch: int) -> Tensor | None:
@@ -196,10 +214,17 @@ def held_rows(run: Run, settings: BlockingSettings, plan: ArmPlan, branch: int) 
         whole: Tensor = own[plan.name].contiguous()
         return whole
     generator = generator_for(run.config.seed, "blocking", plan.name, plan.start, branch)
-    rank = len(own[plan.sham_of])
-    if plan.sham_of == "span":
-        return random_basis(basis.rows.shape[1], rank, generator, dtype=basis.rows.dtype).rows
-    return (random_frame(len(basis), rank, generator).to(basis.rows) @ basis.rows).contiguous()
+    held = own[plan.sham_of]
+    if plan.name.startswith("matched"):
+        return carrying_frame(held, _movement(run), generator).contiguous()
+    return (random_frame(len(basis), len(held), generator).to(basis.rows) @ basis.rows).contiguous()
+
+
+def _movement(run: Run) -> Tensor:
+    """From the first recorded weights to the last."""
+    series = run.checkpoints()
+    first = series[0].clone()
+    return series[-1] - first
 
 
 def run_one(
@@ -284,12 +309,12 @@ def blocking_study(run: Run, settings: BlockingSettings, *, workers: int = 1) ->
 def compared(
     run: Run, settings: BlockingSettings, plans: Sequence[ArmPlan], curves: Mapping[tuple[str, int], Curve]
 ) -> BlockedStudy:
-    """Rows of every arm that is neither free nor a sham."""
+    """Rows of every arm that is not free; shams stand beside what they are shams of."""
     branches = range(settings.branches)
-    moved = run.checkpoints()[-1] - run.checkpoints()[0]
+    moved = _movement(run)
     rows = []
     for plan in plans:
-        if plan.name == FREE or plan.sham_of is not None:
+        if plan.name == FREE:
             continue
         place = plan.name, plan.start, plan.target
         shams = [p for p in plans if (p.sham_of, p.start, p.target) == place]

@@ -159,6 +159,9 @@ def blocking(
     target: Annotated[list[str], typer.Option(help="Skill whose axis is held still; repeat.")],
     basis: Annotated[str, typer.Option(help="Span of the axes.")] = "hessian",
     branches: Annotated[int, typer.Option(help="Data orders; every arm is trained on each.")] = 10,
+    begin: Annotated[
+        str, typer.Option(help="Held from the start, from just before the skill's window, or both.")
+    ] = "both",
     workers: Workers = None,
     json_: Json = None,
 ) -> None:
@@ -174,14 +177,14 @@ def blocking(
     from experiments.verbs.guard import existing
 
     run = load_run(directory, say)
-    settings = BlockingSettings(basis, tuple(dict.fromkeys(target)), branches)
+    settings = BlockingSettings(basis, tuple(dict.fromkeys(target)), branches, begin=begin)
     run.require_bases([basis])
     for name in settings.targets:
         require_target(run, name)
     with existing(directory):
         result = blocking_study(run, settings, workers=workers or (os.cpu_count() or 1))
     if json_ is not None:
-        publish(Path(json_), "blocking/1", run.config, [run.config.seed], result, [blocking_table(result)])
+        publish(Path(json_), "blocking/2", run.config, [run.config.seed], result, [blocking_table(result)])
     if json_ != "-":
         print_blocking(result, console)
     say(f"Result: {directory / 'blocking.json'}")

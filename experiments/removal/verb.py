@@ -164,7 +164,9 @@ def remove(
     skill: Annotated[
         list[str] | None, typer.Option(help="Skill by name; several are removed in order.")
     ] = None,
-    cluster: Annotated[str | None, typer.Option(help="BASIS:VECTOR:CLUSTER instead of a skill.")] = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="BASIS:VECTOR:CLUSTER, or 'found N' (discover), instead of a skill.")
+    ] = None,
     budget: Annotated[str, typer.Option(help="small, medium or large.")] = "medium",
     basis: Annotated[
         str | None,
@@ -245,13 +247,13 @@ def _budget(name: str) -> Budget:
 
 def _file_name(names: Sequence[str]) -> str:
     """A skill or cluster by a name that files may have; several joined by ``+``."""
-    return "+".join(name.replace(":", "-").replace("@", "-at-") for name in names)
+    return "+".join(name.replace(":", "-").replace("@", "-at-").replace(" ", "-") for name in names)
 
 
 def _rules(run: Run, skills: Sequence[str], cluster: str | None) -> list[GroupRule]:
     """Groups of what was asked for."""
     if bool(skills) == (cluster is not None):
-        raise ValueError("give either --skill NAME or --cluster BASIS:VECTOR:CLUSTER")
+        raise ValueError("give either --skill NAME or --cluster CLUSTER")
     if cluster is not None:
         return [cluster_groups(run, cluster)]
     return [skill_groups(run, name) for name in dict.fromkeys(skills)]

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from experiments.discover.stages import load_found, signatures_file
+from experiments.run.keys import signature_names
 from experiments.run.run import Run
 from experiments.run.stages.clusters import ClusterRecord
 from interventions.removal.grouped import GroupRule, labelled
@@ -23,6 +25,9 @@ from polca_edit.basis.record import Basis
 from polca_edit.clusters.membership import fit_rule
 from polca_edit.seeds import generator_for
 from polca_edit.tokens import TokenSet
+
+#: Before the name of an interventional cluster.
+FOUND = "found "
 
 
 def skill_groups(run: Run, skill: str) -> GroupRule:
@@ -47,20 +52,13 @@ def cluster_groups(run: Run, cluster: str) -> GroupRule:
 
     Args:
         run: the run.
-        cluster: BASIS:VECTOR:CLUSTER.
+        cluster: BASIS:VECTOR:CLUSTER, or ``found NAME`` for an interventional one.
 
     Raises:
         ValueError: for a cluster that is not named so, or does not exist.
     """
-    basis, *numbers = cluster.split(":")
-    if len(numbers) != 2 or not all(number.isdigit() for number in numbers):
-        raise ValueError(f"--cluster needs BASIS:VECTOR:CLUSTER, got '{cluster}'; for example hessian:3:0")
-    run.require_bases([basis], "the basis of --cluster")
-    vector, index = (int(number) for number in numbers)
-    labels = load_record(ClusterRecord, run.directory.clusters(basis)).labels
-    if not vector < len(labels) or not bool((labels[vector] == index).any()):
-        raise ValueError(f"cluster {cluster} does not exist in this run; see 'polca-edit inspect'")
-    rule = fit_rule(run.task.splits.select, labels[vector] == index, seed=run.config.seed)
+    members = _found_members(run, cluster) if cluster.startswith(FOUND) else _members(run, cluster)
+    rule = fit_rule(run.task.splits.select, members, seed=run.config.seed)
     partition = run.task.partition
     rest = ("(rest)",) if partition is None else partition.names
 
@@ -71,6 +69,37 @@ def cluster_groups(run: Run, cluster: str) -> GroupRule:
         return groups
 
     return GroupRule((cluster, *rest), (True, *[False] * len(rest)), assign, cluster)
+
+
+def _found_members(run: Run, cluster: str) -> Tensor:
+    """(M,) tokens of an interventional cluster of all bases together, as the report names it."""
+    names = signature_names(run.config)
+    if not names or not signatures_file(run, names[-1]).exists():
+        raise ValueError(
+            f"--cluster {cluster} needs interventional clusters, this run has none; "
+            f"run polca-edit discover {run.directory.path} first"
+        )
+    clusters = load_found(run, names[-1]).clusters
+    name = cluster.removeprefix(FOUND)
+    if name not in clusters:
+        raise ValueError(f"--cluster must be one of {[FOUND + known for known in clusters]}, got '{cluster}'")
+    return clusters[name]
+
+
+def _members(run: Run, cluster: str) -> Tensor:
+    """(M,) tokens of one cluster of one vector."""
+    basis, *numbers = cluster.split(":")
+    if len(numbers) != 2 or not all(number.isdigit() for number in numbers):
+        raise ValueError(
+            f"--cluster needs BASIS:VECTOR:CLUSTER or 'found NAME', got '{cluster}'; for example hessian:3:0"
+        )
+    run.require_bases([basis], "the basis of --cluster")
+    vector, index = (int(number) for number in numbers)
+    labels = load_record(ClusterRecord, run.directory.clusters(basis)).labels
+    if not vector < len(labels) or not bool((labels[vector] == index).any()):
+        raise ValueError(f"cluster {cluster} does not exist in this run; see 'polca-edit inspect'")
+    members: Tensor = labels[vector] == index
+    return members
 
 
 def fit_stream(run: Run, size: int) -> Callable[[int], TokenSet]:
