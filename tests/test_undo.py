@@ -30,6 +30,7 @@ from interventions.removal.windows import (
     forecast,
     merged,
     movement_rows,
+    recommended,
     skill_timeline,
     undoing,
     with_descendants,
@@ -52,12 +53,16 @@ def batch(step: int) -> TokenSet:
 
 @pytest.fixture
 def problem() -> RemovalProblem:
+    return problem_of(LEARNED)
+
+
+def problem_of(learned: dict[int, tuple[float, float]]) -> RemovalProblem:
     loss = Objective(TwoTables(), table_loss)
     right = nn.functional.one_hot(answers_of(torch.arange(10)), 4).float()
     series = open_checkpoints(
         {
             step: loss.space.flatten({"first": a * right[:5], "second": b * right[5:]})
-            for step, (a, b) in LEARNED.items()
+            for step, (a, b) in learned.items()
         },
         loss.space,
     )
@@ -107,6 +112,28 @@ def test_the_forecast_names_the_window_and_what_falls(problem: RemovalProblem) -
     unknown = replace(timeline, effects=())
     with pytest.raises(ValueError, match="must be learned in the recorded steps"):
         forecast(unknown, "skill")
+
+
+def test_a_skill_that_is_deepened_after_its_fall_is_undone_to_the_end_of_that() -> None:
+    # Its loss is down to .05 nats at step 30, its logits go on growing; the other is learned before.
+    deep = problem_of({0: (0, 0), 10: (0, 3), 20: (0, 4), 30: (4, 4), 40: (12, 4), 50: (20, 4)})
+    timeline = skill_timeline(deep.select)
+    own = timeline.own("skill").window
+    assert (own.start, own.end) == (20, 30)
+    window = recommended(deep.select, own, "rollback", UNDO_LIMITS)
+    assert (window.start, window.end) == (10, 50)
+    assert recommended(deep.select, own, "return", UNDO_LIMITS).end == 30
+    edit, done, shares = undo_skill(deep, Undo("rollback", training=replace(REPAIR, steps=0)))
+    assert done.windows == (window,)
+    assert shares.target == pytest.approx(1.0, abs=0.01)
+    assert abs(shares.worst_off) < 0.2
+    # Undoing its fall alone would have left what it needs.
+    left = undoing(deep.select.split.series, (own,), "rollback").moved(deep.theta)
+    assert deep.select.shares_at(left).target < 0.01
+    # What is as good with the shorter window keeps it.
+    short = problem_of(LEARNED)
+    first = skill_timeline(short.select).own("skill").window
+    assert recommended(short.select, first, "rollback", UNDO_LIMITS).end == first.end
 
 
 def test_repair_mends_the_others_and_never_the_skill(problem: RemovalProblem) -> None:

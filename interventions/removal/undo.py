@@ -20,16 +20,16 @@ from interventions.discovery.timeline import Timeline
 from interventions.discovery.windows import Window
 from interventions.edits import Edit, Movement, composed, from_delta, rollback
 from interventions.removal.forecast import Forecast
-from interventions.removal.grouped import Shares
+from interventions.removal.grouped import GroupedSplit, Shares
 from interventions.removal.measures import relearn
 from interventions.removal.problem import Limits, RemovalProblem, score
 from interventions.removal.tuning import label_loss, masked_batches, tuned
 from interventions.removal.windows import (
-    begun_earlier,
     candidate_windows,
     forecast,
     measured_forecast,
     movement_rows,
+    recommended,
     skill_timeline,
     undoing,
 )
@@ -72,7 +72,7 @@ class Undo:
     Attributes:
         method: ``rollback`` subtracts the windows' movement from the final weights, ``return`` goes back to
             the start of the first window.
-        windows: steps to undo; empty: the skill's own from the timeline, begun half a length earlier.
+        windows: steps to undo; empty: the skill's own from the timeline, as :func:`recommended` has it.
         compare: where no windows are given: own, wider and earlier ones are compared by a short repair and
             a short relearning. What makes a skill come back shows late, so long probes are needed.
         rows: (k, N) orthonormal; only movement along them is undone. None undoes it at full rank.
@@ -279,7 +279,10 @@ def undo_skill(problem: RemovalProblem, undo: Undo, *, repair: bool = True) -> t
     began, before = time.perf_counter(), problem.predictor.spent
     series = problem.select.split.series
     timeline = undo.timeline or skill_timeline(problem.select, seed=undo.seed)
-    own, choices = forecast(timeline, problem.rule.skill), _choices(timeline, problem.select, undo)
+    own, choices = (
+        forecast(timeline, problem.rule.skill),
+        _choices(timeline, problem.select, undo, problem.limits),
+    )
     tried = [
         tried_window(problem, undo, windows, repair=repair and undo.training.steps > 0)
         for windows in (choices if len(choices) > 1 else [])
@@ -308,7 +311,7 @@ def undo_skill(problem: RemovalProblem, undo: Undo, *, repair: bool = True) -> t
     return edit, record, shares
 
 
-def foreseen(select: GroupedSplit, undo: Undo, timeline: Timeline) -> Forecast:
+def foreseen(select: GroupedSplit, undo: Undo, timeline: Timeline, limits: Limits = UNDO_LIMITS) -> Forecast:
     """What undoing will do before any repair, on the first sequences of select.
 
     Of windows that are given, or follow from the timeline, it is measured: one pass. Where windows are still
@@ -318,23 +321,27 @@ def foreseen(select: GroupedSplit, undo: Undo, timeline: Timeline) -> Forecast:
         select: tokens that choose.
         undo: how.
         timeline: of the skill and every other group.
+        limits: how much of the target is wanted.
 
     Raises:
         ValueError: for a skill that was not learned in the recorded steps.
     """
-    said, choices = forecast(timeline, select.rule.skill), _choices(timeline, select, undo)
+    said = forecast(timeline, select.rule.skill)
+    choices = _choices(timeline, select, undo, limits)
     if len(choices) > 1:
         return said
     return measured_forecast(said, select, choices[0], undo.method, undo.rows)
 
 
-def _choices(timeline: Timeline, select: GroupedSplit, undo: Undo) -> list[tuple[Window, ...]]:
+def _choices(
+    timeline: Timeline, select: GroupedSplit, undo: Undo, limits: Limits
+) -> list[tuple[Window, ...]]:
     """Windows worth comparing, one where they are not compared; to return, only their starts differ."""
     if undo.windows:
         return [undo.windows]
     skill, own = select.rule.skill, timeline.own(select.rule.skill)
     if not undo.compare and own is not None:
-        return [(begun_earlier(select.split.series.steps, own.window),)]
+        return [(recommended(select, own.window, undo.method, limits, undo.rows),)]
     windows = candidate_windows(timeline, skill)
     if undo.method == "return":
         windows = list({window.start: window for window in reversed(windows)}.values())[::-1]

@@ -16,6 +16,7 @@ from interventions.discovery.windows import Window, proposed_windows
 from interventions.edits import Edit, Movement, composed, rollback
 from interventions.removal.forecast import Forecast
 from interventions.removal.grouped import GroupedSplit
+from interventions.removal.problem import Limits, score
 from interventions.removal.spans import leading_rows
 from polca_edit.checkpoints.series import Checkpoints
 
@@ -24,6 +25,8 @@ FALLS = {"own": (0.9, 0.15), "wide": (0.98, 0.05)}
 #: Window's lengths by which undoing begins before a skill's fall: what lets the skill come back is learned
 #: before its loss falls (measured, docs/results/removal-demo.md).
 EARLIER = 0.5
+#: Ends that are tried after a skill's fall, and the share of headroom by which a later one must be better.
+LATER, CLEARLY = 6, 0.1
 #: Sequences on which curves and falls are measured, at most.
 SEQUENCES = 100
 
@@ -113,6 +116,41 @@ def begun_earlier(steps: Sequence[int], own: Window, widths: float = EARLIER) ->
     wanted = own.start - widths * (own.end - own.start)
     first = max((step for step in steps if step <= wanted), default=steps[0])
     return Window(first, own.end, "earlier")
+
+
+def recommended(
+    select: GroupedSplit, own: Window, method: str, limits: Limits, rows: Tensor | None = None
+) -> Window:
+    """A skill's window as it is undone by default: begun earlier, ended later where that is clearly better.
+
+    A skill that falls in a few steps is deepened for long, and what the others learn meanwhile comes to
+    stand on it: to undo its fall alone costs them more and takes less. Later ends, evenly spaced over what
+    was recorded, are undone on the first sequences of select, one forward pass each; to return, ends do not
+    matter.
+
+    Args:
+        select: tokens that choose.
+        own: window of the skill's fall.
+        method: ``rollback`` or ``return``.
+        limits: how much of the target is wanted.
+        rows: only movement along them.
+    """
+    series, tokens = select.split.series, select.tokens
+    window = begun_earlier(series.steps, own)
+    later = [step for step in series.steps if step > window.end]
+    if method == "return" or not later:
+        return window
+    few = select.on(tokens.select(torch.arange(min(SEQUENCES, tokens.sequences))))
+    picked = sorted({round(place) for place in np.linspace(0, len(later) - 1, min(LATER, len(later)))})
+
+    def lost(end: int) -> float:
+        edit = undoing(series, (replace(window, end=end),), method, rows)
+        # More than all of it cannot be lost: early windows, with which everything falls, are all alike.
+        return min(1.0, score(few.shares_at(edit.moved(select.split.theta)), limits))
+
+    scores = {end: lost(end) for end in (window.end, *(later[place] for place in picked))}
+    best = min(scores, key=lambda end: scores[end])
+    return replace(window, end=best) if scores[best] < scores[window.end] - CLEARLY else window
 
 
 def candidate_windows(timeline: Timeline, skill: str) -> list[Window]:

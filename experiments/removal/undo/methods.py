@@ -36,10 +36,10 @@ from interventions.removal.spans import (
 from interventions.removal.tuning import tuned
 from interventions.removal.undo import Undo, interpolated, probed, replayed, tried_window
 from interventions.removal.windows import (
-    EARLIER,
     begun_earlier,
     candidate_windows,
     group_masks,
+    recommended,
     undoing,
     with_descendants,
 )
@@ -276,6 +276,11 @@ def _descendants(place: Place) -> tuple[Window, ...]:
     return tuple(with_descendants(place.timeline, place.skill))
 
 
+def _recommended(method: str) -> Callable[[Place], tuple[Window, ...]]:
+    """The skill's window as the library undoes it by default."""
+    return lambda place: (recommended(place.problem.select, place.own, method, place.problem.limits),)
+
+
 def _earlier(widths: float) -> Callable[[Place], tuple[Window, ...]]:
     """The skill's window, begun so many widths earlier."""
     return lambda place: (begun_earlier(place.problem.select.split.series.steps, place.own, widths),)
@@ -363,8 +368,8 @@ GOLD, DISTIL, HELD = "retrained without the data", "noise and distil", "rollback
 METHODS: Mapping[str, Method] = {
     GOLD: retrained,
     "untouched": untouched,
-    "rollback and repair": _window("rollback", _earlier(EARLIER)),
-    "return and repair": _window("return", _earlier(EARLIER)),
+    "rollback and repair": _window("rollback", _recommended("rollback")),
+    "return and repair": _window("return", _recommended("return")),
     "rollback, windows compared": undone("rollback"),
     "return, windows compared": undone("return"),
     "rollback of its own window": _window("rollback", lambda place: (place.own,)),

@@ -43,7 +43,7 @@ from polca_edit.artifacts import from_plain, key_of, load_record, to_plain
 from polca_edit.checkpoints.files import finite_json
 
 #: Raised when a method or a measure changes so that kept rows no longer stand.
-VERSION = 2
+VERSION = 3
 #: Efforts by preset; every preset not named here gets the default.
 EFFORTS: Mapping[str, Effort] = {
     "smoke": Effort(32, 2, 6, 8, 4, axis_directions=16, noise=(0.1, 0.3)),
