@@ -149,6 +149,13 @@ def test_gaps_by_hand() -> None:
     assert (trained.gap, trained.half_steps) == (1.0, 0)
     assert (gold.half_steps, pushed.half_steps) == (None, 40)
     assert half_lost((0, 20), (2.0, 1.0), 2.0, 0.0) == 20
+    # What the model that was never taught lacks too is no damage; a gain of it is not counted against others.
+    lost, lacking = {"1s": 0.5, "100s": 0.1, "10s": 1.0}, {"1s": 0.4, "100s": -0.2, "10s": 1.0}
+    beside = with_gold(
+        [row(GOLD, (6.0, 4.0), group_shares=lacking), row("NPO", (6.0, 4.0), group_shares=lost)]
+    )
+    assert beside[1].beyond_gold == pytest.approx(0.1)
+    assert beside[0].beyond_gold == pytest.approx(0.0)
     # Without gold nothing is said about it; more than the gold's loss is no negative gap.
     assert with_gold([row("NPO", (1.0, 1.0))])[0].gap is None
     assert gap((0.0, 9.0), (0.0, 3.0)) == 0.0

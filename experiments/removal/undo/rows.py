@@ -77,6 +77,8 @@ class Row:
             before any repair.
         agreement: rank correlation of that with ``group_shares`` over the groups outside the skill; None
             with fewer than three.
+        beyond_gold: largest share that another group lost beyond what it lacks in the model that was never
+            taught the skill: what is built on a skill is not learned there either. None without gold.
         half_steps: first step at which half of the way from chance to the trained loss is lost, if any.
     """
 
@@ -105,6 +107,7 @@ class Row:
     half_steps: int | None = None
     predicted: Mapping[str, float] = field(default_factory=dict)
     agreement: float | None = None
+    beyond_gold: float | None = None
 
 
 def repaired_at(

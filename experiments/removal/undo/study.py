@@ -166,6 +166,10 @@ def with_gold(rows: Sequence[Row]) -> list[Row]:
                 row,
                 gold_loss=never.target_loss,
                 gap=gap(row.relearn.loss, never.relearn.loss),
+                beyond_gold=max(
+                    (share - max(0.0, never.group_shares[name]) for name, share in others.items()),
+                    default=None,
+                ),
                 gap_to_ignorance=(
                     gap(row.relearn.loss, never.relearn.loss, row.chance) if row.chance > 0 else None
                 ),

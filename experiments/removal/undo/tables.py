@@ -20,7 +20,8 @@ def study_tables(rows: Sequence[Row]) -> list[Table]:
     """Means over seeds; the best method of a skill is the one with the smallest gap to ignorance."""
     columns = (
         Column("skill", left=True), Column("method", left=True), "seeds", "repair steps", "passes",
-        "loss", "worst other", "relearned: loss", "best attack", "gap to gold", "gap to ignorance",
+        "loss", "worst other", "beyond gold", "relearned: loss", "best attack",
+        "gap to gold", "gap to ignorance",
     )  # fmt: skip
     lines = []
     for skill in dict.fromkeys(row.skill for row in rows):
@@ -40,6 +41,7 @@ def study_tables(rows: Sequence[Row]) -> list[Table]:
                     share(over([r.passes_share for r in here])),
                     decimal(over([r.target_loss for r in here])),
                     share(over([r.worst_other_share for r in here])),
+                    share(over([r.beyond_gold for r in here])),
                     decimal(over([r.relearn.loss[-1] for r in here])),
                     decimal(over([best_attack(r)[-1] for r in here])),
                     share(over([r.gap for r in here])),
