@@ -9,9 +9,11 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
+import interventions
 from experiments.natural import case as case_module
 from experiments.natural import measure as measure_module
 from experiments.natural.case import Recording
@@ -54,6 +56,12 @@ def source_of(*modules: object) -> list[str]:
     return [checksum(Path(inspect.getfile(m))) for m in modules]  # type: ignore[arg-type]
 
 
+def package_source(package: ModuleType) -> str:
+    """One key of a package: numbers that another version of it measured are not read back."""
+    folder = Path(inspect.getfile(package)).parent
+    return key_of([(str(p.relative_to(folder)), checksum(p)) for p in sorted(folder.rglob("*.py"))])
+
+
 def recording_of(name: str, twin: bool, seed: int, out: Path) -> Recording:
     """Weights of one run of a case, trained or read back.
 
@@ -88,9 +96,8 @@ def run_job(job: Job) -> RunRows:
         opened = open_case(case, case.build(job.seed, job.twin), recording, job.settings)
         return measure_case(opened, job.settings, job.seed, job.twin, seconds)
 
-    key = key_of(
-        recording_key(job), job.settings, source_of(measure_module), case.truth, case.target, case.exempt
-    )
+    measuring = source_of(measure_module), package_source(interventions)
+    key = key_of(recording_key(job), job.settings, *measuring, case.truth, case.target, case.exempt)
     return store.kept(f"{job.name}/rows.json", key, RunRows, measure)
 
 

@@ -98,7 +98,7 @@ def _removal_cells(name: str, removal: Removal) -> list[Cell | str]:
         Cell(decimal(removal.kl, 3), sort=removal.kl),
         Cell(f"{share(removal.accuracy)} ({share(removal.refit.chance)})", sort=removal.accuracy),
         share_cell(removal.refit.kept),
-        f"{decimal(removal.norm)} / {removal.rank}",
+        f"{decimal(removal.norm)} / {'full' if removal.undone else removal.rank}",
         ", ".join(groups),
     ]
 
