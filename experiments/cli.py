@@ -11,8 +11,7 @@ from typing import Annotated
 
 import typer
 
-from experiments.application import HELP, run_application
-from experiments.commands import Verb, register
+from experiments.application import HELP, Verb, register, run_application
 
 VERBS = {
     "demo": Verb(
@@ -201,13 +200,13 @@ STUDIES = {
         next=_AFTER_A_STUDY,
     ),
     "recording": Verb(
-        "study.recording:recording",
+        "study.reproduce.recording:recording",
         "Adaptive against equal recording: quadrature error against the number of checkpoints.",
         ("polca-edit study recording --preset demo --seeds 2 --json recording-demo.json",),
         next=_AFTER_A_STUDY,
     ),
     "english-labels": Verb(
-        "study.english_labels:english_labels",
+        "study.reproduce.english_labels:english_labels",
         "Simple part-of-speech labels of clusters beside those of random token sets.",
         ("polca-edit study english-labels runs/english --json english-labels-demo.json",),
         next=_AFTER_A_STUDY,

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from polca_edit.checkpoints.files import SeriesFolder, SeriesIndex, write_tensors
+from polca_edit.checkpoints.spacing import Adaptive, Thinning
 from polca_edit.parameters import ParameterSpace, saved_buffers
-from polca_edit.spacing import Adaptive, Thinning
 from polca_edit.training import optimiser_tensors
 
 
@@ -40,7 +40,7 @@ class Recorder:
 
     With ``schedule=Adaptive(51, probe)`` the weights after every ``every`` steps are candidates, of which 51
     stay on disk: those between which the losses of ``probe(model)``, a small fixed batch, move
-    (:mod:`polca_edit.spacing`). The same quadrature error takes about half the files of equal spacing.
+    (:mod:`polca_edit.checkpoints.spacing`). The same quadrature error takes half the files of equal spacing.
     """
 
     def __init__(
@@ -51,8 +51,7 @@ class Recorder:
         *,
         every: int = 20,
         state_every: int | None = None,
-        steps: Sequence[int] | None = None,
-        schedule: Adaptive | None = None,
+        schedule: Sequence[int] | Adaptive | None = None,
         include: Sequence[str] = ("*",),
         first_step: int = 0,
     ) -> None:
@@ -64,8 +63,8 @@ class Recorder:
             optimiser: for learning rate, weight decay and state; may come later (see ``optimiser``).
             every: steps between recorded weights.
             state_every: steps between recorded optimiser states; default ten times ``every``.
-            steps: record weights at exactly these steps instead.
-            schedule: keep only some of the recorded weights; None keeps all.
+            schedule: record weights at exactly these steps instead, or keep only some of the recorded ones;
+                None keeps all.
             include: patterns of parameter names (adapters only: ``("*lora_*",)``).
             first_step: steps the model has behind it.
 
@@ -82,9 +81,9 @@ class Recorder:
         self.space = ParameterSpace.from_module(module, include)
         self.every = every
         self.state_every = state_every or 10 * every
-        self.wanted = None if steps is None else set(steps)
-        self.schedule = schedule
-        self._thinning = None if schedule is None else Thinning(schedule.count)
+        self.adaptive = schedule if isinstance(schedule, Adaptive) else None
+        self.wanted = None if schedule is None or isinstance(schedule, Adaptive) else set(schedule)
+        self._thinning = None if self.adaptive is None else Thinning(self.adaptive.count)
         self.count = first_step
         self.recorded: list[int] = []
         self.rates: list[float] = []
@@ -185,7 +184,7 @@ class Recorder:
         self.folder.drop_weights(dropped)
 
     def _probed(self) -> Tensor | None:
-        return None if self.schedule is None else self.schedule.measured(self.module)
+        return None if self.adaptive is None else self.adaptive.measured(self.module)
 
     def _write_state(self) -> None:
         if self.optimiser is not None and not self.folder.state(self.count).exists():
@@ -214,8 +213,7 @@ def trainer_callback(directory: Path | str, **settings: Any) -> Any:
 
     Args:
         directory: where the series goes.
-        **settings: as for :class:`Recorder` (``every``, ``state_every``, ``steps``, ``schedule``,
-            ``include``).
+        **settings: as for :class:`Recorder` (``every``, ``state_every``, ``schedule``, ``include``).
     """
     from transformers import TrainerCallback
 

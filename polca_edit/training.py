@@ -2,8 +2,8 @@
 
 The batch of each step is a pure function of the step, so data order needs no state: a resumed or
 branched run sees the same batches. Weights are recorded after the wanted numbers of optimiser
-steps, step 0 included, or after those of them that :mod:`polca_edit.spacing` chooses; optimiser and
-generator state at a coarser spacing.
+steps, step 0 included, or after those of them that :mod:`polca_edit.checkpoints.spacing` chooses;
+optimiser and generator state at a coarser spacing.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from polca_edit.checkpoints.files import SeriesFolder, SeriesIndex, read_weights, write_tensors
+from polca_edit.checkpoints.spacing import Adaptive, Thinning
 from polca_edit.parameters import ParameterSpace, saved_buffers
-from polca_edit.spacing import Adaptive, Thinning
 
 #: ``after_step(step, module, optimiser)`` runs after every optimiser step.
 AfterStep = Callable[[int, nn.Module, torch.optim.Optimizer], None]

@@ -361,9 +361,8 @@ class SeriesFolder:
 
     def drop_weights(self, steps: Iterable[int]) -> None:
         """Delete the weights after these steps, but those of a state, from which training may be branched."""
-        for step in steps:
-            if not self.state(step).exists():
-                self.weights(step).unlink(missing_ok=True)
+        for step in set(steps) - set(self.state_steps()):
+            self.weights(step).unlink(missing_ok=True)
 
     def state_steps(self) -> list[int]:
         """Steps at which a state was saved, ascending."""

@@ -16,7 +16,7 @@ from experiments.run.run import Run
 from polca_edit.allocation.progress import progress as progress_of
 from polca_edit.checkpoints.files import SeriesFolder, write_json
 from polca_edit.checkpoints.series import Checkpoints
-from polca_edit.spacing import Adaptive, Probe
+from polca_edit.checkpoints.spacing import Adaptive, Probe
 from polca_edit.tokens import TokenSet
 from polca_edit.training import SeriesWriter, TrainingSettings, train
 

@@ -33,7 +33,7 @@ from polca_edit.allocation.gaps import (
     sparse_intervals,
 )
 from polca_edit.checkpoints.series import Checkpoints
-from polca_edit.spacing import Thinning, steps_to_keep
+from polca_edit.checkpoints.spacing import Thinning, steps_to_keep
 
 #: Ways of choosing checkpoints: equal steps; while training; from the finished dense series.
 EQUAL, ADAPTIVE, PLANNED = "equal", "adaptive", "planned"
