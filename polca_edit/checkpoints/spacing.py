@@ -1,8 +1,9 @@
-"""Which checkpoints of a training run to keep: close together where the loss moves, far apart where not.
+"""Which checkpoints of a training run to keep: close together where the loss moves or bends, else far apart.
 
 A quadrature over the straight line between two checkpoints errs where losses change much on the way, which in
-training is a few short stretches. :class:`Thinning` sees one candidate after the other, never the future, and
-keeps a fixed number: whenever there is one too many, the one goes whose neighbours then differ least.
+training is a few short stretches, and where a long quiet interval ends in one. :class:`Thinning` sees one
+candidate after the other, never the future, and keeps a fixed number: whenever there is one too many, the one
+goes without which the losses across the gap would be understood best.
 """
 
 from __future__ import annotations
@@ -64,9 +65,9 @@ def require_count(count: int) -> None:
 class Thinning:
     """At most ``count`` of the candidates offered so far, chosen without knowledge of the next.
 
-    The first candidate and the newest are always kept. Of the others the one is dropped whose two neighbours
-    differ least, in the mean over the probe's tokens of the size of the loss change between them. So the
-    intervals that are left come to hold about equally much change.
+    The first candidate and the newest are always kept. Of the others the one is dropped that costs least, by
+    :func:`merging_costs`. So the intervals that are left come to hold about equally much change, and none of
+    them is long beside one in which the loss moves.
 
     >>> thinning = Thinning(3)
     >>> curve = {0: 4.0, 10: 3.9, 20: 1.0, 30: 0.5}
@@ -113,7 +114,7 @@ class Thinning:
         self.losses.append(found)
         dropped = []
         while len(self.steps) > self.count:
-            least = 1 + int(merging_costs(torch.stack(self.losses)).argmin())
+            least = 1 + int(merging_costs(self.steps, torch.stack(self.losses)).argmin())
             dropped.append(self.steps.pop(least))
             self.losses.pop(least)
         return tuple(dropped)
@@ -129,13 +130,28 @@ class Thinning:
         self.losses = list(tensors[LOSSES].unbind()) if known else []
 
 
-def merging_costs(losses: Float[Tensor, "T M"]) -> Float[Tensor, " Tm2"]:
-    """What leaving out each inner checkpoint would cost: mean size of the loss change across it, nats.
+def merging_costs(steps: Sequence[int], losses: Float[Tensor, "T M"]) -> Float[Tensor, " Tm2"]:
+    """What leaving out each inner checkpoint would cost, mean over the probe's tokens, nats.
 
-    Losses that are not finite cost infinitely much: where a run diverged is kept.
+    The size of the loss change from the checkpoint before to the one after, and the size of the error that a
+    trapezoid would make over it, with the slopes that the intervals beside it have. The first alone leaves long
+    intervals that end where a loss begins to fall; the second alone follows the noise of small batches.
+    Losses that are not finite cost infinitely much, so that they hide no others.
+
+    >>> merging_costs([0, 10, 20, 30], torch.tensor([[3.0], [2.0], [1.0], [0.0]])).tolist()
+    [2.0, 2.0]
+
+    Args:
+        steps: (T,) of the checkpoints, increasing.
+        losses: probe losses at each, nats.
     """
-    moved = (losses[2:].double() - losses[:-2].double()).abs().mean(1)
-    return moved.nan_to_num(nan=torch.inf, posinf=torch.inf)
+    values, places = losses.double(), torch.tensor([float(step) for step in steps], dtype=torch.float64)
+    slopes = values.diff(dim=0) / places.diff()[:, None]
+    # At the ends of the series there is no interval beside: the nearer half of the gap stands for it.
+    before, after = torch.cat([slopes[:1], slopes[:-2]]), torch.cat([slopes[2:], slopes[-1:]])
+    moved = values[2:] - values[:-2]
+    missed = moved - (before + after) / 2 * (places[2:] - places[:-2])[:, None]
+    return (moved.abs() + missed.abs()).mean(1).nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
 def steps_to_keep(steps: Sequence[int], losses: Float[Tensor, "T M"], count: int) -> list[int]:
@@ -160,5 +176,5 @@ def steps_to_keep(steps: Sequence[int], losses: Float[Tensor, "T M"], count: int
         raise ValueError(f"losses must have a row per step, got {len(losses)} for {len(steps)} steps")
     left = list(range(len(steps)))
     while len(left) > count:
-        left.pop(1 + int(merging_costs(losses[left]).argmin()))
+        left.pop(1 + int(merging_costs([steps[i] for i in left], losses[left]).argmin()))
     return [int(steps[i]) for i in left]

@@ -39,6 +39,8 @@ from polca_edit.checkpoints.spacing import Thinning, steps_to_keep
 EQUAL, ADAPTIVE, PLANNED = "equal", "adaptive", "planned"
 WAYS = (EQUAL, ADAPTIVE, PLANNED)
 COUNTS = (26, 51, 101, 201)
+#: The rule of :mod:`polca_edit.checkpoints.spacing`, raised when it chooses otherwise.
+CHOICE = 1
 
 
 @dataclass(frozen=True)
@@ -123,11 +125,36 @@ def choices(
     return chosen
 
 
-def recording_rows(
-    run: Run, counts: Sequence[int], sequences: int | None
-) -> tuple[list[RecordingRow], list[SparseRow]]:
-    """Every way and number of checkpoints in one run, which is trained first where it is not yet."""
-    series, seed = trained_series(run), run.config.seed
+@dataclass(frozen=True)
+class RunErrors:
+    """What was measured in one run.
+
+    Attributes:
+        rows: one a way and number of checkpoints.
+        sparse: one a number of checkpoints.
+    """
+
+    rows: tuple[RecordingRow, ...]
+    sparse: tuple[SparseRow, ...]
+
+
+def run_errors(run: Run, counts: Sequence[int], sequences: int | None) -> RunErrors:
+    """Every way and number of checkpoints in one run, trained first and measured once."""
+    trained_series(run)
+    name = "recording/errors.json"
+    key = run.key_for(name, list(counts), sequences, CHOICE)
+    return run.directory.kept(
+        name, key, RunErrors, lambda: measured_errors(run, counts, sequences), run.objective.passes
+    )
+
+
+def measured_errors(run: Run, counts: Sequence[int], sequences: int | None) -> RunErrors:
+    """Every way and number of checkpoints in one trained run.
+
+    Raises:
+        ValueError: where no number of checkpoints is as small as the series.
+    """
+    series, seed = run.checkpoints(), run.config.seed
     fitting = [count for count in counts if count <= len(series)]
     if not fitting:
         raise ValueError(
@@ -160,7 +187,7 @@ def recording_rows(
         kept = chosen[EQUAL, count]
         error = torch.stack([measured.error[pair] for pair in zip(kept, kept[1:], strict=False)])
         sparse.append(SparseRow(seed, count, sparse_intervals(steps[EQUAL, count], error)))
-    return lines, sparse
+    return RunErrors(tuple(lines), tuple(sparse))
 
 
 def errors_table(rows: Sequence[RecordingRow]) -> Table:
@@ -243,8 +270,8 @@ def recording(
     rows: list[RecordingRow] = []
     sparse: list[SparseRow] = []
     for opened in runs:
-        more, wide = recording_rows(opened, wanted, sequences)
-        rows, sparse = [*rows, *more], [*sparse, *wide]
+        found = run_errors(opened, wanted, sequences)
+        rows, sparse = [*rows, *found.rows], [*sparse, *found.sparse]
     tables = [errors_table(rows), sparse_table(sparse)]
     show(tables)
     config = runs[0].config
