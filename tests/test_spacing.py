@@ -1,4 +1,4 @@
-"""Which checkpoints are kept: against brute force, a planted bend, and training that was never interrupted."""
+"""Which checkpoints are kept: against brute force, a planted bend, and training never interrupted."""
 
 from __future__ import annotations
 
@@ -114,7 +114,8 @@ def bent(count: int = 101):
     tokens = TokenSet(inputs, torch.ones(6, 1, dtype=torch.bool), torch.arange(6))
     place = torch.linspace(0, 1, count, dtype=torch.float64)
     thetas = torch.stack([place, place.sin() / 10], 1)
-    return Objective(module, lambda m, x: m(x), space), open_checkpoints(thetas, space, steps=range(count)), tokens
+    series = open_checkpoints(thetas, space, steps=range(count))
+    return Objective(module, lambda m, x: m(x), space, route="double_backward"), series, tokens
 
 
 def test_errors_of_intervals_are_those_of_the_allocation():

@@ -134,8 +134,8 @@ def merging_costs(steps: Sequence[int], losses: Float[Tensor, "T M"]) -> Float[T
     """What leaving out each inner checkpoint would cost, mean over the probe's tokens, nats.
 
     The size of the loss change from the checkpoint before to the one after, and the size of the error that a
-    trapezoid would make over it, with the slopes that the intervals beside it have. The first alone leaves long
-    intervals that end where a loss begins to fall; the second alone follows the noise of small batches.
+    trapezoid would make over it, with the slopes that the intervals beside it have. The first alone leaves
+    long intervals that end where a loss begins to fall; the second alone follows the noise of small batches.
     Losses that are not finite cost infinitely much, so that they hide no others.
 
     >>> merging_costs([0, 10, 20, 30], torch.tensor([[3.0], [2.0], [1.0], [0.0]])).tolist()
