@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,11 @@ import torch
 from experiments.config import load_config
 from experiments.run.keys import data_key
 from experiments.run.run import load_run, open_run
-from experiments.run.stages.training import probed, trained_series
+from experiments.run.stages.projections import gap_lines
+from experiments.run.stages.training import probed, recording_advice, trained_series
 from experiments.study.reproduce.english_labels import label_row
 from experiments.study.reproduce.recording import equally_spaced, equivalent, recording
-from polca_edit.allocation.allocate import allocate, project
+from polca_edit.allocation.allocate import Allocation, allocate, project
 from polca_edit.basis.record import unlabelled
 from polca_edit.checkpoints.spacing import Thinning
 
@@ -142,3 +144,19 @@ def test_a_planted_label_counts_and_chance_stands_beside_it():
     assert (everywhere.labelled, everywhere.chance, everywhere.p) == (3, 3.0, 1.0)
     assert (everywhere.vectors_labelled, everywhere.vectors_chance) == (2, 2.0)
     assert label_row(0, "nothing", grams, {}, 5).clusters == 0
+
+
+# -- gaps --------------------------------------------------------------------------------------------
+
+
+def test_a_run_names_the_intervals_that_hold_its_error():
+    exact = torch.full((3, 1, 2), -1.0)
+    values = exact.clone()
+    values[1] = -0.4  # 0.6 nats of the second interval are missed
+    allocation = Allocation("trapezoid", torch.tensor([0, 5, 25, 30]), values, torch.zeros(3, 2), exact[:, 0])
+    (line,) = gap_lines(allocation)
+    assert "misses 20.0%" in line
+    assert "half of that in 1 of 3 intervals: 5-25 (100%);" in line
+    assert gap_lines(replace(allocation, values=exact)) == []
+    assert "record_count=6" in str(recording_advice(load_config("smoke")))
+    assert recording_advice(load_config("smoke", ADAPTIVE)) is None
