@@ -1,8 +1,9 @@
-"""How a command begins and ends: settings from options, lines for the reader, errors in one sentence."""
+"""How a command is made, begins and ends: its record, settings, lines for the reader, errors."""
 
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,6 +20,9 @@ from typing import Any, NoReturn
 import typer
 import yaml
 from rich.console import Console
+from typer.core import TyperCommand
+
+from experiments.verbs.signature import signature_alone
 
 #: Where lines and tables for the reader go. A path may hold brackets: nothing in a line is markup.
 console = Console(
@@ -222,6 +227,90 @@ def single(function: Callable[..., Any], epilog: str | None = None) -> typer.Typ
     )
     made.command(epilog=epilog)(function)
     return made
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One verb of the command line.
+
+    Attributes:
+        function: module under ``experiments`` and function, which typer makes a command of.
+        help: what it does, for the list of verbs.
+        examples: whole commands, shown at the end of its own help.
+        panel: heading it is listed under.
+        next: words of the command that goes on from here, where the verb does not name it itself.
+    """
+
+    function: str
+    help: str
+    examples: tuple[str, ...]
+    panel: str = "Runs"
+    next: tuple[str, ...] = ()
+
+    @property
+    def epilog(self) -> str:
+        """The examples, one a line."""
+        return "\n\n".join(["Examples:" if len(self.examples) > 1 else "Example:", *self.examples])
+
+    def signature(self) -> Callable[..., Any]:
+        """The function with its options; imported only where its signature needs more than is light."""
+        module, _, attribute = self.function.partition(":")
+        return signature_alone(f"experiments.{module}", attribute) or self.imported()
+
+    def imported(self) -> Callable[..., Any]:
+        """The function that runs."""
+        module, _, attribute = self.function.partition(":")
+        found: Callable[..., Any] = getattr(importlib.import_module(f"experiments.{module}"), attribute)
+        return found
+
+    def command(self, *, to_run: bool = False) -> Any:
+        """What typer makes of it."""
+        function = self.imported() if to_run else self.signature()
+        return typer.main.get_command(single(function, self.epilog))
+
+
+def _completing(verb: Verb) -> type[TyperCommand]:
+    """A command that takes any words, and completes those of the verb behind it."""
+
+    class Command(TyperCommand):
+        def shell_complete(self, ctx: Any, incomplete: str) -> Any:
+            command = verb.command()
+            inner = command.make_context(ctx.info_name, list(ctx.args), resilient_parsing=True)
+            return command.shell_complete(inner, incomplete)
+
+    return Command
+
+
+def register(name: str, verb: Verb, group: typer.Typer, program: str, *, hidden: bool = False) -> None:
+    """Add a verb to a group of commands."""
+
+    def call(context: typer.Context) -> None:
+        words = context.args
+        helped = {"-h", "--help"} & set(words)
+        if not helped:
+            require_words(words)
+        command: Any = verb.command(to_run=not helped)
+        with lines_aside(wants_json_alone(words)):
+            with values_named(words):
+                code = command.main(words, prog_name=f"{program} {name}", standalone_mode=False)
+            if code or helped:
+                pass
+            elif "--dry-run" in words:
+                then(*program.split()[1:], name, *without_dry_run(words))
+            elif verb.next:
+                then(*verb.next)
+        if code:
+            raise typer.Exit(code)
+
+    group.command(
+        name=name,
+        cls=_completing(verb),
+        help=verb.help,
+        rich_help_panel=verb.panel,
+        hidden=hidden,
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+        add_help_option=False,
+    )(call)
 
 
 #: Exit code of a command that Ctrl-C stopped.

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from polca_edit.checkpoints.files import SeriesFolder, SeriesIndex, write_tensors
+from polca_edit.checkpoints.spacing import Adaptive, Thinning
 from polca_edit.parameters import ParameterSpace, saved_buffers
 from polca_edit.training import optimiser_tensors
 
@@ -36,6 +37,10 @@ class Recorder:
     The initial weights are written at once, weights after every ``every`` calls of :meth:`step`,
     optimiser state after every ``state_every``. ``series.json`` is rewritten after each weight
     file, so a run that is stopped leaves a series that opens.
+
+    With ``schedule=Adaptive(51, probe)`` the weights after every ``every`` steps are candidates, of which 51
+    stay on disk: those between which the losses of ``probe(model)``, a small fixed batch, move
+    (:mod:`polca_edit.checkpoints.spacing`). The same quadrature error takes half the files of equal spacing.
     """
 
     def __init__(
@@ -46,7 +51,7 @@ class Recorder:
         *,
         every: int = 20,
         state_every: int | None = None,
-        steps: Sequence[int] | None = None,
+        schedule: Sequence[int] | Adaptive | None = None,
         include: Sequence[str] = ("*",),
         first_step: int = 0,
     ) -> None:
@@ -58,7 +63,8 @@ class Recorder:
             optimiser: for learning rate, weight decay and state; may come later (see ``optimiser``).
             every: steps between recorded weights.
             state_every: steps between recorded optimiser states; default ten times ``every``.
-            steps: record weights at exactly these steps instead.
+            schedule: record weights at exactly these steps instead, or keep only some of the recorded ones;
+                None keeps all.
             include: patterns of parameter names (adapters only: ``("*lora_*",)``).
             first_step: steps the model has behind it.
 
@@ -75,13 +81,15 @@ class Recorder:
         self.space = ParameterSpace.from_module(module, include)
         self.every = every
         self.state_every = state_every or 10 * every
-        self.wanted = None if steps is None else set(steps)
+        self.adaptive = schedule if isinstance(schedule, Adaptive) else None
+        self.wanted = None if schedule is None or isinstance(schedule, Adaptive) else set(schedule)
+        self._thinning = None if self.adaptive is None else Thinning(self.adaptive.count)
         self.count = first_step
         self.recorded: list[int] = []
         self.rates: list[float] = []
         self.rate: float | None = None
         self.data_order: dict[str, object] = {}
-        self._held: tuple[int, Tensor] | None = None
+        self._held: tuple[int, Tensor, Tensor | None] | None = None
         self._write_weights()
         self._marks = self._marked()
 
@@ -123,7 +131,7 @@ class Recorder:
         loaded back, an average taken.
         """
         if self.count not in self.recorded and self._marks == self._marked():
-            self._held = self.count, self.space.read(self.module)
+            self._held = self.count, self.space.read(self.module), self._probed()
 
     def finish(self, **data_order: object) -> None:
         """Write the weights and state of the last step, and how the data were drawn (seed, sampler, batch).
@@ -160,13 +168,23 @@ class Recorder:
 
     def _write_weights(self) -> None:
         held = self._held
-        theta = held[1] if held is not None and held[0] == self.count else self.space.read(self.module)
+        if held is None or held[0] != self.count:
+            held = self.count, self.space.read(self.module), self._probed()
+        _, theta, losses = held
         self._held = None
         beside = saved_buffers(self.module)
         write_tensors(self.folder.weights(self.count), {**self.space.unflatten(theta), **beside})
         self.recorded.append(self.count)
         self.rates.append(math.nan if self.rate is None else self.rate)
+        dropped = () if self._thinning is None or losses is None else self._thinning.offer(self.count, losses)
+        for step in dropped:
+            place = self.recorded.index(step)
+            del self.recorded[place], self.rates[place]
         self._write_index()
+        self.folder.drop_weights(dropped)
+
+    def _probed(self) -> Tensor | None:
+        return None if self.adaptive is None else self.adaptive.measured(self.module)
 
     def _write_state(self) -> None:
         if self.optimiser is not None and not self.folder.state(self.count).exists():
@@ -195,7 +213,7 @@ def trainer_callback(directory: Path | str, **settings: Any) -> Any:
 
     Args:
         directory: where the series goes.
-        **settings: as for :class:`Recorder` (``every``, ``state_every``, ``steps``, ``include``).
+        **settings: as for :class:`Recorder` (``every``, ``state_every``, ``schedule``, ``include``).
     """
     from transformers import TrainerCallback
 

@@ -2,7 +2,8 @@
 
 The batch of each step is a pure function of the step, so data order needs no state: a resumed or
 branched run sees the same batches. Weights are recorded after the wanted numbers of optimiser
-steps, step 0 included; optimiser and generator state at a coarser spacing.
+steps, step 0 included, or after those of them that :mod:`polca_edit.checkpoints.spacing` chooses;
+optimiser and generator state at a coarser spacing.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from polca_edit.checkpoints.files import SeriesFolder, SeriesIndex, read_weights, write_tensors
+from polca_edit.checkpoints.spacing import Adaptive, Thinning
 from polca_edit.parameters import ParameterSpace, saved_buffers
 
 #: ``after_step(step, module, optimiser)`` runs after every optimiser step.
@@ -117,9 +119,11 @@ class SeriesWriter:
     Attributes:
         folder: where files go.
         space: parameters that are recorded.
-        weight_steps: steps at which weights are kept (0 is the initial model).
+        weight_steps: steps at which weights are kept (0 is the initial model); with ``adaptive`` those it
+            chooses from.
         state_every: spacing of optimiser state, a multiple of which must be saved to branch there.
         data_order: how batches are drawn, for the index.
+        adaptive: which of the steps are kept; None keeps all.
     """
 
     folder: SeriesFolder
@@ -127,29 +131,52 @@ class SeriesWriter:
     weight_steps: Sequence[int]
     state_every: int
     data_order: Mapping[str, object] = field(default_factory=dict)
+    adaptive: Adaptive | None = None
+    _thinning: Thinning | None = field(default=None, init=False, repr=False, compare=False)
+    # Files of dropped steps, which go when the next state is there: a run resumed before it needs them.
+    _dropped: list[int] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.adaptive is not None:
+            object.__setattr__(self, "_thinning", Thinning(self.adaptive.count))
 
     def resume_step(self) -> int | None:
-        """Latest step from which the run can go on with nothing missing before it, if any."""
+        """Latest step from which the run can go on with nothing missing before it, if any.
+
+        What adaptive recording had kept until then is taken up again.
+        """
         for step in reversed(self.folder.state_steps()):
-            needed = [s for s in self.weight_steps if s <= step] + [step]
-            if self.folder.has_weights(needed):
+            needed = [s for s in self.weight_steps if s <= step]
+            if self._thinning is not None:
+                self._thinning.take_up(read_weights(self.folder.state(step)))
+                needed = self._thinning.steps
+            if needed and self.folder.has_weights([*needed, step]):
                 return step
+        if self._thinning is not None:
+            self._thinning.take_up({})
         return None
 
     def after(self, step: int, module: nn.Module, optimiser: torch.optim.Optimizer, last: bool) -> None:
         """Record what is due after ``step``; weights first, so that a state always has its weights."""
         state_due = step > 0 and (step % self.state_every == 0 or last)
-        if step in set(self.weight_steps) or state_due:
+        due = step in set(self.weight_steps)
+        if due or state_due:
             values = self.space.unflatten(self.space.read(module))
             write_tensors(self.folder.weights(step), {**values, **saved_buffers(module)})
+        if due and self._thinning is not None and self.adaptive is not None:
+            self._dropped.extend(self._thinning.offer(step, self.adaptive.measured(module)))
         if state_due:
-            write_tensors(self.folder.state(step), optimiser_tensors(module, optimiser))
+            kept = {} if self._thinning is None else self._thinning.tensors()
+            write_tensors(self.folder.state(step), {**optimiser_tensors(module, optimiser), **kept})
+            self.folder.drop_weights(self._dropped)
+            self._dropped.clear()
 
     def finish(self, settings: TrainingSettings) -> None:
         """Write the index if every wanted step is there; its presence says that the series is complete."""
-        steps = sorted(self.weight_steps)
+        steps = sorted(self.weight_steps if self._thinning is None else self._thinning.steps)
         if not self.folder.has_weights(steps):
             return
+        self.folder.drop_weights(set(self.weight_steps) - set(steps))
         rates = tuple(settings.rate(step) if step else 0.0 for step in steps)
         index = SeriesIndex(tuple(steps), self.space.fingerprint(), rates, settings.weight_decay)
         self.folder.write_index(index, training=asdict(settings), data_order=dict(self.data_order))

@@ -81,7 +81,7 @@ class TestPlainLoop:
     def test_chosen_steps_and_chosen_parameters(self, tmp_path):
         module = model()
         optimiser = torch.optim.SGD(module.parameters(), lr=0.1)
-        recorder = Recorder(tmp_path / "c", module, optimiser, steps=[1, 4], include=("2.*",))
+        recorder = Recorder(tmp_path / "c", module, optimiser, schedule=[1, 4], include=("2.*",))
         for step in range(1, 6):
             update(module, optimiser, step)
             recorder.step()

@@ -110,7 +110,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _window_was_recorded(self) -> RunConfig:
-        steps = self.training.recorded
+        steps = self.training.candidates
         if self.window is not None and self.checkpoints is None and not set(self.window) <= set(steps):
             near = [min(steps, key=lambda step: abs(step - wanted)) for wanted in self.window]
             raise ValueError(
@@ -138,7 +138,7 @@ class RunConfig(Section):
             if most is not None and asked and basis.vectors > most:
                 raise ValueError(
                     f"basis '{basis.label}' can have at most {most} vectors from {count} checkpoints, got "
-                    f"{basis.vectors}; ask for fewer, or lower training.record_every"
+                    f"{basis.vectors}; ask for fewer, or record more (training.record_every, record_count)"
                 )
         return self
 

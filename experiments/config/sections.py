@@ -96,7 +96,17 @@ class TrainingConfig(Section):
     betas: tuple[Momentum, Momentum] = Field((0.9, 0.95), description="momenta of AdamW, from 0 to below 1")
     warmup: int = Field(100, ge=0, le=10**8, description="steps over which the rate rises from 0")
     decay: Literal["constant", "cosine"] = Field("constant", description="of the rate after warm-up")
-    record_every: int = Field(15, ge=1, description="optimiser steps between recorded weights")
+    record_every: int = Field(
+        15, ge=1, description="optimiser steps between recorded weights, or candidates of 'adaptive'"
+    )
+    record: Literal["equal", "adaptive"] = Field(
+        "equal",
+        description="weights after every record_every steps, or record_count of them, chosen in training "
+        "where the losses of a few curvature sequences move",
+    )
+    record_count: int | None = Field(
+        None, ge=3, le=10**6, description="weights kept by 'adaptive'; default a quarter of the candidates"
+    )
     state_every: int = Field(150, ge=1, description="optimiser steps between recorded optimiser states")
 
     @model_validator(mode="after")
@@ -106,12 +116,38 @@ class TrainingConfig(Section):
                 f"a run needs at least 3 checkpoints, {self.steps} steps recorded every {self.record_every} "
                 "give fewer; lower record_every"
             )
+        if self.record == "equal" and self.record_count is not None:
+            raise ValueError(
+                f"record_count is of adaptive recording, got {self.record_count} with equal spacing; set "
+                "record to adaptive, or leave record_count out"
+            )
+        if self.record_count is not None and self.record_count > len(self.candidates):
+            raise ValueError(
+                f"record_count must be at most the {len(self.candidates)} candidates, got "
+                f"{self.record_count}; lower it, or lower record_every"
+            )
         return self
 
     @property
-    def recorded(self) -> list[int]:
-        """Steps at which weights are kept, 0 and the last included."""
+    def candidates(self) -> list[int]:
+        """Every ``record_every``-th step, 0 and the last included."""
         return sorted({*range(0, self.steps + 1, self.record_every), self.steps})
+
+    @property
+    def kept(self) -> int:
+        """How many weights are left when training is done."""
+        candidates = len(self.candidates)
+        return candidates if self.record == "equal" else self.record_count or max(3, candidates // 4)
+
+    @property
+    def recorded(self) -> list[int]:
+        """Steps at which weights are kept, 0 and the last included.
+
+        With ``adaptive`` they are known after training alone; equally many, equally spaced candidates stand
+        for them, to count and to plan with.
+        """
+        last = len(self.candidates) - 1
+        return [self.candidates[round(i * last / (self.kept - 1))] for i in range(self.kept)]
 
 
 class CheckpointsConfig(Section):

@@ -303,7 +303,7 @@ def facts(view: RunView) -> dict[str, str]:
     if view.config.trained_here and training is not None and training.learning_rate is not None:
         found["Training"] = (
             f"{training.steps} steps, batch {training.batch_size}, learning rate {training.learning_rate}, "
-            f"weight decay {training.weight_decay}, weights kept every {training.record_every} steps"
+            f"weight decay {training.weight_decay}, {training.kept}"
         )
     if machine is not None:
         extra = f", {machine.accelerator}" if machine.accelerator else ""

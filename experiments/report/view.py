@@ -49,6 +49,14 @@ class TrainingFile:
     learning_rate: float | None = None
     weight_decay: float = 0.0
     record_every: int | None = None
+    record: str = "equal"
+
+    @property
+    def kept(self) -> str:
+        """When weights were kept, in words."""
+        if self.record == "equal":
+            return f"weights kept every {self.record_every} steps"
+        return f"weights kept where the loss moves, at multiples of {self.record_every} steps"
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,9 @@ def data_key(config: RunConfig, contents: str) -> str:
         sections.pop(config.task, None)
         sections["task"] = own.function
     # Only where they are given: keys of runs without them stay as they are.
+    if config.training.record == "equal":
+        for name in ("record", "record_count"):
+            del sections["training"][name]
     if config.options:
         sections["options"] = settings["options"]
     if config.window is not None:

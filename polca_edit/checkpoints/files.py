@@ -359,6 +359,11 @@ class SeriesFolder:
         """Whether the weights after every one of these steps are there."""
         return all(self.weights(step).exists() for step in steps)
 
+    def drop_weights(self, steps: Iterable[int]) -> None:
+        """Delete the weights after these steps, but those of a state, from which training may be branched."""
+        for step in set(steps) - set(self.state_steps()):
+            self.weights(step).unlink(missing_ok=True)
+
     def state_steps(self) -> list[int]:
         """Steps at which a state was saved, ascending."""
         return sorted(

@@ -95,7 +95,7 @@ def tag_label(
     """
     grams = np.array(tags.grams, dtype=str)
     inside = member.numpy()
-    places = _tag_places(grams[inside])
+    places = tag_places(grams[inside])
     fits = np.ones(len(grams), dtype=bool)
     for place, names in enumerate(places):
         if names:
@@ -103,7 +103,7 @@ def tag_label(
     by_chance = 0
     for _ in range(draws):
         drawn = torch.randperm(len(grams), generator=generator)[: int(inside.sum())].numpy()
-        by_chance += any(_tag_places(grams[drawn]))
+        by_chance += any(tag_places(grams[drawn]))
     support = int((fits & inside).sum()) if any(places) else 0
     return TagLabel(
         places,
@@ -114,7 +114,8 @@ def tag_label(
     )
 
 
-def _tag_places(grams: np.ndarray) -> tuple[tuple[str, ...], ...]:
+def tag_places(grams: np.ndarray) -> tuple[tuple[str, ...], ...]:
+    """Per place of the 4-grams (n, 4) of some tokens the few tags that cover most of them, or nothing."""
     found = (covering_tags(list(grams[:, place])) for place in range(GRAM))
     return tuple(tags if len(tags) <= TAG_COUNT else () for tags in found)
 

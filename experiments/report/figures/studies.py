@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 from experiments.report.style import PALE, Drawing, colours, new_figure, styled
 
@@ -79,3 +80,41 @@ def arms_figure(arms: Mapping[str, Sequence[Course]], branch: int) -> Figure:
 def draw_arms(arms: Mapping[str, Sequence[Course]], branch: int, path: Path) -> None:
     """Write the figure as PNG."""
     Drawing("grokking", "accuracy on hidden sums by arm", arms_figure(arms, branch)).write_png(path)
+
+
+#: (way, seed, checkpoints, error) of one point.
+Recorded = tuple[str, int, int, float]
+
+
+@styled()
+def recording_figure(points: Sequence[Recorded]) -> Figure:
+    """Error per token against the number of checkpoints: one line a way and seed, both axes logarithmic."""
+    figure = new_figure(3.4, 6)
+    axes = figure.subplots()
+    hues = colours(list(dict.fromkeys(way for way, *_ in points)))
+    seeds = sorted({seed for _, seed, *_ in points})
+    for way, seed in dict.fromkeys((way, seed) for way, seed, *_ in points):
+        line = sorted((count, error) for name, own, count, error in points if (name, own) == (way, seed))
+        first = seed == seeds[0]
+        axes.plot(
+            [count for count, _ in line],
+            [error for _, error in line],
+            "o-" if first else "s--",
+            color=hues[way],
+            label=way if len(seeds) == 1 else f"{way}, seed {seed}",
+            markersize=4,
+            lw=1.2,
+        )
+    axes.set(xscale="log", yscale="log", xlabel="checkpoints kept", ylabel="quadrature error per token")
+    counts = sorted({count for _, _, count, _ in points})
+    axes.set_xticks(counts, [str(count) for count in counts])
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+    axes.legend()
+    return figure
+
+
+def draw_recording(points: Sequence[Recorded], path: Path) -> None:
+    """Write the figure as PNG."""
+    title = "quadrature error against the number of checkpoints"
+    Drawing("recording", title, recording_figure(points)).write_png(path)

@@ -8,12 +8,20 @@ import shutil
 import time
 from pathlib import Path
 
+import torch
+from torch import Tensor, nn
+
 from experiments.config import RunConfig
 from experiments.run.run import Run
 from polca_edit.allocation.progress import progress as progress_of
 from polca_edit.checkpoints.files import SeriesFolder, write_json
 from polca_edit.checkpoints.series import Checkpoints
+from polca_edit.checkpoints.spacing import Adaptive, Probe
+from polca_edit.tokens import TokenSet
 from polca_edit.training import SeriesWriter, TrainingSettings, train
+
+#: Sequences whose losses adaptive recording looks at.
+PROBED = 64
 
 
 def training_settings(config: RunConfig) -> TrainingSettings:
@@ -26,7 +34,38 @@ def recorder_of(run: Run) -> SeriesWriter:
     """Where and when the run's weights are kept."""
     t = run.config.training
     folder = SeriesFolder(run.directory.checkpoints)
-    return SeriesWriter(folder, run.task.space, t.recorded, t.state_every, run.task.data_order)
+    adaptive = Adaptive(t.kept, probe_of(run)) if t.record == "adaptive" else None
+    return SeriesWriter(
+        folder, run.task.space, t.candidates, t.state_every, run.task.data_order, adaptive=adaptive
+    )
+
+
+def probed(run: Run) -> TokenSet:
+    """The first curvature sequences, which training may see: neither select nor evaluate."""
+    tokens = run.task.splits.curvature
+    return tokens.select(torch.arange(min(PROBED, tokens.sequences)))
+
+
+def probe_of(run: Run) -> Probe:
+    """Losses of :func:`probed`."""
+    few = probed(run)
+
+    def probe(module: nn.Module) -> Tensor:
+        device = next(module.parameters()).device
+        return run.task.token_loss(module, few.inputs.to(device))[few.scored.to(device)]
+
+    return probe
+
+
+def recording_advice(config: RunConfig) -> str | None:
+    """A line for whoever plans a run that records itself; None where there is nothing to say."""
+    t = config.training
+    if config.checkpoints is not None or t.record == "adaptive" or t.kept < 7:
+        return None
+    return (
+        f"recording: {t.kept} checkpoints in equal steps; training.record=adaptive with record_every="
+        f"{max(1, t.record_every // 4)} and record_count={t.kept // 2 + 1} has about the same error"
+    )
 
 
 def trained_series(run: Run) -> Checkpoints:
