@@ -126,10 +126,16 @@ def basis_inputs(run: Run, checkpoints: Checkpoints, settings: EigenSettings) ->
     )
 
 
+def row_bytes(run: Run, spec: BasisConfig) -> int:
+    """What a row of a basis takes: the entries it may have, not all weights."""
+    space = run.task.space
+    width = space.size if spec.include == ("*",) else int(space.mask(spec.include).sum())
+    return width * run.config.itemsize
+
+
 def _on_disk(run: Run, spec: BasisConfig) -> bool:
     """Whether a basis is too large for the share of memory that its rows have."""
-    size = run.task.space.size
-    return spec.vectors * size * run.config.itemsize > memory_shares(run.config, size).rows
+    return spec.vectors * row_bytes(run, spec) > memory_shares(run.config, run.task.space.size).rows
 
 
 def mapped_in(path: Path, dtype: torch.dtype = torch.float32) -> Allocate:
@@ -142,10 +148,10 @@ def kept_basis(run: Run, spec: BasisConfig, places: int, parts: Path) -> Iterato
     """Hooks that keep every finished checkpoint and product of a basis on disk, with a progress bar."""
     ledger = Ledger(parts, run.objective.passes)
     keep = kept_parts(parts, BasisCheckpoint, ledger)
-    size, large = run.task.space.size, _on_disk(run, spec)
-    budget = memory_shares(run.config, size).rows
+    each, large = row_bytes(run, spec), _on_disk(run, spec)
+    budget = memory_shares(run.config, run.task.space.size).rows
     # Two vectors a product, and products until the budget of a checkpoint is used up in the worst case.
-    deep = run.config.memory_gb is not None and 2 * spec.max_products * size * run.config.itemsize > budget
+    deep = run.config.memory_gb is not None and 2 * spec.max_products * each > budget
     numbers = itertools.count()
     dtype = torch.float64 if run.config.precision == "float64" else torch.float32
     finished = [load_record(BasisCheckpoint, p) for p in sorted(parts.glob("part-*.safetensors"))]
