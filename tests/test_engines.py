@@ -21,10 +21,10 @@ from experiments.config import load_config
 from experiments.run.driver import run_stages
 from experiments.run.engines import TaskQueue, WorkerCall, local_slopes, stored_rows
 from experiments.run.pieces import Blocks, Measured, Piece, compute_piece
-from experiments.run.run import open_run
-from polca_edit.allocation.allocate import CheckpointSlopes, slopes_at
+from experiments.run.run import load_run, open_run
+from polca_edit.allocation.allocate import CheckpointSlopes, Projections, slopes_at
 from polca_edit.artifacts import checksum, load_record, save_record
-from polca_edit.basis.record import random_basis, unlabelled
+from polca_edit.basis.record import Basis, random_basis, unlabelled
 from polca_edit.checkpoints.opening import open_checkpoints
 from polca_edit.derivatives.objective import Objective
 from polca_edit.tokens import TokenSet
@@ -60,8 +60,9 @@ def projected(out: Path, **overrides: object) -> tuple[dict[str, str], dict[str,
     values = {
         "bases": BASES,
         "threads": 1,
-        "vector_block": 2,
+        "vector_block": 5,
         "token_shard": 25,
+        "parameter_block": 4000,
         "batch_size": 25,
         **overrides,
     }
@@ -89,7 +90,7 @@ def test_local_run_resumes_inside_projections(smoke_run, tmp_path, monkeypatch):
     calls, compute = [], engines.compute_piece
 
     def failing(*given: object) -> object:
-        calls.append(given[4])
+        calls.append(given[1])
         if len(calls) == 40:
             raise KeyboardInterrupt
         return compute(*given)
@@ -148,8 +149,10 @@ def test_ray_writes_the_same_bytes_though_workers_are_killed(smoke_run, tmp_path
     assert distributed == local
     names = [path.name.rsplit("-", 1) for path in journal.iterdir()]
     tasks = [task for task, _ in names]
-    # 11 checkpoints, 9 directions in blocks of 2, 50 sequences in shards of 25.
-    assert len(set(tasks)) == 11 * 5 * 2
+    # 11 checkpoints, 9 directions in blocks of 5, 50 sequences in shards of 25, blocks of whole tensors.
+    blocks = len(Blocks(parameters=4000).of(load_run(again, lambda text: None).task.space))
+    assert blocks > 1
+    assert len(set(tasks)) == 11 * 2 * 2 * blocks
     assert len(killed) == 2
     lost = {task for task, pid in names if int(pid) == killed[0]}
     assert lost
@@ -259,3 +262,28 @@ def test_two_small_nodes_finish_what_one_cannot_hold(tmp_path, generator):
     uncut = local_slopes(whole, 1, Blocks())
     torch.testing.assert_close(found.gradients[0], uncut.gradients[0], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(found.after[0], uncut.after[0], rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_of_rounded_rows_in_blocks_of_parameters(smoke_run, tmp_path):
+    """Entries of some tensors in bfloat16, tasks of some of the weights: as the whole to rounding."""
+    bases = [
+        {"kind": "trajectory", "vectors": 3, "include": ["*mlp*"]},
+        {"kind": "random", "vectors": 2},
+    ]
+    lines: list[str] = []
+    values = {"bases": bases, "threads": 1, "basis_storage": "bfloat16"}
+    found = []
+    for name, block in (("whole", None), ("cut", 4000)):
+        out = shutil.copytree(smoke_run, tmp_path / name)
+        run = open_run(load_config("smoke", {**values, "parameter_block": block}), out, lines.append)
+        run_stages(run, stages=["train", "basis:trajectory", "basis:random", "projections"])
+        found.append(load_record(Projections, run.directory.projections("trajectory")))
+    basis = load_record(Basis, run.directory.basis("trajectory"))
+    assert basis.entries.dtype == torch.bfloat16
+    assert basis.entries.shape[1] < run.task.space.size / 2
+    assert len(Blocks(parameters=4000).of(run.task.space)) > 1
+    assert any("basis trajectory: rows in bfloat16: |B B' - I| at most" in line for line in lines)
+    for name in ("gradients", "residual_start", "residual_end"):
+        mine, other = (getattr(each, name) for each in found)
+        assert float((mine - other).norm()) < 1e-5 * float(mine.norm())
+    assert torch.equal(found[0].displacements, found[1].displacements)

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracles import copied_with, mean_loss, own_parameters, text_tokens, tiny_gpt2
+from oracles import copied_with, curved_series, mean_loss, own_parameters, text_tokens, tiny_gpt2
 from torch import Tensor, nn
 
+from experiments.study.gauge import gauge_table, gauges
 from interventions.damage import EvaluatedSplit
 from interventions.edits import project_out
 from polca_edit.allocation.allocate import project
@@ -217,3 +218,26 @@ def test_files_of_whole_rows_of_earlier_versions_are_read(tmp_path):
     back = load_record(Basis, tmp_path / "old.safetensors")
     assert torch.equal(back.rows, basis.rows)
     assert back.inside is None
+
+
+def test_gauge_of_parts_adds_up_to_the_whole():
+    """Shares of movement, and what the trapezoid rule explains, are sums over parameters."""
+    objective, series, tokens = curved_series()
+    first = Subset.of_mask(series.space.mask(["first.*"]))
+    second = Subset.of_mask(series.space.mask(["second.*"]))
+    mine, theirs, whole = gauges(objective, series, tokens, {"a": first, "b": second, "all": None})
+    assert (mine.weights, mine.row_bytes) == (first.count, 4 * first.count)
+    assert mine.moved_net + theirs.moved_net == pytest.approx(whole.moved_net) == pytest.approx(1)
+    assert mine.moved_path + theirs.moved_path == pytest.approx(1)
+    moved = (series[7] - series[0]).double()
+    assert mine.moved_net == pytest.approx(float(moved[first.mask()].square().sum() / moved.square().sum()))
+    losses = [float(objective.losses(series[i], tokens).double().mean()) for i in (0, 7)]
+    assert whole.exact == pytest.approx(losses[1] - losses[0], abs=1e-6)
+    assert mine.explained + theirs.explained == pytest.approx(whole.explained, rel=1e-6)
+    slopes = [objective.token_gradients(series[i], tokens).double().mean(0) for i in range(8)]
+    steps = [(series[i + 1] - series[i]).double() * first.mask() for i in range(7)]
+    trapezoid = sum(float((slopes[i] + slopes[i + 1]) / 2 @ step) for i, step in enumerate(steps))
+    assert mine.explained == pytest.approx(trapezoid, rel=1e-4)
+    assert whole.explained_share == pytest.approx(whole.explained / whole.exact)
+    assert min(each.product_seconds for each in (mine, theirs, whole)) > 0
+    assert len(gauge_table([mine, whole]).markdown().splitlines()) > 2

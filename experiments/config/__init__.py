@@ -73,6 +73,11 @@ class RunConfig(Section):
     basis_memory_gb: float = Field(
         4.0, ge=0, description="larger bases are built with their rows streamed from disk"
     )
+    basis_storage: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32",
+        description="of stored basis rows; float32 keeps them as computed, the others halve the bytes, and "
+        "their error (Gram matrix, slopes) is measured, printed and kept in the record",
+    )
     memory_gb: float | None = Field(
         None, gt=0, description="memory of the whole run; vectors, batches and directions are cut to fit"
     )

@@ -123,6 +123,7 @@ def basis_key(config: RunConfig, contents: str, spec: BasisConfig) -> str:
         return key_of("basis", own, stage_key(config, contents, "projections"))
     # Only where they differ: keys of bases of all weights, stored in full, stay as they are.
     more = ["entries alone"] if spec.include != ("*",) else []
+    more += [config.basis_storage] if config.basis_storage != "float32" else []
     return key_of("basis", own, data_key(config, contents), *more)
 
 

@@ -90,7 +90,7 @@ def _copy_remainder(
     common = _inside(basis, 0, block) if len(basis) else block
     assert common is not None
     for own, size in enumerate(along.to(row)):
-        mine, first = _entries(basis, own, common), 0
+        mine, first = _entries(basis, own, common).to(row), 0
         for start, stop in common.places(block):
             row[start:stop] -= size * mine[first : first + stop - start]
             first += stop - start
@@ -121,7 +121,7 @@ def with_remainders(bases: Sequence[Basis], moved: Float[Tensor, " N"]) -> Direc
     first = 0
     for basis in bases:
         numbers.setdefault(basis.inside, []).extend(range(first, first + len(basis)))
-        rows.setdefault(basis.inside, []).append(basis.entries)
+        rows.setdefault(basis.inside, []).append(basis.wide())
         first += len(basis) + 1
         numbers.setdefault(None, []).append(first - 1)
         rows.setdefault(None, []).append(residual_direction(basis, moved)[None])

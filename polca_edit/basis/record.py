@@ -22,6 +22,27 @@ NO_ORIGIN = -1
 
 
 @dataclass(frozen=True)
+class Rounding:
+    """What storing rows in fewer bits did to them.
+
+    Attributes:
+        storage: type of the stored numbers.
+        gram: largest entry of |B B' - I| of the stored rows.
+        slopes: largest change of a token's slope along a row, relative to the row's largest slope.
+    """
+
+    storage: str
+    gram: float
+    slopes: float
+
+    def __str__(self) -> str:
+        return (
+            f"rows in {self.storage}: |B B' - I| at most {self.gram:.1e}, "
+            f"slopes off by at most {self.slopes:.1e} of the largest"
+        )
+
+
+@dataclass(frozen=True)
 class Basis:
     """Orthonormal rows with where each came from.
 
@@ -40,6 +61,7 @@ class Basis:
             theta_t - theta_0, so that rows can be made anew from the series; None where they are not.
         ranges: (r, 2) runs of the flat vector whose entries are held; None: all of it.
         size: N where only some entries are held.
+        rounding: how far entries in fewer than 32 bits are off; None where they are as computed.
     """
 
     kind: str
@@ -53,6 +75,7 @@ class Basis:
     coefficients: Float[Tensor, "K Tm1"] | None = None
     ranges: Int[Tensor, "r 2"] | None = None
     size: int | None = None
+    rounding: Rounding | None = None
 
     def __len__(self) -> int:
         return self.entries.shape[0]
@@ -76,17 +99,32 @@ class Basis:
 
     @cached_property
     def rows(self) -> Float[Tensor, "K N"]:
-        """(K, N) whole rows, zero where no entry is held; made at the first use."""
-        return self.entries if self.inside is None else self.inside.spread(self.entries)
+        """(K, N) whole rows, zero where no entry is held, of 32 bits at least; made at the first use."""
+        return self.wide() if self.inside is None else self.inside.spread(self.wide())
+
+    def wide(self, chosen: int | slice = slice(None)) -> Tensor:
+        """Entries of one row or of some, in the 32 bits at least that are computed with."""
+        entries = self.entries[chosen]
+        return entries if entries.element_size() >= 4 else entries.float()
 
     def along(self, moved: Float[Tensor, " N"]) -> Float[Tensor, " K"]:
         """<b, moved> for every row, summed in float64."""
-        return inner_products(self.entries, taken(moved, self.inside)[None])[:, 0].cpu()
+        part = taken(moved, self.inside)[None]
+        if self.entries.element_size() >= 4:
+            return inner_products(self.entries, part)[:, 0].cpu()
+        # One wide row at a time.
+        each = [inner_products(self.wide(number)[None], part)[0] for number in range(len(self))]
+        return torch.cat(each).cpu() if each else torch.zeros(0, dtype=torch.float64)
 
     def remainder(self, moved: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
         """(I - B'B) moved, with no normalisation."""
         part = taken(moved, self.inside)
-        left = torch.addmv(part, self.entries.T, self.entries @ part, alpha=-1)
+        if self.entries.element_size() >= 4:
+            left = torch.addmv(part, self.entries.T, self.entries @ part, alpha=-1)
+        else:
+            left = part.clone()
+            for number, size in enumerate(self.along(moved).to(part)):
+                left -= size * self.wide(number).to(part)
         if self.inside is None:
             return left
         first, whole = 0, moved.clone()
@@ -127,7 +165,8 @@ class Basis:
             raise ValueError(
                 "a rotation must be orthogonal (R'R = I within 1e-4); orthonormalise its columns"
             )
-        rows = rotation.T.to(self.entries) @ self.entries
+        entries = self.wide()
+        rows = rotation.T.to(entries) @ entries
         turned = unlabelled(kind, rows, self.inside)
         return replace(turned, supervised=self.supervised or supervised)
 
@@ -187,7 +226,7 @@ def capture(basis: Basis, checkpoints: Checkpoints) -> tuple[float, float]:
 
 
 def _within(basis: Basis, moved: Float[Tensor, " N"]) -> Float[Tensor, " K"]:
-    return basis.entries @ taken(moved, basis.inside)
+    return basis.along(moved) if basis.rounding is not None else basis.entries @ taken(moved, basis.inside)
 
 
 def random_walk_capture(step_norms: Sequence[float], count: int) -> tuple[float, float]:
@@ -226,7 +265,11 @@ def require_orthonormal(basis: Basis) -> None:
         ValueError: for the first row that is not of length one or not at right angles to those before it.
     """
     for number in range(len(basis)):
-        products = basis.entries[: number + 1] @ basis.entries[number]
+        row = basis.wide(number)
+        if basis.rounding is None:
+            products = basis.entries[: number + 1] @ row
+        else:
+            products = torch.stack([basis.wide(other) @ row for other in range(number + 1)])
         products[number] -= 1
         error = float(products.abs().max())
         if not error <= 1e-2:
