@@ -10,6 +10,7 @@ from oracles import copied_with, curved_series, mean_loss, own_parameters, text_
 from torch import Tensor, nn
 
 from experiments.study.gauge import gauge_table, gauges
+from experiments.verbs.subsets import patterns_of
 from interventions.damage import EvaluatedSplit
 from interventions.edits import project_out
 from polca_edit.allocation.allocate import project
@@ -21,6 +22,7 @@ from polca_edit.checkpoints.files import write_tensors
 from polca_edit.checkpoints.opening import open_checkpoints
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.derivatives.objective import Objective
+from polca_edit.models import TransformerShape, build_small_transformer
 from polca_edit.parameters import ParameterSpace
 from polca_edit.subsets import Chosen, Directions, Group, Subset, blocks_of
 from polca_edit.tokens import TokenSet, next_token_loss
@@ -241,3 +243,11 @@ def test_gauge_of_parts_adds_up_to_the_whole():
     assert whole.explained_share == pytest.approx(whole.explained / whole.exact)
     assert min(each.product_seconds for each in (mine, theirs, whole)) > 0
     assert len(gauge_table([mine, whole]).markdown().splitlines()) > 2
+
+
+def test_a_layer_is_not_a_numbered_part_of_another_one():
+    """The MLP of the small transformer is numbered inside: blocks.1.mlp.0 is no part of layer 0."""
+    space = ParameterSpace.from_module(build_small_transformer(TransformerShape(3, 8, 2, 16, 13, 8), 1))
+    for layer in (0, 2):
+        chosen = Chosen(space, Subset.of_mask(space.mask(patterns_of(str(layer), None)))).names
+        assert chosen == [name for name in space.names if name.startswith(f"blocks.{layer}.")]
