@@ -250,7 +250,7 @@ STUDIES = {
         next=_AFTER_A_STUDY,
     ),
     "gauge": Verb(
-        "study.gauge:gauge",
+        "run.cost.gauge:gauge",
         "Movement and loss change in some of the weights, and the price of a basis of them.",
         ("polca-edit study gauge runs/demo --layers 1 --parameters '*mlp*'",),
         next=_AFTER_A_STUDY,

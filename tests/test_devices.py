@@ -22,11 +22,11 @@ from polca_edit.allocation.allocate import project
 from polca_edit.basis.hessian import EigenSettings, hessian_basis
 from polca_edit.basis.operators import fisher_basis
 from polca_edit.basis.path import trajectory_basis
+from polca_edit.basis.subsets import Directions, Group, Subset
 from polca_edit.checkpoints.opening import open_checkpoints
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.derivatives.lanczos import LanczosSettings, projected_lanczos
 from polca_edit.derivatives.objective import Objective
-from polca_edit.subsets import Directions, Group, Subset
 from polca_edit.tokens import TokenSet
 from polca_edit.training import TrainingSettings
 from tests.test_removal import TwoTables, answers_of, table_logits, table_loss, tokens_of

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from polca_edit.basis.subsets import Subset
 from polca_edit.derivatives import heads
 from polca_edit.derivatives.heads import cross_entropy, output_layer
 from polca_edit.derivatives.objective import Objective
 from polca_edit.parameters import ParameterSpace
-from polca_edit.subsets import Subset
 from polca_edit.tokens import TokenSet, next_token_loss
 from tests import tiny_models as tiny
 

@@ -9,7 +9,7 @@ import torch
 from oracles import copied_with, curved_series, mean_loss, own_parameters, text_tokens, tiny_gpt2
 from torch import Tensor, nn
 
-from experiments.study.gauge import gauge_table, gauges
+from experiments.run.cost.gauge import gauge_table, gauges
 from experiments.verbs.subsets import patterns_of
 from interventions.damage import EvaluatedSplit
 from interventions.edits import project_out
@@ -18,13 +18,13 @@ from polca_edit.artifacts import load_record, save_record
 from polca_edit.basis.hessian import EigenSettings, hessian_basis
 from polca_edit.basis.path import trajectory_basis
 from polca_edit.basis.record import Basis, capture, random_basis, unlabelled
+from polca_edit.basis.subsets import Chosen, Directions, Group, Subset, blocks_of
 from polca_edit.checkpoints.files import write_tensors
 from polca_edit.checkpoints.opening import open_checkpoints
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.derivatives.objective import Objective
 from polca_edit.models import TransformerShape, build_small_transformer
 from polca_edit.parameters import ParameterSpace
-from polca_edit.subsets import Chosen, Directions, Group, Subset, blocks_of
 from polca_edit.tokens import TokenSet, next_token_loss
 
 ROUTES = ("adjoint", "traced", "jvp", "double_backward")
@@ -58,7 +58,7 @@ def test_sets_of_entries_are_sets(generator):
         assert torch.equal(one.mask(), first)
         assert Subset.of_tensor(40, one.tensor()) == one
         both = one.common(other)
-        assert torch.equal(both.mask(), first & second)
+        assert both == Subset.of_mask(first & second)
         assert torch.equal(one.take(flat), flat[first])
         assert torch.equal(both.take(one.take(flat), one), flat[first & second])
         assert torch.equal(one.spread(one.take(flat.double())), flat * first.double())

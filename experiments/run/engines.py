@@ -24,8 +24,8 @@ from polca_edit.allocation.allocate import CheckpointSlopes
 from polca_edit.allocation.terms import places_of
 from polca_edit.artifacts import load_columns, load_record
 from polca_edit.basis.record import Basis
+from polca_edit.basis.subsets import Subset
 from polca_edit.checkpoints.series import Checkpoints
-from polca_edit.subsets import Subset
 from polca_edit.tokens import TokenSet
 
 

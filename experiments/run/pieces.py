@@ -17,10 +17,10 @@ from torch import Tensor
 from polca_edit.allocation.allocate import CheckpointSlopes, slopes_from
 from polca_edit.allocation.directions import directions_at
 from polca_edit.basis.record import Basis
+from polca_edit.basis.subsets import Subset, blocks_of
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.derivatives.objective import Objective
 from polca_edit.parameters import ParameterSpace
-from polca_edit.subsets import Subset, blocks_of
 from polca_edit.tokens import TokenSet
 
 #: Per basis (2, K): coordinates of the displacement that leads to a checkpoint, and of the one away from it.

@@ -9,9 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from polca_edit.basis.record import Basis
+from polca_edit.basis.subsets import Directions, Group, Subset, taken
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.derivatives.lanczos import inner_products
-from polca_edit.subsets import Directions, Group, Subset, taken
 
 
 def directions_at(

@@ -15,10 +15,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from polca_edit.basis.record import Basis, confined
+from polca_edit.basis.subsets import Subset, taken
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.derivatives.lanczos import Allocate, LanczosSettings, projected_lanczos
 from polca_edit.derivatives.objective import Objective
-from polca_edit.subsets import Subset, taken
 from polca_edit.tokens import TokenSet
 
 #: v (n,) -> A v (n,); n = N, or the number of entries that vectors may use.

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from polca_edit.basis.hessian import BasisCheckpoint, EigenSettings, Product, join, operator_basis
 from polca_edit.basis.record import Basis
+from polca_edit.basis.subsets import Directions, Subset, taken
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.derivatives.lanczos import inner_products, orthonormalise, projected_lanczos
 from polca_edit.derivatives.objective import Objective
-from polca_edit.subsets import Directions, Subset, taken
 from polca_edit.tokens import TokenSet
 
 #: ``outputs(module, inputs)`` -> logits (B, P, C), one row per prediction slot of the token loss.

@@ -12,10 +12,10 @@ from torch import Tensor
 from polca_edit.allocation.progress import progress
 from polca_edit.basis.record import Basis, unlabelled
 from polca_edit.basis.streamed import combined, displacement_gram, displacements
+from polca_edit.basis.subsets import Subset, taken
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.derivatives.lanczos import Allocate, inner_products, orthonormalise, remove_rows
 from polca_edit.derivatives.objective import Objective
-from polca_edit.subsets import Subset, taken
 from polca_edit.tokens import TokenSet
 
 

@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from polca_edit.basis.subsets import Subset, taken
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.derivatives.lanczos import gram, inner_products, orthonormalise
-from polca_edit.subsets import Subset, taken
 
 NO_ORIGIN = -1
 

@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from polca_edit.basis.record import Basis, Rounding, gram_error
+from polca_edit.basis.subsets import Directions
 from polca_edit.derivatives.objective import Objective
-from polca_edit.subsets import Directions
 from polca_edit.tokens import TokenSet
 
 STORAGES = ("float32", "bfloat16", "float16")

@@ -30,11 +30,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from polca_edit.basis.subsets import NamedDirections
 from polca_edit.derivatives.contacts import Contact, Kind, contact_shares, kind_of
 from polca_edit.derivatives.heads import SlotLoss, at_slots
 from polca_edit.derivatives.operations import Operation, WatchedOperations
 from polca_edit.parameters import ParameterSpace, call_with
-from polca_edit.subsets import NamedDirections
 from polca_edit.tokens import TokenLossFunction
 
 
@@ -85,10 +85,7 @@ class AdjointRoute:
         batch: int | None = None,
         wanted: Container[str] = (),
     ) -> Iterator[None]:
-        """Within the block calls on ``given`` that hold a wanted parameter are recorded.
-
-        Shapes are those of all calls; without ``batch`` they are all that is kept.
-        """
+        """Within the block calls on ``given`` that hold a wanted parameter are recorded, and all shapes."""
         canonical, handles = dict(self.space.aliases), []
 
         def keep(operation: Operation, size: int) -> Tensor:

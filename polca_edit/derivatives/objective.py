@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from polca_edit.basis.subsets import Chosen, Directions, NamedDirections, Subset, taken
 from polca_edit.derivatives.adjoint import AdjointRoute, AdjointUnavailable
 from polca_edit.derivatives.batches import Batch, LossAtSlots, slot_weights
 from polca_edit.derivatives.curvature import BatchedProducts
@@ -27,7 +28,6 @@ from polca_edit.derivatives.routes import TRACE_BREAK_EVEN, Route, Routes
 from polca_edit.derivatives.settled import require_settled
 from polca_edit.derivatives.tracing import PointFunction, PointLinearization
 from polca_edit.parameters import ParameterSpace, call_with
-from polca_edit.subsets import Chosen, Directions, NamedDirections, Subset, taken
 from polca_edit.tokens import TokenLossFunction, TokenSet, scored_slots
 
 #: Forward passes per vector by route (measured on the two arithmetic shapes, docs/results).

@@ -23,9 +23,9 @@ from experiments.study.results import publish, show
 from experiments.verbs.options import Directory, Layers, Parameters, Result
 from experiments.verbs.subsets import patterns_of
 from polca_edit.allocation.allocate import explained_share
+from polca_edit.basis.subsets import Subset, taken
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.derivatives.objective import Objective
-from polca_edit.subsets import Subset, taken
 from polca_edit.tokens import TokenSet
 
 #: Products that are timed of each kind, in turns.
