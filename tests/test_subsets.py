@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 from oracles import copied_with, curved_series, mean_loss, own_parameters, text_tokens, tiny_gpt2
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
+from experiments.cli import app
 from experiments.run.cost.gauge import gauge_table, gauges
 from experiments.verbs.subsets import patterns_of
 from interventions.damage import EvaluatedSplit
 from interventions.edits import project_out
 from polca_edit.allocation.allocate import project
+from polca_edit.allocation.directions import directions_at
 from polca_edit.artifacts import load_record, save_record
 from polca_edit.basis.hessian import EigenSettings, hessian_basis
 from polca_edit.basis.path import trajectory_basis
@@ -251,3 +255,23 @@ def test_a_layer_is_not_a_numbered_part_of_another_one():
     for layer in (0, 2):
         chosen = Chosen(space, Subset.of_mask(space.mask(patterns_of(str(layer), None)))).names
         assert chosen == [name for name in space.names if name.startswith(f"blocks.{layer}.")]
+
+
+def test_gauge_of_a_run_prints_shares_beside_prices(smoke_run):
+    runner = CliRunner()
+    found = runner.invoke(app, ["study", "gauge", str(smoke_run), "--parameters", "*mlp*", "--json", "-"])
+    assert found.exit_code == 0, found.output
+    mine, whole = json.loads(found.stdout)["gauges"]
+    assert 0 < mine["moved_net"] < whole["moved_net"] == pytest.approx(1)
+    assert whole["explained_share"] == pytest.approx(1, abs=0.2)
+    assert mine["row_bytes"] < whole["row_bytes"]
+    refused = runner.invoke(app, ["study", "gauge", str(smoke_run)])
+    assert refused.exit_code != 0
+
+
+def test_a_block_without_coordinates_is_refused():
+    """The part of the rows that a worker holds would give other residuals."""
+    _, series, _ = curved_series()
+    block = Subset(series.space.size, ((0, 200),))
+    with pytest.raises(ValueError, match="need the coordinates"):
+        directions_at(series, [trajectory_basis(series, 2)], 1, block=block)

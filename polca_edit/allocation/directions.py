@@ -33,7 +33,14 @@ def directions_at(
         block: entries beyond which directions are cut off, so that only their part of the rows is read.
         along: per basis the coordinates of the displacement that leads here and of the one that leads away,
             which give the residuals inside a block.
+
+    Raises:
+        ValueError: for a block without these coordinates: its part of the rows cannot give them.
     """
+    if block is not None and along is None:
+        raise ValueError(
+            "directions in a block of parameters need the coordinates of the displacements; pass along="
+        )
     theta = checkpoints[index]
     sources = [(number, own) for number, basis in enumerate(bases) for own in range(len(basis) + 2)]
     chosen = range(len(sources)) if chosen is None else chosen
