@@ -193,6 +193,12 @@ STUDIES = {
         ("polca-edit study groupings runs/demo runs/demo-1 --json groupings-demo.json",),
         next=_AFTER_A_STUDY,
     ),
+    "gauge": Verb(
+        "run.cost.gauge:gauge",
+        "Movement and loss change in some of the weights, and the price of a basis of them.",
+        ("polca-edit study gauge runs/demo --layers 1 --parameters '*mlp*'",),
+        next=_AFTER_A_STUDY,
+    ),
     "errors": Verb(
         "study.error_rates:error_rates",
         "How often the causal test says yes on twins, and its power by simulation.",
@@ -305,7 +311,3 @@ app.add_typer(studies, name="study", rich_help_panel="Studies")
 def main() -> None:
     """Entry point of ``polca-edit``."""
     run_application(app)
-
-
-if __name__ == "__main__":
-    main()

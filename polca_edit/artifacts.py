@@ -12,15 +12,18 @@ import hashlib
 import json
 import math
 import typing
+from collections.abc import Sequence
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from cattrs.errors import BaseValidationError
 from cattrs.preconf.json import make_converter
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from polca_edit.checkpoints.files import finite_json, require_digest, write_json, write_tensors
+from polca_edit.checkpoints.files import DTYPES, finite_json, require_digest, write_json, write_tensors
 
 Record = TypeVar("Record")
 
@@ -67,7 +70,8 @@ def _reason(error: BaseException) -> str:
 def save_record(path: Path, record: Any) -> None:
     """Write a frozen dataclass: ``.json`` for plain fields, else safetensors.
 
-    In safetensors a field is a tensor, a tuple of tensors, or plain.
+    In safetensors a field is a tensor, a tuple of tensors, or plain. A field whose metadata has ``stored``
+    goes by that name in files.
     """
     if path.suffix == ".json":
         write_json(path, to_plain(record))
@@ -77,13 +81,18 @@ def save_record(path: Path, record: Any) -> None:
     for item in dataclasses.fields(record):
         value = getattr(record, item.name)
         if isinstance(value, Tensor):
-            tensors[item.name] = value
+            tensors[_stored(item)] = value
         elif isinstance(value, tuple) and value and all(isinstance(v, Tensor) for v in value):
             tensors.update({f"{item.name}.{index}": v for index, v in enumerate(value)})
             plain[item.name] = {"tensors": len(value)}
         else:
             plain[item.name] = to_plain(value)
     write_tensors(path, tensors, {"record": type(record).__name__, "fields": json.dumps(plain)})
+
+
+def _stored(item: dataclasses.Field[Any]) -> str:
+    """Name of a field in a file."""
+    return str(item.metadata.get("stored", item.name))
 
 
 def load_record(kind: type[Record], path: Path) -> Record:
@@ -115,6 +124,67 @@ def load_record(kind: type[Record], path: Path) -> Record:
         ) from error
 
 
+def load_columns(kind: type[Record], path: Path, name: str, ranges: Sequence[tuple[int, int]]) -> Record:
+    """A record of which one table (K, n) is read in some of its columns only.
+
+    Nothing else of the table is read or mapped, so its hash is not compared: that is for whoever opens the
+    file whole.
+
+    Args:
+        kind: class of the record.
+        path: its safetensors file.
+        name: the field that is the table.
+        ranges: [start, stop) of the columns, ascending.
+
+    Raises:
+        ValueError: if the file is damaged or holds another kind of record.
+    """
+    item = next(item for item in dataclasses.fields(typing.cast(Any, kind)) if item.name == name)
+    try:
+        with open(path, "rb") as handle:
+            size = int.from_bytes(handle.read(8), "little")
+            header = json.loads(handle.read(size))
+            metadata = header.pop("__metadata__", {})
+            tensors = {}
+            for key, place in header.items():
+                dtype, shape = DTYPES[place["dtype"]], place["shape"]
+                wanted = ranges if key == _stored(item) else [(0, shape[-1] if shape else 1)]
+                tensors[key] = _read_columns(
+                    handle, 8 + size + place["data_offsets"][0], dtype, shape, wanted
+                )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"'{path}' must be a readable record ({error}); delete it and run that stage again"
+        ) from error
+    if metadata.get("record") != kind.__name__:
+        raise ValueError(
+            f"'{path}' must hold a {kind.__name__}, got {metadata.get('record')}; check the path"
+        )
+    return kind(**_values(kind, metadata, tensors))
+
+
+def _read_columns(
+    handle: BufferedReader,
+    offset: int,
+    dtype: torch.dtype,
+    shape: Sequence[int],
+    ranges: Sequence[tuple[int, int]],
+) -> Tensor:
+    """Columns of a stored tensor; its leading axes are rows."""
+    width = shape[-1] if shape else 1
+    rows, count = math.prod(shape[:-1]), sum(stop - start for start, stop in ranges)
+    found = torch.empty(rows, count, dtype=dtype)
+    for row in range(rows):
+        first = 0
+        for start, stop in ranges:
+            part = found[row, first : first + stop - start]
+            handle.seek(offset + (row * width + start) * dtype.itemsize)
+            if part.numel() and handle.readinto(part.view(torch.uint8).numpy().data) != part.nbytes:
+                raise ValueError("it ends early")
+            first += stop - start
+    return found.reshape(*shape[:-1], count) if shape else found.reshape(())
+
+
 def _values(kind: Any, metadata: dict[str, str], tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Field values of a record from the two halves of its file."""
     values: dict[str, Any] = {}
@@ -122,8 +192,8 @@ def _values(kind: Any, metadata: dict[str, str], tensors: dict[str, Tensor]) -> 
     hints = typing.get_type_hints(kind)
     for item in dataclasses.fields(kind):
         stored = plain.get(item.name)
-        if item.name in tensors:
-            values[item.name] = tensors[item.name]
+        if _stored(item) in tensors:
+            values[item.name] = tensors[_stored(item)]
         elif isinstance(stored, dict) and set(stored) == {"tensors"}:
             values[item.name] = tuple(tensors[f"{item.name}.{i}"] for i in range(stored["tensors"]))
         elif item.name in plain and (stored is not None or item.default is dataclasses.MISSING):

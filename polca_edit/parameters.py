@@ -41,6 +41,24 @@ def saved_buffers(module: nn.Module) -> dict[str, Tensor]:
     return {name: b for name, b in module.named_buffers() if name in kept and b.is_floating_point()}
 
 
+#: How a pattern that means a layer begins.
+_LAYER = re.compile(r"\*\.(\d+)\.")
+
+
+def name_matches(name: str, pattern: str) -> bool:
+    """Whether a dotted name matches a shell pattern; one that begins with ``*.N.`` means layer N alone.
+
+    The number of a layer is the first one of a name: parts of a block may be numbered too.
+
+    >>> [name_matches(name, "*.0.*") for name in ("blocks.0.mlp.2.bias", "blocks.1.mlp.0.bias")]
+    [True, False]
+    """
+    layer = _LAYER.match(pattern)
+    if layer is not None and next((p for p in name.split(".") if p.isdigit()), None) != layer[1]:
+        return False
+    return fnmatch.fnmatchcase(name, pattern)
+
+
 def _refuse_shared_memory(parameters: Mapping[str, nn.Parameter]) -> None:
     """A flat vector cannot hold two values for one memory cell (joint and split attention weights)."""
     sharing: dict[int, list[str]] = {}
@@ -106,7 +124,7 @@ class ParameterSpace:
             name = first.setdefault(id(parameter), slot)
             kept[name] = parameter
             slots[slot] = name
-            if any(fnmatch.fnmatchcase(slot, pattern) for pattern in include):
+            if any(name_matches(slot, pattern) for pattern in include):
                 chosen.add(name)
         names = tuple(name for name in kept if name in chosen)
         if not names:
@@ -160,7 +178,7 @@ class ParameterSpace:
             ValueError: if nothing matches.
         """
         mask = torch.zeros(self.size, dtype=torch.bool)
-        matched = {name for slot, name in self.aliases if any(fnmatch.fnmatchcase(slot, p) for p in include)}
+        matched = {name for slot, name in self.aliases if any(name_matches(slot, p) for p in include)}
         for name, (start, stop) in self.offsets.items():
             mask[start:stop] = name in matched
         if not mask.any():

@@ -303,3 +303,33 @@ def orthomax_criterion(table: Tensor, kind: str) -> float:
     if kind == "varimax":
         total = total - squares.sum(0).square().sum() / len(table)
     return float(total)
+
+
+# -- a small smooth network --------------------------------------------------------------------------
+
+
+class Curved(nn.Module):
+    """Two layers in float32; ten sequences of three inputs with their targets make its loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 24), nn.Linear(24, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+def curved_series(seed: int = 3) -> tuple[Objective, Checkpoints, TokenSet]:
+    """A squared loss, eight places on a walk and ten sequences."""
+    torch.manual_seed(seed)
+    module, draw = Curved(), torch.Generator().manual_seed(seed)
+    inputs = torch.randn(10, 3, 14, generator=draw)
+    tokens = TokenSet(inputs, torch.ones(10, 3, dtype=torch.bool), torch.arange(10))
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        return (model(x[..., :8]) - x[..., 8:]).square().mean(-1)
+
+    objective = Objective(module, loss, batch_size=4, route="jvp")
+    start = objective.space.read(module)
+    steps = 0.05 * torch.randn(8, len(start), generator=draw)
+    return objective, open_checkpoints(start + steps.cumsum(0), objective.space, steps=range(8)), tokens

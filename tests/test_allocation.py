@@ -262,7 +262,7 @@ def test_sign_of_a_vector_is_arbitrary(problem, checkpoints, generator, rule):
     signs = torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64)[:, None]
     first, flipped = (
         allocate(with_second_order(problem, checkpoints, b), rule)
-        for b in (basis, replace(basis, rows=basis.rows * signs))
+        for b in (basis, replace(basis, entries=basis.rows * signs))
     )
     assert torch.allclose(first.values, flipped.values, rtol=0, atol=1e-12)
     assert torch.allclose(first.residual, flipped.residual, rtol=0, atol=1e-12)

@@ -281,7 +281,7 @@ def test_capture_by_hand():
     thetas = torch.tensor([[0.0, 0, 0], [3.0, 4.0, 0], [3.0, 4.0, 2.0], [3.0, 4.0, 2.0]], dtype=torch.float64)
     checkpoints = open_checkpoints(list(thetas), space, steps=[0, 1, 2, 3])
     rows = torch.tensor([[1.0, 0, 0]], dtype=torch.float64)
-    net, path = capture(rows, checkpoints)
+    net, path = capture(unlabelled("rows", rows), checkpoints)
     assert net == pytest.approx(9 / 29)
     assert path == pytest.approx((9 / 25 + 0) / 2)  # the interval without movement does not count
 
@@ -289,7 +289,7 @@ def test_capture_by_hand():
 def test_capture_of_a_complete_basis_is_one(generator):
     problem = quadratic_problem([1.0] * 5, generator)
     checkpoints = walk(problem.objective.space, 6, generator)
-    assert capture(problem.frame.T, checkpoints) == pytest.approx((1.0, 1.0))
+    assert capture(unlabelled("frame", problem.frame.T), checkpoints) == pytest.approx((1.0, 1.0))
 
 
 @pytest.mark.parametrize("count", [1, 3, 8])
@@ -302,7 +302,7 @@ def test_random_walk_capture_against_a_simulated_walk(count):
     thetas = torch.cat([torch.zeros(1, size, dtype=torch.float64), steps.cumsum(0)])
     space = ParameterSpace.from_module(nn.Linear(size, 1, bias=False))
     checkpoints = open_checkpoints(list(thetas), space, steps=list(range(len(thetas))))
-    simulated = capture(trajectory_basis(checkpoints, count).rows, checkpoints)
+    simulated = capture(trajectory_basis(checkpoints, count), checkpoints)
     assert random_walk_capture(norms, count) == pytest.approx(simulated, abs=0.03)
 
 

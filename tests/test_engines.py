@@ -4,34 +4,46 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from oracles import quadratic_problem, walk
+from torch import nn
 
 from experiments.config import load_config
 from experiments.run.driver import run_stages
-from experiments.run.engines import Blocks, local_slopes
-from experiments.run.run import open_run
-from polca_edit.allocation.allocate import slopes_at
-from polca_edit.artifacts import checksum
-from polca_edit.basis.record import random_basis
+from experiments.run.engines import TaskQueue, WorkerCall, local_slopes, stored_rows
+from experiments.run.pieces import Blocks, Measured, Piece, compute_piece
+from experiments.run.run import load_run, open_run
+from polca_edit.allocation.allocate import CheckpointSlopes, Projections, slopes_at
+from polca_edit.artifacts import checksum, load_record, save_record
+from polca_edit.basis.record import Basis, random_basis, unlabelled
+from polca_edit.checkpoints.opening import open_checkpoints
+from polca_edit.derivatives.objective import Objective
+from polca_edit.tokens import TokenSet
 
 BASES = [{"kind": "trajectory", "vectors": 3}, {"kind": "random", "vectors": 2}]
 
 
-@pytest.mark.parametrize("blocks", [Blocks(), Blocks(vectors=3), Blocks(sequences=3), Blocks(2, 5)])
+CUTS = [Blocks(), Blocks(vectors=3), Blocks(sequences=3), Blocks(2, 5), Blocks(parameters=2), Blocks(2, 5, 3)]
+
+
+@pytest.mark.parametrize("blocks", CUTS)
 def test_pieces_make_the_whole(blocks, generator):
     problem = quadratic_problem([3.0, 1.0, -0.5, 0.2, 0.1], generator)
     checkpoints = walk(problem.objective.space, 4, generator)
     bases = [random_basis(5, count, generator, dtype=torch.float64) for count in (2, 1)]
-    given = problem.objective, checkpoints, bases, problem.tokens, 1
-    cut, whole = local_slopes(*given, blocks), slopes_at(*given)
+    mask = torch.tensor([False, False, True, True, False])
+    bases.append(random_basis(5, 1, generator, dtype=torch.float64, mask=mask))
+    given = problem.objective, checkpoints, bases, problem.tokens
+    cut, whole = local_slopes(Measured(*given), 1, blocks), slopes_at(*given, 1)
     assert torch.allclose(cut.losses, whole.losses, rtol=1e-13)
     for name in ("gradients", "before", "after"):
         for mine, other in zip(getattr(cut, name), getattr(whole, name), strict=True):
@@ -48,8 +60,9 @@ def projected(out: Path, **overrides: object) -> tuple[dict[str, str], dict[str,
     values = {
         "bases": BASES,
         "threads": 1,
-        "vector_block": 2,
+        "vector_block": 5,
         "token_shard": 25,
+        "parameter_block": 4000,
         "batch_size": 25,
         **overrides,
     }
@@ -77,7 +90,7 @@ def test_local_run_resumes_inside_projections(smoke_run, tmp_path, monkeypatch):
     calls, compute = [], engines.compute_piece
 
     def failing(*given: object) -> object:
-        calls.append(given[4])
+        calls.append(given[1])
         if len(calls) == 40:
             raise KeyboardInterrupt
         return compute(*given)
@@ -136,9 +149,141 @@ def test_ray_writes_the_same_bytes_though_workers_are_killed(smoke_run, tmp_path
     assert distributed == local
     names = [path.name.rsplit("-", 1) for path in journal.iterdir()]
     tasks = [task for task, _ in names]
-    # 11 checkpoints, 9 directions in blocks of 2, 50 sequences in shards of 25.
-    assert len(set(tasks)) == 11 * 5 * 2
+    # 11 checkpoints, 9 directions in blocks of 5, 50 sequences in shards of 25, blocks of whole tensors.
+    blocks = len(Blocks(parameters=4000).of(load_run(again, lambda text: None).task.space))
+    assert blocks > 1
+    assert len(set(tasks)) == 11 * 2 * 2 * blocks
     assert len(killed) == 2
     lost = {task for task, pid in names if int(pid) == killed[0]}
     assert lost
     assert all(tasks.count(task) >= 2 for task in lost)
+
+
+# -- nodes that are too small for all rows -------------------------------------------------------------
+
+
+class Wide(nn.Module):
+    """Four tensors of 128,000 weights, all of which the loss of every sequence depends on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(500, 256, bias=False) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return sum(torch.tanh(layer(x)).mean(-1, keepdim=True) for layer in self.layers)
+
+
+class SmallNodes:
+    """Stands in for a cluster: two nodes, each a process with a bound on its address space.
+
+    A node's process may be killed once its result is due; the task is then started again, as Ray does it.
+    """
+
+    cores = 2
+
+    def __init__(
+        self, compute: Callable[[WorkerCall], Piece], place: Path, room: int, kill: int = -1
+    ) -> None:
+        self.compute, self.place, self.room, self.kill = compute, place, room, kill
+        self.started: list[tuple[int, WorkerCall]] = []
+
+    def submit(self, call: WorkerCall) -> tuple[int, WorkerCall, Path]:
+        number = len(self.started)
+        path = self.place / f"{number}.safetensors"
+        process = os.fork()
+        if process == 0:
+            try:
+                pages = int(Path("/proc/self/statm").read_text().split()[0])
+                bound = pages * resource.getpagesize() + self.room
+                resource.setrlimit(resource.RLIMIT_AS, (bound, bound))
+                piece = self.compute(call)
+                if number == self.kill:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                save_record(path, piece)
+                os._exit(0)
+            except (MemoryError, RuntimeError):  # torch says it in either way
+                os._exit(3)
+            finally:
+                os._exit(4)
+        self.started.append((process, call))
+        return process, call, path
+
+    def get(self, handle: tuple[int, WorkerCall, Path]) -> Piece:
+        process, call, path = handle
+        ended = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        if ended == -signal.SIGKILL:
+            return self.get(self.submit(call))
+        if ended:
+            raise ValueError(f"a node ended with {ended}")
+        return load_record(Piece, path)
+
+    def cancel(self, handle: tuple[int, WorkerCall, Path]) -> None:
+        os.kill(handle[0], signal.SIGKILL)
+        os.waitpid(handle[0], 0)
+
+
+def test_two_small_nodes_finish_what_one_cannot_hold(tmp_path, generator):
+    module, count, megabyte = Wide(), 24, 10**6
+    loss = Objective(module, lambda m, x: m(x), route="jvp")
+    size = loss.space.size
+    scored = torch.ones(3, 1, dtype=torch.bool)
+    tokens = TokenSet(torch.randn(3, 500, generator=generator), scored, torch.arange(3))
+    thetas = 0.02 * torch.randn(3, size, generator=generator)
+    series = open_checkpoints(thetas, loss.space, steps=[0, 1, 2])
+    basis = unlabelled("rows", torch.randn(count, size, generator=generator) / size**0.5)
+    save_record(tmp_path / "basis.safetensors", basis)
+    whole = Measured(loss, series, (basis,), tokens)
+
+    def node(call: WorkerCall) -> Piece:
+        block = Blocks(parameters=call.parameters).of(loss.space)[call.task.block]
+        rows = stored_rows(tmp_path / "basis.safetensors", block)
+        return compute_piece(
+            Measured(loss, series, (rows,), tokens), call.index, call.task, block, call.along
+        )
+
+    def run(blocks: Blocks, kill: int = -1) -> tuple[CheckpointSlopes, SmallNodes]:
+        nodes = SmallNodes(node, tmp_path, 70 * megabyte, kill)
+        queue = TaskQueue(nodes, whole, [1], blocks)
+        try:
+            return queue.result(1), nodes
+        finally:
+            queue.cancel()
+
+    assert basis.rows.nbytes > 49 * megabyte
+    with pytest.raises(ValueError, match="ended with 3"):
+        run(Blocks())
+    blocks = Blocks(sequences=2, parameters=128_000)
+    found, nodes = run(blocks, kill=2)
+    assert len(nodes.started) == 2 * 4 + 1  # two shards of four blocks, and the one that was killed
+    expected = local_slopes(whole, 1, blocks)
+    assert torch.equal(found.gradients[0], expected.gradients[0])
+    assert torch.equal(found.before[0], expected.before[0])
+    assert torch.equal(found.after[0], expected.after[0])
+    uncut = local_slopes(whole, 1, Blocks())
+    torch.testing.assert_close(found.gradients[0], uncut.gradients[0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.after[0], uncut.after[0], rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_of_rounded_rows_in_blocks_of_parameters(smoke_run, tmp_path):
+    """Entries of some tensors in bfloat16, tasks of some of the weights: as the whole to rounding."""
+    bases = [
+        {"kind": "trajectory", "vectors": 3, "include": ["*mlp*"]},
+        {"kind": "random", "vectors": 2},
+    ]
+    lines: list[str] = []
+    values = {"bases": bases, "threads": 1, "basis_storage": "bfloat16"}
+    found = []
+    for name, block in (("whole", None), ("cut", 4000)):
+        out = shutil.copytree(smoke_run, tmp_path / name)
+        run = open_run(load_config("smoke", {**values, "parameter_block": block}), out, lines.append)
+        run_stages(run, stages=["train", "basis:trajectory", "basis:random", "projections"])
+        found.append(load_record(Projections, run.directory.projections("trajectory")))
+    basis = load_record(Basis, run.directory.basis("trajectory"))
+    assert basis.entries.dtype == torch.bfloat16
+    assert basis.entries.shape[1] < run.task.space.size / 2
+    assert len(Blocks(parameters=4000).of(run.task.space)) > 1
+    assert any("basis trajectory: rows in bfloat16: |B B' - I| at most" in line for line in lines)
+    for name in ("gradients", "residual_start", "residual_end"):
+        mine, other = (getattr(each, name) for each in found)
+        assert float((mine - other).norm()) < 1e-5 * float(mine.norm())
+    assert torch.equal(found[0].displacements, found[1].displacements)

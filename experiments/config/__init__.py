@@ -64,9 +64,19 @@ class RunConfig(Section):
     token_shard: int | None = Field(
         None, ge=1, description="sequences per task, best a multiple of batch_size; default all"
     )
+    parameter_block: int | None = Field(
+        None,
+        ge=1,
+        description="weights per task, cut between tensors; a worker holds rows of its block; default all",
+    )
     batch_size: int = Field(250, ge=1, le=10**7, description="sequences per derivative batch")
     basis_memory_gb: float = Field(
         4.0, ge=0, description="larger bases are built with their rows streamed from disk"
+    )
+    basis_storage: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32",
+        description="of stored basis rows; float32 keeps them as computed, the others halve the bytes, and "
+        "their error (Gram matrix, slopes) is measured, printed and kept in the record",
     )
     memory_gb: float | None = Field(
         None, gt=0, description="memory of the whole run; vectors, batches and directions are cut to fit"

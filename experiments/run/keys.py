@@ -124,7 +124,10 @@ def basis_key(config: RunConfig, contents: str, spec: BasisConfig) -> str:
     own = spec.model_dump(mode="json", exclude={"name"})
     if spec.rotated:
         return key_of("basis", own, stage_key(config, contents, "projections"))
-    return key_of("basis", own, data_key(config, contents))
+    # Only where they differ: keys of bases of all weights, stored in full, stay as they are.
+    more = ["entries alone"] if spec.include != ("*",) else []
+    more += [config.basis_storage] if config.basis_storage != "float32" else []
+    return key_of("basis", own, data_key(config, contents), *more)
 
 
 def stage_key(config: RunConfig, contents: str, stage: str) -> str:

@@ -21,6 +21,7 @@ MACHINE = frozenset(
         "engine_address",
         "vector_block",
         "token_shard",
+        "parameter_block",
         "batch_size",
         "basis_memory_gb",
         "compiled",

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def patterns_of(layers: str | None, parameters: str | None) -> tuple[str, ...]:
-    """Patterns on parameter names; the number of a layer stands between dots in them.
+    """Patterns on parameter names; the number of a layer is the first one that stands between dots.
 
     >>> patterns_of("3-4", None), patterns_of("0", "*mlp*"), patterns_of(None, "*mlp*")
     (('*.3.*', '*.4.*'), ('*.0.*mlp*',), ('*mlp*',))

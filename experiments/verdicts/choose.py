@@ -156,7 +156,7 @@ def select_shares(
     if window is None and kept.exists():
         changes = load_file(kept)["damage"].double().numpy()
     else:
-        changes = split.changes(project_out(split, row) for row in basis.rows).numpy()
+        changes = split.changes(project_out(split, basis[v].rows) for v in range(len(basis))).numpy()
     lost, positive = np.stack([capped(change, room) for change in changes]), np.maximum(room, 0.0)
     found = {}
     for name, mask in groups.items():

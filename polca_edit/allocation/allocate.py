@@ -15,10 +15,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from polca_edit.allocation.directions import coordinates as coordinates
+from polca_edit.allocation.directions import directions_at, residual_direction
 from polca_edit.allocation.progress import progress
 from polca_edit.basis.record import Basis, require_orthonormal
 from polca_edit.checkpoints.series import Checkpoints
-from polca_edit.derivatives.lanczos import inner_products
 from polca_edit.derivatives.objective import Objective
 from polca_edit.tokens import TokenSet
 
@@ -173,40 +174,6 @@ def slopes_at(
     return slopes_from(losses, slopes * derivative_scale, bases)
 
 
-def directions_at(
-    checkpoints: Checkpoints, bases: Sequence[Basis], index: int, chosen: range | None = None
-) -> tuple[Float[Tensor, " N"], Float[Tensor, "R N"]]:
-    """Weights at one checkpoint and the directions wanted there: per basis its rows and two residuals.
-
-    Args:
-        checkpoints: the series.
-        bases: whose directions.
-        index: of the checkpoint.
-        chosen: which of the directions; only those are made. Default all.
-    """
-    theta = checkpoints[index]
-    counts = [len(basis) + 2 for basis in bases]
-    chosen = range(sum(counts)) if chosen is None else chosen
-    rows, first = theta.new_empty(len(chosen), theta.numel()), 0
-    for basis, count in zip(bases, counts, strict=True):
-        for number in range(max(chosen.start, first), min(chosen.stop, first + count)):
-            place, own = number - chosen.start, number - first
-            if own < len(basis):
-                rows[place] = basis.rows[own]
-            else:
-                rows[place] = residual_direction(basis, _moved(checkpoints, index, own - len(basis)))
-        first += count
-    return theta, rows
-
-
-def _moved(checkpoints: Checkpoints, index: int, side: int) -> Float[Tensor, " N"]:
-    """The displacement that leads to a checkpoint (side 0) or away from it (1); zero beyond the ends."""
-    theta, other = checkpoints[index], index - 1 + 2 * side
-    if not 0 <= other < len(checkpoints):
-        return torch.zeros_like(theta)
-    return theta - checkpoints[other] if side == 0 else checkpoints[other] - theta
-
-
 def slopes_from(
     losses: Float[Tensor, " M"], slopes: Float[Tensor, "R M"], bases: Sequence[Basis]
 ) -> CheckpointSlopes:
@@ -218,11 +185,6 @@ def slopes_from(
         tuple(block[-2] for block in blocks),
         tuple(block[-1] for block in blocks),
     )
-
-
-def residual_direction(basis: Basis, moved: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """(I - B'B) moved, with no normalisation."""
-    return torch.addmv(moved, basis.rows.T, basis.rows @ moved, alpha=-1)
 
 
 def project(
@@ -281,7 +243,7 @@ def assemble(
     displacements, residual_norms, step_norms = [], [], []
     for index in range(len(checkpoints) - 1):
         moved = checkpoints[index + 1] - checkpoints[index]
-        displacements.append(coordinates(basis.rows, moved))
+        displacements.append(basis.along(moved))
         residual_norms.append(residual_direction(basis, moved).norm())
         step_norms.append(moved.norm())
     dtype = slopes[0].losses.dtype
@@ -295,11 +257,6 @@ def assemble(
         torch.stack(residual_norms).to(dtype),
         torch.stack(step_norms).to(dtype),
     )
-
-
-def coordinates(rows: Float[Tensor, "K N"], moved: Float[Tensor, " N"]) -> Float[Tensor, " K"]:
-    """<b, moved> for every row, summed in float64."""
-    return inner_products(rows, moved[None])[:, 0].cpu()
 
 
 # -- integrating ----------------------------------------------------------------------------------

@@ -19,7 +19,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from polca_edit.allocation.allocate import Projections, residual_direction
+from polca_edit.allocation.allocate import Projections
+from polca_edit.allocation.directions import with_remainders
 from polca_edit.allocation.progress import progress
 from polca_edit.basis.record import Basis
 from polca_edit.checkpoints.series import Checkpoints
@@ -141,9 +142,9 @@ def measure_nodes(
         interval, place = int(plan.interval[node]), float(plan.position[node])
         start = checkpoints[interval]
         moved = checkpoints[interval + 1] - start
-        rows = [torch.cat([basis.rows, residual_direction(basis, moved)[None]]) for basis in bases]
-        _, slopes = objective.directional(start + place * moved, torch.cat(rows), tokens, expected=planned)
-        blocks = slopes.split([len(r) for r in rows])
+        rows = with_remainders(bases, moved)
+        _, slopes = objective.directional(start + place * moved, rows, tokens, expected=planned)
+        blocks = slopes.split([len(basis) + 1 for basis in bases])
         return NodeSlopes(tuple(block[:-1] for block in blocks), tuple(block[-1] for block in blocks))
 
     count = len(plan.interval)

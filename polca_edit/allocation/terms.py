@@ -24,7 +24,6 @@ from polca_edit.allocation.allocate import (
     Projections,
     Rule,
     assemble,
-    coordinates,
     measured_slopes,
 )
 from polca_edit.allocation.progress import progress
@@ -42,10 +41,12 @@ def second_order_terms(
     gradients, curvatures = [], []
     for index in progress(range(len(checkpoints)), "curvatures"):
         theta = checkpoints[index]
-        gradients.append(coordinates(basis.rows, objective.mean_gradient(theta, tokens)[1].cpu()))
+        gradients.append(basis.along(objective.mean_gradient(theta, tokens)[1].cpu()))
         if index < len(checkpoints) - 1:
-            product = objective.hessian(theta, tokens, expected=len(basis) * len(checkpoints))
-            curvatures.append(torch.stack([row.double() @ product(row).cpu().double() for row in basis.rows]))
+            expected = len(basis) * len(checkpoints)
+            product = objective.hessian(theta, tokens, expected=expected, inside=basis.inside)
+            curved = [row.double() @ product(row).cpu().double() for row in basis.entries]
+            curvatures.append(torch.stack(curved))
     return torch.stack(gradients), torch.stack(curvatures)
 
 

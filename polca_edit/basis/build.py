@@ -12,6 +12,7 @@ from torch import Tensor
 from polca_edit.basis import operators, path
 from polca_edit.basis.hessian import EigenSettings, Keeping, hessian_basis
 from polca_edit.basis.record import Basis, random_basis
+from polca_edit.basis.storage import stored_as
 from polca_edit.checkpoints.files import SeriesFolder, read_weights
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.derivatives.objective import Objective
@@ -199,13 +200,15 @@ KINDS: dict[str, Callable[[BasisInputs, int], Basis]] = {
 FROM_THE_WHOLE_SERIES = frozenset({"hessian", "trajectory", "random"})
 
 
-def build_basis(kind: str, inputs: BasisInputs, count: int) -> Basis:
+def build_basis(kind: str, inputs: BasisInputs, count: int, *, storage: str = "float32") -> Basis:
     """A basis by name.
 
     Args:
         kind: one of :data:`KINDS`.
         inputs: what it is built from.
         count: K, how many vectors.
+        storage: type of the numbers that rows are kept in; fewer bits than 32 are a rounding, which is
+            measured at the last basis checkpoint and kept in the record.
 
     Raises:
         ValueError: for an unknown name, or inputs the basis cannot do without.
@@ -213,4 +216,5 @@ def build_basis(kind: str, inputs: BasisInputs, count: int) -> Basis:
     if kind not in KINDS:
         raise ValueError(f"basis kind must be one of {sorted(KINDS)}, got '{kind}'; correct the name")
     found = replace(KINDS[kind](inputs, count), kind=kind)
-    return found if len(found) <= count else found[:count]
+    found = found if len(found) <= count else found[:count]
+    return stored_as(found, storage, inputs.objective, inputs.checkpoints[-1], inputs.tokens)

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from polca_edit.basis.record import Basis
+from polca_edit.basis.record import Basis, confined
+from polca_edit.basis.subsets import Subset, taken
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.derivatives.lanczos import Allocate, LanczosSettings, projected_lanczos
 from polca_edit.derivatives.objective import Objective
 from polca_edit.tokens import TokenSet
 
-#: v (N,) -> A v (N,).
+#: v (n,) -> A v (n,); n = N, or the number of entries that vectors may use.
 Product = Callable[[Tensor], Tensor]
 
 
@@ -33,6 +35,8 @@ class EigenSettings:
         max_products: operator products per checkpoint at most; the residuals then say how far it got.
         seed: of the start vectors.
         mask: (N,) restrict vectors to these parameters; None for all.
+
+    Operators, vectors and the rows that are stored then have those n entries alone.
     """
 
     per_checkpoint: int = 1
@@ -49,24 +53,25 @@ class EigenSettings:
         """The same for one checkpoint's Lanczos."""
         return LanczosSettings(self.tolerance, self.max_products, following, noise)
 
-    def inside(self, size: int) -> Tensor:
-        """Indices of the parameters that vectors may use, of ``size``."""
-        return torch.arange(size) if self.mask is None else self.mask.nonzero()[:, 0]
+    @cached_property
+    def inside(self) -> Subset | None:
+        """The entries that vectors may use; None for all."""
+        return None if self.mask is None else Subset.of_mask(self.mask)
 
 
 @dataclass(frozen=True)
 class BasisCheckpoint:
-    """Vectors found at one checkpoint (one step of Algorithm 1).
+    """Vectors found at one checkpoint (one step of Algorithm 1), by the entries that they may use.
 
     ``following`` holds the next Ritz vectors, where the next checkpoint's Lanczos starts.
     """
 
     step: int
-    rows: Float[Tensor, "k N"]
+    rows: Float[Tensor, "k n"]
     eigenvalues: Float[Tensor, " k"]
     residuals: Float[Tensor, " k"]
     products: int
-    following: Float[Tensor, "s N"] | None = None
+    following: Float[Tensor, "s n"] | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ class Keeping:
             interrupted checkpoint can be replayed.
         rows_in_memory: bytes of earlier vectors that may be held beside the Krylov vectors; above it
             they are taken block by block from where the parts hold them. None: no limit.
-        allocate: makes the (K, N) tensor of the joined rows; None joins in memory.
+        allocate: makes the (K, n) tensor of the joined rows; None joins in memory.
         krylov: makes the tables of one checkpoint's Krylov vectors; None keeps them in memory.
     """
 
@@ -125,7 +130,7 @@ def hessian_basis(
     seed = int(torch.randint(2**31, (1,), generator=settings.generator()))
     expected = 8 * settings.per_checkpoint * len(chosen)
     parts = _algorithm_one(
-        lambda index: objective.hessian(chosen[index], tokens, expected=expected, mask=settings.mask),
+        lambda index: objective.hessian(chosen[index], tokens, expected=expected, inside=settings.inside),
         chosen,
         range(len(keeping.finished), len(chosen)),
         settings,
@@ -133,7 +138,7 @@ def hessian_basis(
         list(keeping.finished),
         keeping,
     )
-    basis = join("hessian", parts, keeping.allocate)
+    basis = join("hessian", parts, settings.inside, keeping.allocate)
     return basis if len(basis) == count else basis[:count]
 
 
@@ -151,7 +156,8 @@ def operator_basis(
 
     Args:
         kind: name of the basis.
-        product_at: index into ``checkpoints`` -> the operator's product there.
+        product_at: index into ``checkpoints`` -> the operator's product there, between the entries of
+            ``settings.inside``.
         checkpoints: basis checkpoints, all of which are used.
         settings: vectors per checkpoint, accuracy, seed, mask.
         order: indices in the order they are taken; default as they come.
@@ -164,7 +170,7 @@ def operator_basis(
     parts = _algorithm_one(
         product_at, checkpoints, wanted, settings, lambda _: drawn, list(before), Keeping()
     )
-    return join(kind, parts)
+    return join(kind, parts, settings.inside)
 
 
 def _algorithm_one(
@@ -203,7 +209,7 @@ def next_vectors(
     """Top eigenpairs of the operator at one checkpoint, off the vectors found so far and inside the mask.
 
     Args:
-        product: v (N,) -> A v (N,).
+        product: v (n,) -> A v (n,), between the entries that vectors may use.
         theta: weights there; their dtype and device are those of the vectors.
         parts: vectors found at earlier checkpoints.
         step: optimiser step of this one.
@@ -211,62 +217,47 @@ def next_vectors(
         settings: vectors, accuracy, mask.
         keeping: its ``rows_in_memory`` and ``krylov``.
     """
-    keeping = keeping or Keeping()
-    mask, k = settings.mask, settings.per_checkpoint
-    # Lanczos runs on the masked coordinates alone, so a subset costs its own size, not N.
-    inside = settings.inside(theta.numel())
-
-    def restricted(vector: Tensor) -> Tensor:
-        if mask is None:
-            return product(vector)
-        return product(_outer(vector[None], inside, theta)[0])[inside]
-
-    blocks = [part.rows if mask is None else part.rows[:, inside] for part in parts]
+    keeping, like = keeping or Keeping(), taken(theta, settings.inside)
+    blocks = [part.rows for part in parts]
     start, extra = parts[-1].following if parts else None, 0
     if start is not None:
         # The vectors found last are projected out; the Ritz vectors behind them are their successors.
-        start = start.to(theta) if mask is None else start.to(theta)[:, inside]
-    elif parts and mask is None:
+        start = start.to(theta)
+    elif parts and settings.mask is None:
         # Without them, what is left of H v, v the last vectors, points the same way.
-        start = torch.stack([restricted(vector) for vector in parts[-1].rows.to(theta)])
+        start = torch.stack([product(vector) for vector in parts[-1].rows.to(theta)])
         extra = len(start)
-    size = sum(part.rows.numel() * part.rows.element_size() for part in parts)
+    size = sum(rows.numel() * rows.element_size() for rows in blocks)
     streamed = keeping.rows_in_memory is not None and size > keeping.rows_in_memory
     pairs = projected_lanczos(
-        restricted,
-        theta[inside] if mask is not None else theta,
-        k,
+        product,
+        like,
+        settings.per_checkpoint,
         generator,
-        settings.lanczos(following=k, noise=1e-3 if extra == 0 else 0.02),
+        settings.lanczos(following=settings.per_checkpoint, noise=1e-3 if extra == 0 else 0.02),
         rows=blocks if streamed or not blocks else torch.cat(blocks).to(theta),
         start=start,
         allocate=keeping.krylov,
     )
-    vectors, behind = pairs.vectors, pairs.following
-    if mask is not None:
-        vectors = _outer(vectors, inside, theta)
-        behind = None if behind is None else _outer(behind, inside, theta)
+    behind = pairs.following
     if behind is not None and len(behind) == 0:
         behind = None
-    return BasisCheckpoint(step, vectors, pairs.values, pairs.residuals, pairs.products + extra, behind)
-
-
-def _outer(vectors: Tensor, inside: Tensor, theta: Tensor) -> Float[Tensor, "k N"]:
-    """Vectors on the masked coordinates as vectors on all, zero elsewhere."""
-    full = theta.new_zeros(len(vectors), theta.numel())
-    full[:, inside] = vectors.to(full)
-    return full
+    return BasisCheckpoint(step, pairs.vectors, pairs.values, pairs.residuals, pairs.products + extra, behind)
 
 
 def join(
-    kind: str, parts: Sequence[BasisCheckpoint], allocate: Callable[[int, int], Tensor] | None = None
+    kind: str,
+    parts: Sequence[BasisCheckpoint],
+    inside: Subset | None = None,
+    allocate: Allocate | None = None,
 ) -> Basis:
     """One basis from the vectors of several checkpoints.
 
     Args:
         kind: name of the basis.
         parts: vectors of each checkpoint.
-        allocate: makes the (K, N) tensor the rows are copied into, for example in a mapped file.
+        inside: the entries that their rows are; None for whole rows.
+        allocate: makes the (K, n) tensor the rows are copied into, for example in a mapped file.
     """
     if allocate is None:
         rows = torch.cat([part.rows for part in parts])
@@ -276,7 +267,7 @@ def join(
         for part in parts:
             rows[first : first + len(part.rows)] = part.rows
             first += len(part.rows)
-    return Basis(
+    basis = Basis(
         kind,
         rows,
         torch.tensor([part.step for part in parts for _ in part.rows]),
@@ -284,3 +275,4 @@ def join(
         torch.cat([part.residuals for part in parts]).double(),
         products=sum(part.products for part in parts),
     )
+    return confined(basis, inside)

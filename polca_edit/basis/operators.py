@@ -7,7 +7,7 @@ Hessian basis. None uses labels. Bases made from the path itself are in :mod:`po
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from polca_edit.basis.hessian import BasisCheckpoint, EigenSettings, Product, join, operator_basis
 from polca_edit.basis.record import Basis
+from polca_edit.basis.subsets import Directions, Subset, taken
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.derivatives.lanczos import inner_products, orthonormalise, projected_lanczos
 from polca_edit.derivatives.objective import Objective
@@ -34,7 +35,7 @@ def shuffled_hessian_basis(
     expected = 8 * settings.per_checkpoint * len(checkpoints)
     return operator_basis(
         "shuffled_hessian",
-        lambda i: objective.hessian(checkpoints[i], tokens, expected=expected),
+        lambda i: objective.hessian(checkpoints[i], tokens, expected=expected, inside=settings.inside),
         checkpoints,
         settings,
         order=order,
@@ -49,7 +50,7 @@ def final_hessian_basis(
     last = checkpoints.subset([len(checkpoints) - 1])
     return operator_basis(
         "final_hessian",
-        lambda i: objective.hessian(last[i], tokens, expected=8 * count),
+        lambda i: objective.hessian(last[i], tokens, expected=8 * count, inside=settings.inside),
         last,
         replace(settings, per_checkpoint=count),
     )
@@ -66,9 +67,12 @@ def sliding_hessian_basis(
     """Top eigenvectors of the mean Hessian over up to ``window`` basis checkpoints, ending at each."""
 
     def product_at(index: int) -> Product:
-        inside = range(max(0, index - window + 1), index + 1)
+        ending = range(max(0, index - window + 1), index + 1)
         expected = 8 * settings.per_checkpoint
-        products = [objective.hessian(checkpoints[i], tokens, expected=expected) for i in inside]
+        products = [
+            objective.hessian(checkpoints[i], tokens, expected=expected, inside=settings.inside)
+            for i in ending
+        ]
         return lambda v: torch.stack([p(v) for p in products]).mean(0)
 
     return operator_basis("sliding_hessian", product_at, checkpoints, settings)
@@ -88,19 +92,44 @@ def gauss_newton_product(
         weights = scored[..., None].to(p) / tokens.count
         return (p * moved - p * (p * moved).sum(-1, keepdim=True)) * weights
 
-    return objective.squared_jacobian(outputs, theta, tokens, curved)
+    parts = objective.weights(theta)
+
+    def function(point: Sequence[Tensor], given: Sequence[Tensor]) -> Sequence[Tensor]:
+        return (objective.evaluate(outputs, point, given[0]),)
+
+    def product(vector: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+        tangents = objective.weights(vector, theta.dtype)
+        total = objective.placed(torch.zeros_like(theta))
+        for inputs, scored, _ in objective.batches(tokens):
+            with torch.no_grad():
+                linear = objective.linear("outputs", function, parts, [inputs])
+                cotangents = curved(linear.values[0], linear(tangents)[0], scored)
+            leaves = [w.detach().requires_grad_() for w in parts]
+            with torch.enable_grad():
+                found = function(leaves, [inputs])
+                grads = torch.autograd.grad(found, leaves, cotangents, materialize_grads=True)
+            total += torch.cat([g.reshape(-1) for g in grads])
+        objective.passes.hvp += tokens.sequences
+        return total.to(vector.device)
+
+    return product
 
 
 def fisher_product(
-    objective: Objective, theta: Float[Tensor, " N"], tokens: TokenSet, *, centred: bool = False
+    objective: Objective,
+    theta: Float[Tensor, " N"],
+    tokens: TokenSet,
+    *,
+    centred: bool = False,
+    inside: Subset | None = None,
 ) -> Product:
     """Map v to mean_x g_x <g_x, v>: the empirical Fisher matrix, or the gradient covariance if centred."""
 
-    def product(vector: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-        slopes = objective.directional(theta, vector[None], tokens)[1][0]
+    def product(vector: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        slopes = objective.directional(theta, Directions.of(vector[None], inside), tokens)[1][0]
         if centred:
             slopes = slopes - slopes.mean()
-        return objective.mean_gradient(theta, tokens, slopes / tokens.count)[1]
+        return objective.mean_gradient(theta, tokens, slopes / tokens.count, inside=inside)[1]
 
     return product
 
@@ -113,12 +142,12 @@ def gauss_newton_basis(
     settings: EigenSettings,
 ) -> Basis:
     """Algorithm 1 with the Gauss-Newton matrix."""
-    return operator_basis(
-        "gauss_newton",
-        lambda i: gauss_newton_product(objective, outputs, checkpoints[i], tokens),
-        checkpoints,
-        settings,
-    )
+
+    def product_at(index: int) -> Product:
+        whole, inside = gauss_newton_product(objective, outputs, checkpoints[index], tokens), settings.inside
+        return whole if inside is None else lambda v: inside.take(whole(inside.spread(v)))
+
+    return operator_basis("gauss_newton", product_at, checkpoints, settings)
 
 
 def fisher_basis(
@@ -132,7 +161,7 @@ def fisher_basis(
     """Algorithm 1 with the empirical Fisher matrix, or with the gradient covariance."""
     return operator_basis(
         "gradient_covariance" if centred else "fisher",
-        lambda i: fisher_product(objective, checkpoints[i], tokens, centred=centred),
+        lambda i: fisher_product(objective, checkpoints[i], tokens, centred=centred, inside=settings.inside),
         checkpoints,
         settings,
     )
@@ -146,7 +175,10 @@ def stacked_jacobian_basis(
     That is, top eigenvectors of the mean over checkpoints of the empirical Fisher matrices; the
     stack itself (T M rows of length N) is never formed.
     """
-    products = [fisher_product(objective, checkpoints[i].clone(), tokens) for i in range(len(checkpoints))]
+    products = [
+        fisher_product(objective, checkpoints[i].clone(), tokens, inside=settings.inside)
+        for i in range(len(checkpoints))
+    ]
     last = checkpoints.subset([len(checkpoints) - 1])
     return operator_basis(
         "stacked_jacobian",
@@ -184,35 +216,31 @@ def adam_hessian_basis(
     generator = settings.generator()
     for index in range(len(checkpoints)):
         theta, step = checkpoints[index], checkpoints.steps[index]
-        plain = objective.hessian(theta, tokens, expected=8 * len(checkpoints))
-        scale = (second_moments(step).to(theta).sqrt() + epsilon).rsqrt()
-        held = torch.cat([part.rows for part in parts]) if parts else theta.new_zeros(0, theta.numel())
+        plain = objective.hessian(theta, tokens, expected=8 * len(checkpoints), inside=settings.inside)
+        scale = taken((second_moments(step).to(theta).sqrt() + epsilon).rsqrt(), settings.inside)
+        held = torch.cat([part.rows for part in parts]) if parts else scale.new_zeros(0, len(scale))
         parts.append(_adam_vector(plain, scale, held, step, generator, settings))
-    return join("adam_hessian", parts)
+    return join("adam_hessian", parts, settings.inside)
 
 
 def _adam_vector(
     plain: Product,
-    scale: Float[Tensor, " N"],
-    held: Float[Tensor, "k N"],
+    scale: Float[Tensor, " n"],
+    held: Float[Tensor, "k n"],
     step: int,
     generator: torch.Generator,
     settings: EigenSettings,
 ) -> BasisCheckpoint:
     """The next direction D^-1/2 u off the rows held, for scale = D^-1/2 of one checkpoint."""
-    inside = settings.inside(scale.numel())
     # A common factor changes no eigenvector and keeps the numbers near one.
-    scale = scale[inside] / scale[inside].mean()
+    scale = scale / scale.mean()
 
     def product(vector: Tensor) -> Tensor:
-        full = vector.new_zeros(held.shape[1])
-        full[inside] = scale * vector
-        return scale * plain(full)[inside]
+        return scale * plain(scale * vector)
 
-    rows = orthonormalise(held[:, inside] * scale) if len(held) else None
+    rows = orthonormalise(held * scale) if len(held) else None
     pairs = projected_lanczos(product, scale, 1, generator, settings.lanczos(), rows=rows)
-    row = held.new_zeros(1, held.shape[1])
-    row[:, inside] = pairs.vectors * scale
+    row = pairs.vectors * scale
     if len(held):
         row = row - inner_products(row, held).to(row) @ held
     return BasisCheckpoint(step, row / row.norm(), pairs.values, pairs.residuals, pairs.products)
@@ -227,11 +255,11 @@ def trajectory_and_hessian_basis(
 ) -> Basis:
     """A trajectory basis first, then Hessian vectors in its null space, one checkpoint after another."""
     nan = torch.full((len(trajectory),), float("nan"), dtype=torch.float64)
-    first = BasisCheckpoint(-1, trajectory.rows, trajectory.eigenvalues, nan, 0)
+    first = BasisCheckpoint(-1, trajectory.entries, trajectory.eigenvalues, nan, 0)
     expected = 8 * settings.per_checkpoint * len(checkpoints)
     found = operator_basis(
         "trajectory_hessian",
-        lambda i: objective.hessian(checkpoints[i], tokens, expected=expected),
+        lambda i: objective.hessian(checkpoints[i], tokens, expected=expected, inside=settings.inside),
         checkpoints,
         settings,
         before=[first],

@@ -12,6 +12,7 @@ from torch import Tensor
 from polca_edit.allocation.progress import progress
 from polca_edit.basis.record import Basis, unlabelled
 from polca_edit.basis.streamed import combined, displacement_gram, displacements
+from polca_edit.basis.subsets import Subset, taken
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.derivatives.lanczos import Allocate, inner_products, orthonormalise, remove_rows
 from polca_edit.derivatives.objective import Objective
@@ -39,7 +40,7 @@ def trajectory_basis(
         checkpoints: the series.
         count: K.
         mask: restrict vectors to these parameters.
-        allocate: makes the (K, N) table of the rows, for example in a mapped file; None: in memory.
+        allocate: makes the (K, n) table of the rows, for example in a mapped file; None: in memory.
 
     Raises:
         ValueError: if the movement has fewer independent directions than asked for.
@@ -53,14 +54,9 @@ def trajectory_basis(
             f"got {int((values > 1e-12 * values.max()).sum())}; use fewer vectors"
         )
     wanted = vectors[:, order].T / values.sqrt()[:, None]
-    found, coefficients = combined(checkpoints, wanted, mask, None if mask is not None else allocate)
-    if mask is not None:
-        make = found.new_empty if allocate is None else allocate
-        full = make(len(found), mask.numel()).zero_()
-        for row, inside in zip(full, found, strict=True):
-            row[mask] = inside.to(row)
-        found = full
-    return replace(unlabelled("trajectory", found), eigenvalues=values, coefficients=coefficients)
+    found, coefficients = combined(checkpoints, wanted, mask, allocate)
+    inside = None if mask is None else Subset.of_mask(mask)
+    return replace(unlabelled("trajectory", found, inside), eigenvalues=values, coefficients=coefficients)
 
 
 def mean_gradients(objective: Objective, checkpoints: Checkpoints, tokens: TokenSet) -> Float[Tensor, "T N"]:
@@ -110,21 +106,17 @@ def trajectory_secant_basis(
     """
     secants = max(1, round(count / 5)) if secants is None else secants
     first = trajectory_basis(checkpoints, count - secants, mask=mask)
-    changes = gradients.diff(dim=0).to(first.rows)
-    if mask is not None:
-        changes = changes * mask.to(changes)
-    return _with_principal(
-        "trajectory_secant", first.rows, first.eigenvalues, remove_rows(changes, first.rows), secants
-    )
+    changes = taken(gradients, first.inside).diff(dim=0).to(first.entries)
+    left = remove_rows(changes, first.entries)
+    return _with_principal(replace(first, kind="trajectory_secant"), left, secants)
 
 
-def _with_principal(
-    kind: str, first: Float[Tensor, "k N"], sizes: Float[Tensor, " k"], left: Float[Tensor, "n N"], count: int
-) -> Basis:
-    """First rows and, off them, the principal directions of what they leave."""
+def _with_principal(first: Basis, left: Float[Tensor, "c n"], count: int) -> Basis:
+    """The first vectors and, off them, the principal directions of what they leave."""
     added, values = principal_rows(left, count)
-    rows = torch.cat([first, remove_rows(added, first)])
-    return replace(unlabelled(kind, rows), eigenvalues=torch.cat([sizes.double(), values.double()]))
+    rows = torch.cat([first.entries, remove_rows(added, first.entries)])
+    sizes = torch.cat([first.eigenvalues.double(), values.double()])
+    return replace(unlabelled(first.kind, rows, first.inside), eigenvalues=sizes)
 
 
 def loss_fall_density(
@@ -176,14 +168,15 @@ def loss_weighted_basis(
         ValueError: if the movement has fewer independent directions than asked for.
     """
     secants = max(1, round(count / 5)) if secants is None else secants
-    keep = torch.ones(gradients.shape[1]) if mask is None else mask.float()
-    moved = torch.stack([row for _, row in displacements(checkpoints)]) * keep
+    inside = None if mask is None else Subset.of_mask(mask)
+    moved = torch.stack([row for _, row in displacements(checkpoints, mask)])
     around = torch.cat([(density[:-1] + density[1:]) / 2, density[-1:] / 2])  # of checkpoints 2 .. T
     first, sizes = principal_rows(moved * around.sqrt().to(moved)[:, None], count - secants)
-    changes = remove_rows(gradients.diff(dim=0).to(first) * keep, first)
+    changes = remove_rows(taken(gradients, inside).diff(dim=0).to(first), first)
     changes = changes / changes.norm(dim=1, keepdim=True).clamp_min(torch.finfo(changes.dtype).tiny)
     weighted = changes * density.sqrt().to(changes)[:, None]
-    return _with_principal("loss_weighted", first, sizes, weighted, secants)
+    before = replace(unlabelled("loss_weighted", first, inside), eigenvalues=sizes.double())
+    return _with_principal(before, weighted, secants)
 
 
 def loss_path_basis(
@@ -198,28 +191,28 @@ def loss_path_basis(
     g_t is the mean of the gradient at an interval's two ends, so the trace is the trapezoid sum of
     the mean loss change and an eigenvalue is the change its vector is given, in nats.
     """
-    moves = torch.stack([checkpoints[i + 1] - checkpoints[i] for i in range(len(checkpoints) - 1)])
-    slopes = ((gradients[1:] + gradients[:-1]) / 2).to(moves)
-    if mask is not None:
-        moves, slopes = moves * mask.to(moves), slopes * mask.to(slopes)
+    inside = None if mask is None else Subset.of_mask(mask)
+    steps = range(len(checkpoints) - 1)
+    moves = torch.stack([taken(checkpoints[i + 1] - checkpoints[i], inside) for i in steps])
+    slopes = taken((gradients[1:] + gradients[:-1]) / 2, inside).to(moves)
     span = orthonormalise(torch.cat([moves, slopes]))
     left, right = inner_products(slopes, span), inner_products(moves, span)
     matrix = left.T @ right
     values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
     order = torch.argsort(values.abs(), descending=True)[:count]
     rows = vectors[:, order].T.to(span) @ span
-    return replace(unlabelled("loss_path", orthonormalise(rows)), eigenvalues=values[order])
+    return replace(unlabelled("loss_path", orthonormalise(rows), inside), eigenvalues=values[order])
 
 
 def parameter_axes_basis(
     theta: Float[Tensor, " N"], count: int, *, mask: Bool[Tensor, " N"] | None = None
 ) -> Basis:
     """Single parameters as axes: the ``count`` largest in size (LCA; Lan et al. 2020)."""
-    sizes = theta.abs() if mask is None else torch.where(mask, theta.abs(), torch.zeros_like(theta) - 1)
-    chosen = torch.topk(sizes, count).indices
-    rows = theta.new_zeros(count, theta.numel())
-    rows[torch.arange(count), chosen] = 1.0
-    return unlabelled("parameter_axes", rows)
+    inside = None if mask is None else Subset.of_mask(mask)
+    sizes = taken(theta, inside).abs()
+    rows = theta.new_zeros(count, len(sizes))
+    rows[torch.arange(count), torch.topk(sizes, count).indices] = 1.0
+    return unlabelled("parameter_axes", rows, inside)
 
 
 def accelerating_checkpoints(

@@ -7,25 +7,51 @@ the same type.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from polca_edit.basis.subsets import Subset, taken
 from polca_edit.checkpoints.series import Checkpoints
-from polca_edit.derivatives.lanczos import gram, orthonormalise
+from polca_edit.derivatives.lanczos import gram, inner_products, orthonormalise
 
 NO_ORIGIN = -1
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What storing rows in fewer bits did to them.
+
+    Attributes:
+        storage: type of the stored numbers.
+        gram: largest entry of |B B' - I| of the stored rows.
+        slopes: largest change of a token's slope along a row, relative to the row's largest slope.
+    """
+
+    storage: str
+    gram: float
+    slopes: float
+
+    def __str__(self) -> str:
+        return (
+            f"rows in {self.storage}: |B B' - I| at most {self.gram:.1e}, "
+            f"slopes off by at most {self.slopes:.1e} of the largest"
+        )
 
 
 @dataclass(frozen=True)
 class Basis:
     """Orthonormal rows with where each came from.
 
+    Rows that lie in a few tensors are held, and stored, as these tensors' entries alone. ``rows`` has them
+    whole; what is taken often (slopes, coordinates, residual directions) goes by the entries.
+
     Attributes:
         kind: how it was built.
-        rows: (K, N) orthonormal.
+        entries: (K, n) orthonormal rows, without the columns that are zero in all.
         origins: (K,) optimiser step each was taken at, -1 where it has none.
         eigenvalues: (K,) curvature eigenvalue (or squared singular value), NaN where it has none.
         residuals: (K,) relative eigen-residual, NaN where it has none.
@@ -33,19 +59,79 @@ class Basis:
         products: Hessian-vector products it took.
         coefficients: (K, T-1) where rows are made of displacements: rows = coefficients times the rows
             theta_t - theta_0, so that rows can be made anew from the series; None where they are not.
+        ranges: (r, 2) runs of the flat vector whose entries are held; None: all of it.
+        size: N where only some entries are held.
+        rounding: how far entries in fewer than 32 bits are off; None where they are as computed.
     """
 
     kind: str
-    rows: Float[Tensor, "K N"]
+    #: Files call them rows, as they did when every basis had whole ones.
+    entries: Float[Tensor, "K n"] = field(metadata={"stored": "rows"})
     origins: Int[Tensor, " K"]
     eigenvalues: Float[Tensor, " K"]
     residuals: Float[Tensor, " K"]
     supervised: bool = False
     products: int = 0
     coefficients: Float[Tensor, "K Tm1"] | None = None
+    ranges: Int[Tensor, "r 2"] | None = None
+    size: int | None = None
+    rounding: Rounding | None = None
 
     def __len__(self) -> int:
-        return self.rows.shape[0]
+        return self.entries.shape[0]
+
+    @cached_property
+    def inside(self) -> Subset | None:
+        """Where the entries lie; None where they are whole rows.
+
+        Raises:
+            ValueError: for ranges that do not fit the entries.
+        """
+        if self.ranges is None:
+            return None
+        subset = Subset.of_tensor(self.size or 0, self.ranges)
+        if subset.count != self.entries.shape[1]:
+            raise ValueError(
+                f"a basis must hold {subset.count} entries a row by its ranges, got {self.entries.shape[1]}; "
+                "make it again"
+            )
+        return subset
+
+    @cached_property
+    def rows(self) -> Float[Tensor, "K N"]:
+        """(K, N) whole rows, zero where no entry is held, of 32 bits at least; made at the first use."""
+        return self.wide() if self.inside is None else self.inside.spread(self.wide())
+
+    def wide(self, chosen: int | slice = slice(None)) -> Tensor:
+        """Entries of one row or of some, in the 32 bits at least that are computed with."""
+        entries = self.entries[chosen]
+        return entries if entries.element_size() >= 4 else entries.float()
+
+    def along(self, moved: Float[Tensor, " N"]) -> Float[Tensor, " K"]:
+        """<b, moved> for every row, summed in float64."""
+        part = taken(moved, self.inside)[None]
+        if self.entries.element_size() >= 4:
+            return inner_products(self.entries, part)[:, 0].cpu()
+        # One wide row at a time.
+        each = [inner_products(self.wide(number)[None], part)[0] for number in range(len(self))]
+        return torch.cat(each).cpu() if each else torch.zeros(0, dtype=torch.float64)
+
+    def remainder(self, moved: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+        """(I - B'B) moved, with no normalisation."""
+        part = taken(moved, self.inside)
+        if self.entries.element_size() >= 4:
+            left = torch.addmv(part, self.entries.T, self.entries @ part, alpha=-1)
+        else:
+            left = part.clone()
+            for number, size in enumerate(self.along(moved).to(part)):
+                left -= size * self.wide(number).to(part)
+        if self.inside is None:
+            return left
+        first, whole = 0, moved.clone()
+        for start, stop in self.inside.ranges:
+            whole[start:stop] = left[first : first + stop - start]
+            first += stop - start
+        return whole
 
     def __getitem__(self, chosen: int | slice | Sequence[int] | Tensor) -> Basis:
         """Only the given vectors, in the given order; one index gives a basis of one vector.
@@ -61,7 +147,7 @@ class Basis:
         index = chosen if isinstance(chosen, slice) else torch.atleast_1d(torch.as_tensor(chosen))
         return replace(
             self,
-            rows=self.rows[index],
+            entries=self.entries[index],
             origins=self.origins[index],
             eigenvalues=self.eigenvalues[index],
             residuals=self.residuals[index],
@@ -79,15 +165,31 @@ class Basis:
             raise ValueError(
                 "a rotation must be orthogonal (R'R = I within 1e-4); orthonormalise its columns"
             )
-        rows = rotation.T.to(self.rows) @ self.rows
-        return replace(unlabelled(kind, rows), supervised=self.supervised or supervised)
+        entries = self.wide()
+        rows = rotation.T.to(entries) @ entries
+        turned = unlabelled(kind, rows, self.inside)
+        return replace(turned, supervised=self.supervised or supervised)
 
 
-def unlabelled(kind: str, rows: Float[Tensor, "K N"]) -> Basis:
-    """A basis whose vectors have no origin, eigenvalue or residual."""
+def unlabelled(kind: str, rows: Float[Tensor, "K n"], inside: Subset | None = None) -> Basis:
+    """A basis whose vectors have no origin, eigenvalue or residual.
+
+    Args:
+        kind: its name.
+        rows: orthonormal, whole or the entries of a subset.
+        inside: that subset.
+    """
     count = rows.shape[0]
     nan = torch.full((count,), float("nan"), dtype=torch.float64)
-    return Basis(kind, rows, torch.full((count,), NO_ORIGIN), nan, nan.clone())
+    basis = Basis(kind, rows, torch.full((count,), NO_ORIGIN), nan, nan.clone())
+    return confined(basis, inside)
+
+
+def confined(basis: Basis, inside: Subset | None) -> Basis:
+    """The record of entries that lie in a subset, which so far says that they are whole rows."""
+    if inside is None:
+        return basis
+    return replace(basis, ranges=inside.tensor(), size=inside.size)
 
 
 def random_basis(
@@ -99,29 +201,32 @@ def random_basis(
     mask: Tensor | None = None,
 ) -> Basis:
     """Random orthonormal rows (uniform on the Stiefel manifold), inside the mask where given."""
-    rows = torch.randn(count, size, generator=generator, dtype=dtype)
-    if mask is not None:
-        rows = rows * mask.to(dtype)
-    return unlabelled("random", orthonormalise(rows))
+    inside = None if mask is None else Subset.of_mask(mask)
+    width = size if inside is None else inside.count
+    rows = torch.randn(count, width, generator=generator, dtype=dtype)
+    return unlabelled("random", orthonormalise(rows), inside)
 
 
-def capture(basis_rows: Float[Tensor, "K N"], checkpoints: Checkpoints) -> tuple[float, float]:
+def capture(basis: Basis, checkpoints: Checkpoints) -> tuple[float, float]:
     """Share of squared displacement inside the span: of the net movement, and mean over intervals.
 
     Both divide by the full displacement's squared norm; the second is the mean over intervals of
     each interval's own share.
     """
     total = checkpoints[-1] - checkpoints[0]
-    net = float(
-        (basis_rows @ total).double().square().sum() / total.double().square().sum().clamp_min(1e-300)
-    )
+    inside = _within(basis, total).double().square().sum()
+    net = float(inside / total.double().square().sum().clamp_min(1e-300))
     shares = []
     for index in range(len(checkpoints) - 1):
         step = checkpoints[index + 1] - checkpoints[index]
         size = float(step.double().square().sum())
         if size > 0:
-            shares.append(float((basis_rows @ step).double().square().sum()) / size)
+            shares.append(float(_within(basis, step).double().square().sum()) / size)
     return net, sum(shares) / len(shares) if shares else 0.0
+
+
+def _within(basis: Basis, moved: Float[Tensor, " N"]) -> Float[Tensor, " K"]:
+    return basis.along(moved) if basis.rounding is not None else basis.entries @ taken(moved, basis.inside)
 
 
 def random_walk_capture(step_norms: Sequence[float], count: int) -> tuple[float, float]:
@@ -160,7 +265,11 @@ def require_orthonormal(basis: Basis) -> None:
         ValueError: for the first row that is not of length one or not at right angles to those before it.
     """
     for number in range(len(basis)):
-        products = basis.rows[: number + 1] @ basis.rows[number]
+        row = basis.wide(number)
+        if basis.rounding is None:
+            products = basis.entries[: number + 1] @ row
+        else:
+            products = torch.stack([basis.wide(other) @ row for other in range(number + 1)])
         products[number] -= 1
         error = float(products.abs().max())
         if not error <= 1e-2:

@@ -207,7 +207,7 @@ def stored_header(path: Path | str) -> dict[str, tuple[str, tuple[int, ...]]]:
                     for name in handle.keys():  # noqa: SIM118
                         part = handle.get_slice(name)
                         kind = part.get_dtype()
-                        found[name] = (_DTYPES.get(kind, kind), tuple(part.get_shape()))
+                        found[name] = (_NAMES.get(kind, kind), tuple(part.get_shape()))
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"'{file}' cannot be read ({error}); copy it again") from error
         else:
@@ -217,20 +217,21 @@ def stored_header(path: Path | str) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 #: safetensors' names of dtypes -> torch's.
-_DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
+_NAMES = {name: str(dtype).removeprefix("torch.") for name, dtype in DTYPES.items()}
 
 
 # -- writing ---------------------------------------------------------------------------------------

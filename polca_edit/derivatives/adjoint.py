@@ -21,7 +21,7 @@ and if those do not fit, the route declares itself unavailable.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +30,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from polca_edit.basis.subsets import NamedDirections
 from polca_edit.derivatives.contacts import Contact, Kind, contact_shares, kind_of
 from polca_edit.derivatives.heads import SlotLoss, at_slots
 from polca_edit.derivatives.operations import Operation, WatchedOperations
@@ -82,14 +83,15 @@ class AdjointRoute:
         shapes: list[tuple[int, ...]],
         *,
         batch: int | None = None,
+        wanted: Container[str] = (),
     ) -> Iterator[None]:
-        """Within the block watched calls on ``given`` are recorded; without ``batch`` their shapes alone."""
+        """Within the block calls on ``given`` that hold a wanted parameter are recorded, and all shapes."""
         canonical, handles = dict(self.space.aliases), []
 
         def keep(operation: Operation, size: int) -> Tensor:
             result = operation.result
             shapes.append((len(result), size, result[0].numel()))
-            if batch is None:
+            if batch is None or not any(name in wanted for name, _ in operation.parts):
                 return result
             if not result.requires_grad:
                 result = result.detach().requires_grad_()
@@ -120,7 +122,7 @@ class AdjointRoute:
                 operations.inside -= 1
                 given = args[0] if args else kwargs["input"]
                 shapes.append((*given.shape[:1], given[0].numel(), output[0].numel()))
-                if batch is None:
+                if batch is None or not any(name in wanted for name in names):
                     return None
                 return self._record(contacts, kind, names, module, given, output, batch, len(shapes) - 1)
 
@@ -197,14 +199,16 @@ class AdjointRoute:
     # -- cotangents -----------------------------------------------------------------------------
 
     def _cotangents(
-        self, values: Mapping[str, Tensor], inputs: Tensor, slots: Int[Tensor, "B R"]
+        self, values: Mapping[str, Tensor], inputs: Tensor, slots: Int[Tensor, "B R"], wanted: Container[str]
     ) -> tuple[Tensor, list[Contact | Operation], list[Tensor]]:
-        """(losses (B, R), contacts, per contact (B, R, L, out))."""
+        """(losses (B, R), calls that hold a wanted parameter, per call (B, R, L, out))."""
         contacts: list[Contact | Operation] = []
-        with torch.enable_grad(), self._watched(contacts, values, (inputs, slots), [], batch=len(inputs)):
+        seen: list[tuple[int, ...]] = []
+        watched = self._watched(contacts, values, (inputs, slots), seen, batch=len(inputs), wanted=wanted)
+        with torch.enable_grad(), watched:
             losses = self._picked(values, inputs, slots)
             picked = losses.sum(0).unbind()
-        if len(contacts) != len(self._bytes):  # a call that is not seen would be missing from every slope
+        if len(seen) != len(self._bytes):  # a call that is not seen would be missing from every slope
             raise AdjointUnavailable("the model makes other calls for another batch size")
         results = [contact.result for contact in contacts]
         ranks = slots.shape[1]
@@ -212,6 +216,8 @@ class AdjointRoute:
             r.new_empty(r.shape[0], ranks, r.numel() // r.shape[0] // r.shape[-1], r.shape[-1])
             for r in results
         ]
+        if results and not losses.requires_grad:  # no wanted call is used
+            return losses.detach(), contacts, [delta.zero_() for delta in deltas]
         for rank in range(ranks if results else 0):
             pulled = torch.autograd.grad(
                 picked[rank], results, retain_graph=rank < ranks - 1, materialize_grads=True
@@ -221,16 +227,16 @@ class AdjointRoute:
         return losses.detach(), contacts, deltas
 
     def _leftover_gradients(
-        self, values: Mapping[str, Tensor], inputs: Tensor, slots: Int[Tensor, "B R"]
+        self, values: Mapping[str, Tensor], inputs: Tensor, slots: Int[Tensor, "B R"], wanted: Container[str]
     ) -> dict[str, Tensor]:
-        """Explicit per-token gradients (B, R, size) of the leftover parameters."""
-        if not self.leftovers:
+        """Explicit per-token gradients (B, R, size) of the wanted leftover parameters."""
+        chosen = {name: values[name] for name in self.leftovers if name in wanted}
+        if not chosen:
             return {}
 
         def losses(chosen: dict[str, Tensor], row: Tensor, slot: Tensor) -> Tensor:
             return self._picked({**values, **chosen}, row[None], slot[None])[0]
 
-        chosen = {name: values[name] for name in self.leftovers}
         with torch.enable_grad():
             grads = torch.func.vmap(torch.func.jacrev(losses), in_dims=(None, 0, 0))(chosen, inputs, slots)
         return {name: grad.detach().flatten(2) for name, grad in grads.items()}
@@ -244,17 +250,18 @@ class AdjointRoute:
         inputs: Tensor,
         slots: Int[Tensor, "B R"],
     ) -> tuple[Tensor, Iterator[tuple[str, Tensor]]]:
-        """Losses, and each parameter's share (B, R, K) of <row, grad loss>, call by call."""
-        losses, contacts, deltas = self._cotangents(values, inputs, slots)
-        explicit = self._leftover_gradients(values, inputs, slots)
+        """Losses, and each moved parameter's share (B, R, k) of <row, grad loss>, call by call."""
+        losses, contacts, deltas = self._cotangents(values, inputs, slots, rows)
+        explicit = self._leftover_gradients(values, inputs, slots, rows)
+        skip = (*self.leftovers, *(name for name in self.space.names if name not in rows))
 
         def shares() -> Iterator[tuple[str, Tensor]]:
             while contacts:
                 contact, delta = contacts.pop(), deltas.pop()
                 if isinstance(contact, Operation):
-                    yield from contact.shares(delta, rows, self.leftovers)
+                    yield from contact.shares(delta, rows, skip)
                 else:
-                    yield from contact_shares(contact, delta, rows, self.leftovers)
+                    yield from contact_shares(contact, delta, rows, skip)
             for name, gradient in explicit.items():
                 yield name, gradient @ rows[name].flatten(1).T
 
@@ -263,7 +270,7 @@ class AdjointRoute:
     def slopes(
         self,
         values: Mapping[str, Tensor],
-        rows: Mapping[str, Tensor],
+        directions: NamedDirections,
         inputs: Tensor,
         slots: Int[Tensor, "B R"],
     ) -> tuple[Float[Tensor, "B R"], Float[Tensor, "B R K"]]:
@@ -271,19 +278,24 @@ class AdjointRoute:
 
         Args:
             values: canonical name -> weights.
-            rows: canonical name -> (K, ...) directions.
+            directions: tensor by tensor.
             inputs: (B, ...) sequences.
             slots: which prediction slots, per sequence.
 
         Raises:
             AdjointUnavailable: see :meth:`check`.
         """
-        losses, shares = self._shares(values, rows, inputs, slots)
+        losses, shares = self._shares(values, directions.rows, inputs, slots)
         total: Tensor | None = None
-        for _, share in shares:
-            total = share if total is None else total.add_(share)
+        if directions.places is not None:
+            total = losses.new_zeros(*losses.shape, directions.count)
+        for name, share in shares:
+            if directions.places is not None and total is not None:
+                total.index_add_(2, directions.places[name], share)
+            else:
+                total = share if total is None else total.add_(share)
         if total is None:  # the losses depend on no parameter
-            total = losses.new_zeros(*losses.shape, len(next(iter(rows.values()))))
+            total = losses.new_zeros(*losses.shape, directions.count)
         return losses, total
 
     def prepare(self, values: Mapping[str, Tensor], inputs: Tensor, slots: Int[Tensor, "B R"]) -> None:

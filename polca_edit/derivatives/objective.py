@@ -16,16 +16,17 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from polca_edit.basis.subsets import Chosen, Directions, NamedDirections, Subset, taken
 from polca_edit.derivatives.adjoint import AdjointRoute, AdjointUnavailable
 from polca_edit.derivatives.batches import Batch, LossAtSlots, slot_weights
-from polca_edit.derivatives.curvature import BatchedProducts, Chosen
+from polca_edit.derivatives.curvature import BatchedProducts
 from polca_edit.derivatives.passes import PassCount as PassCount
 from polca_edit.derivatives.routes import TRACE_BREAK_EVEN, Route, Routes
 from polca_edit.derivatives.settled import require_settled
-from polca_edit.derivatives.tracing import PointLinearization
+from polca_edit.derivatives.tracing import PointFunction, PointLinearization
 from polca_edit.parameters import ParameterSpace, call_with
 from polca_edit.tokens import TokenLossFunction, TokenSet, scored_slots
 
@@ -175,7 +176,7 @@ class Objective:
     def directional(
         self,
         theta: Float[Tensor, " N"],
-        rows: Float[Tensor, "K N"],
+        rows: Float[Tensor, "K N"] | Directions,
         tokens: TokenSet,
         *,
         expected: int | None = None,
@@ -184,14 +185,15 @@ class Objective:
 
         Args:
             theta: weights.
-            rows: directions.
+            rows: directions; those that lie in a few tensors are differentiated through these alone.
             tokens: where.
             expected: number of vectors this objective will see in all, for the choice of route.
         """
-        planned = expected if expected is not None else rows.shape[0]
-        if self.wants_adjoint(rows.shape[0], tokens, planned):
+        given = Directions.of(rows)
+        planned = expected if expected is not None else len(given)
+        if self.wants_adjoint(given.moving, tokens, planned):
             try:
-                return self._directional_adjoint(theta, rows, tokens)
+                return self._directional_adjoint(theta, given, tokens)
             except AdjointUnavailable as reason:
                 if self.route == "adjoint":
                     raise ValueError(
@@ -199,22 +201,28 @@ class Objective:
                     ) from reason
                 self._adjoint, self._adjoint_note = None, str(reason)
         route = self._routes.choose(planned)
-        weights = self.weights(theta)
-        values, slopes = [], []
+        weights, values, slopes = self.weights(theta), [], []
+        chosen = [Chosen(self.space, group.inside) for group in given.groups]
         with torch.no_grad():
             for batch in self._batches(tokens):
-                kept = batch.kept
-                linear = self._linear_losses(route, weights, batch.given)
-                values.append(linear.values[0][kept].cpu())
-                slopes.append(
-                    torch.stack([linear(self.weights(row, theta.dtype))[0][kept].cpu() for row in rows])
-                    if len(rows)
-                    else torch.zeros(0, int(kept.sum()), dtype=theta.dtype)
-                )
+                kept, parts = batch.kept, []
+                for moving, group in zip(chosen, given.groups, strict=True):
+                    linear = self._linear_losses(route, weights, batch.given, moving)
+                    losses = linear.values[0][kept].cpu()
+                    found = [
+                        linear(self._tangents(moving, v, theta.dtype))[0][kept].cpu() for v in group.rows
+                    ]
+                    parts.append(torch.stack(found) if found else losses.new_zeros(0, len(losses)))
+                values.append(losses)
+                slopes.append(given.joined(parts, losses))
         self.route_used = self._routes.taken(route)
         self.passes.forward += tokens.sequences
-        self.passes.tangent += tokens.sequences * len(rows)
+        self.passes.tangent += tokens.sequences * len(given)
         return torch.cat(values), torch.cat(slopes, dim=1)
+
+    def _tangents(self, chosen: Chosen, entries: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        """Tangents of the chosen tensors on the module's device."""
+        return chosen.tangents(self.placed(entries, dtype))
 
     def wants_adjoint(self, count: int, tokens: TokenSet, planned: int) -> bool:
         """Whether the adjoint route was asked for, or is the cheapest and not known to fail."""
@@ -228,13 +236,13 @@ class Objective:
         return adjoint < PASSES_PER_VECTOR[other] * count
 
     def _directional_adjoint(
-        self, theta: Float[Tensor, " N"], rows: Float[Tensor, "K N"], tokens: TokenSet
+        self, theta: Float[Tensor, " N"], given: Directions, tokens: TokenSet
     ) -> tuple[Float[Tensor, " M"], Float[Tensor, "K M"]]:
         """Losses and slopes from the scored tokens' cotangents (:mod:`polca_edit.derivatives.adjoint`)."""
         if self._adjoint is None:
             self._adjoint = AdjointRoute(self.module, self.space, self.token_loss, self.memory_budget)
         values = self.space.unflatten(self.placed(theta))
-        directions = self.space.unflatten(self.placed(rows, theta.dtype))
+        directions = NamedDirections.of(given, self.space, lambda rows: self.placed(rows, theta.dtype))
         slots, valid = scored_slots(tokens.scored)
         ranks = slots.shape[1]
         first = slice(self.batch_size)
@@ -251,37 +259,56 @@ class Objective:
         self.route_used = "adjoint"
         self.passes.forward += tokens.sequences
         self.passes.backward += tokens.sequences * ranks
-        self.passes.tangent += tokens.sequences * len(rows)
+        self.passes.tangent += tokens.sequences * len(given)
         return torch.cat(losses), torch.cat(slopes).T.contiguous()
 
-    def _linear_losses(
-        self, route: Route, weights: list[Tensor], inputs: Sequence[Tensor]
+    def linear(
+        self, kind: str, function: PointFunction, weights: list[Tensor], inputs: Sequence[Tensor]
     ) -> PointLinearization:
-        def function(point: Sequence[Tensor], given: Sequence[Tensor]) -> Sequence[Tensor]:
-            return (self._losses(point, *given),)
+        """The derivative of another function of weights and inputs; ``kind`` names it among its traces."""
+        return self._routes.linear(kind, function, self._routes.choose(1), weights, list(inputs))
 
-        return self._routes.linear("losses", function, route, weights, list(inputs))
+    def _linear_losses(
+        self, route: Route, weights: list[Tensor], inputs: Sequence[Tensor], chosen: Chosen
+    ) -> PointLinearization:
+        moving, fixed = chosen.parted(weights)
+        first = len(fixed)
+
+        def function(point: Sequence[Tensor], given: Sequence[Tensor]) -> Sequence[Tensor]:
+            return (self._losses(chosen.merged(point, given[:first]), *given[first:]),)
+
+        return self._routes.linear(f"losses{chosen.name}", function, route, moving, [*fixed, *inputs])
 
     # -- gradients and curvature of the mean loss ------------------------------------------------
 
     def mean_gradient(
-        self, theta: Float[Tensor, " N"], tokens: TokenSet, weights: Float[Tensor, " M"] | None = None
-    ) -> tuple[float, Float[Tensor, " N"]]:
+        self,
+        theta: Float[Tensor, " N"],
+        tokens: TokenSet,
+        weights: Float[Tensor, " M"] | None = None,
+        *,
+        inside: Subset | None = None,
+    ) -> tuple[float, Float[Tensor, " n"]]:
         """Mean loss and its gradient; with ``weights`` (M,) the weighted sum instead of the mean.
+
+        With ``inside`` the gradient has those entries alone.
 
         The mean is over all scored tokens (sum divided once by the count), so unequal batches
         do not matter.
         """
         batches, token_weights = self._weighted(tokens, weights, theta.dtype)
-        parts = [w.requires_grad_() for w in self.weights(theta)]
+        chosen = Chosen(self.space, inside)
+        parts, fixed = chosen.parted(self.weights(theta))
+        parts = [w.requires_grad_() for w in parts]
+        whole = chosen.merged(parts, fixed)
         total = self.placed(theta.new_zeros(()))
-        gradient = self.placed(torch.zeros_like(theta))
+        gradient = self.placed(torch.zeros_like(taken(theta, inside)))
         for batch, each in zip(batches, token_weights, strict=True):
             with torch.enable_grad():
-                loss = (self._losses(parts, *batch.given) * each).sum()
+                loss = (self._losses(whole, *batch.given) * each).sum()
                 grads = torch.autograd.grad(loss, parts, materialize_grads=True)
             total += loss.detach()
-            gradient += torch.cat([g.reshape(-1) for g in grads])
+            gradient += chosen.entries(torch.cat([g.reshape(-1) for g in grads]))
             self.passes.forward += len(batch.rows)
             self.passes.backward += len(batch.rows)
         return float(total), gradient.to(theta)
@@ -302,7 +329,7 @@ class Objective:
         *,
         weights: Float[Tensor, " M"] | None = None,
         expected: int = 8,
-        mask: Bool[Tensor, " N"] | None = None,
+        inside: Subset | None = None,
     ) -> Callable[[Tensor], Tensor]:
         """The product v -> H v for the mean (or weighted) token loss at theta.
 
@@ -315,10 +342,10 @@ class Objective:
             tokens: the sample the loss is averaged over.
             weights: optional (M,) weights of the token losses.
             expected: number of products wanted, for the choice of route.
-            mask: parameters between which the Hessian is wanted: vectors must be zero elsewhere, and the
-                result is there. Tensors that the mask leaves out whole are not differentiated.
+            inside: entries between which the Hessian is wanted: vectors and products have those alone.
+                Tensors with no such entry are not differentiated.
         """
-        chosen = Chosen.of(self.space, mask)
+        chosen = Chosen(self.space, inside)
         moving, fixed = chosen.parted(self.weights(theta))
         batches, token_weights = self._weighted(tokens, weights, theta.dtype)
         first = len(fixed)
@@ -336,50 +363,12 @@ class Objective:
         maps = BatchedProducts(makers, self.curvature_budget)
         self.streamed_batches, self.batch_bytes = maps.streamed, maps.kept_bytes
 
-        def product(vector: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-            tangents, _ = chosen.parted(self.weights(vector, theta.dtype))
+        def product(vector: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
             with torch.no_grad():
-                result = chosen.spread(maps(tangents), self.space)
+                result = chosen.entries(maps(self._tangents(chosen, vector, theta.dtype)))
             self.passes.hvp += tokens.sequences
             self.curvature_route = self._routes.taken(self._routes.for_curvature(expected))
             return result.to(vector.device)
-
-        return product
-
-    def squared_jacobian(
-        self,
-        outputs: Callable[[nn.Module, Tensor], Tensor],
-        theta: Float[Tensor, " N"],
-        tokens: TokenSet,
-        middle: Callable[[Tensor, Tensor, Tensor], Tensor],
-    ) -> Callable[[Tensor], Tensor]:
-        """The product v -> J' middle(outputs, J v, scored), J the Jacobian of other outputs of the module.
-
-        Args:
-            outputs: ``outputs(module, inputs)`` -> (B, P, C).
-            theta: weights.
-            tokens: the sample.
-            middle: (outputs, J v, scored (B, P)) -> cotangents (B, P, C).
-        """
-        parts = self.weights(theta)
-
-        def function(point: Sequence[Tensor], given: Sequence[Tensor]) -> Sequence[Tensor]:
-            return (self.evaluate(outputs, point, given[0]),)
-
-        def product(vector: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-            tangents = self.weights(vector, theta.dtype)
-            total = self.placed(torch.zeros_like(theta))
-            for inputs, scored, _ in self.batches(tokens):
-                with torch.no_grad():
-                    linear = self._routes.linear("outputs", function, self._routes.choose(1), parts, [inputs])
-                    cotangents = middle(linear.values[0], linear(tangents)[0], scored)
-                leaves = [w.detach().requires_grad_() for w in parts]
-                with torch.enable_grad():
-                    found = function(leaves, [inputs])
-                    grads = torch.autograd.grad(found, leaves, cotangents, materialize_grads=True)
-                total += torch.cat([g.reshape(-1) for g in grads])
-            self.passes.hvp += tokens.sequences
-            return total.to(vector.device)
 
         return product
 

@@ -26,6 +26,7 @@ from polca_edit.basis.build import BasisInputs
 from polca_edit.basis.hessian import BasisCheckpoint, EigenSettings, Keeping
 from polca_edit.basis.path import odd_checkpoints
 from polca_edit.basis.record import Basis
+from polca_edit.basis.storage import stored_as
 from polca_edit.checkpoints.files import SeriesFolder
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.derivatives.lanczos import Allocate
@@ -68,7 +69,10 @@ def _run_measured(run: Run, spec: BasisConfig) -> None:
     checkpoints = run.observed()
     stage = f"basis:{spec.label}"
     with run.directory.stage(stage, run.basis_key(spec), [path], run.objective.passes, parts=parts):
-        save_record(path, build_basis(run, spec, checkpoints, parts))
+        found = build_basis(run, spec, checkpoints, parts)
+        save_record(path, found)
+    if found.rounding is not None:
+        run.say(f"  basis {spec.label}: {found.rounding}")
 
 
 def _run_rotated(run: Run, stage: str, spec: BasisConfig) -> None:
@@ -83,13 +87,16 @@ def _run_rotated(run: Run, stage: str, spec: BasisConfig) -> None:
             run.task.splits.select,
             run.config.seed,
         )
-        save_record(outputs[0], basis)
+        # Turned rows are rounded like those of the basis they are turned from.
+        last, sample = run.observed()[-1], run.task.splits.curvature
+        save_record(outputs[0], stored_as(basis, run.config.basis_storage, run.objective, last, sample))
         save_record(outputs[1], projections)
 
 
 def build_basis(run: Run, spec: BasisConfig, checkpoints: Checkpoints, parts: Path) -> Basis:
     """The basis a config section asks for, by the one table of kinds."""
     mask = None if spec.include == ("*",) else run.task.space.mask(spec.include)
+    storage = run.config.basis_storage
     if spec.steps is not None:
         source = basis_checkpoints(run, checkpoints, spec)
     elif spec.kind in build.FROM_THE_WHOLE_SERIES:
@@ -105,12 +112,13 @@ def build_basis(run: Run, spec: BasisConfig, checkpoints: Checkpoints, parts: Pa
         keeping = Keeping(allocate=mapped_in(parts / "rows.bin", checkpoints.dtype))
         inputs = dataclasses.replace(inputs, keeping=keeping)
     if spec.kind != "hessian":
-        return build.build_basis(spec.kind, inputs, spec.vectors)
+        return build.build_basis(spec.kind, inputs, spec.vectors, storage=storage)
     chosen = basis_checkpoints(run, checkpoints, spec)
     chosen = chosen.subset(range(min(inputs.places(spec.vectors), len(chosen))))
     with kept_basis(run, spec, len(chosen), parts) as keeping:
         given = dataclasses.replace(inputs, checkpoints=chosen, keeping=keeping)
-        return build.build_basis(spec.kind, given, min(spec.vectors, len(chosen) * spec.per_checkpoint))
+        count = min(spec.vectors, len(chosen) * spec.per_checkpoint)
+        return build.build_basis(spec.kind, given, count, storage=storage)
 
 
 def basis_inputs(run: Run, checkpoints: Checkpoints, settings: EigenSettings) -> BasisInputs:
@@ -126,10 +134,16 @@ def basis_inputs(run: Run, checkpoints: Checkpoints, settings: EigenSettings) ->
     )
 
 
+def row_bytes(run: Run, spec: BasisConfig) -> int:
+    """What a row of a basis takes: the entries it may have, not all weights."""
+    space = run.task.space
+    width = space.size if spec.include == ("*",) else int(space.mask(spec.include).sum())
+    return width * run.config.itemsize
+
+
 def _on_disk(run: Run, spec: BasisConfig) -> bool:
     """Whether a basis is too large for the share of memory that its rows have."""
-    size = run.task.space.size
-    return spec.vectors * size * run.config.itemsize > memory_shares(run.config, size).rows
+    return spec.vectors * row_bytes(run, spec) > memory_shares(run.config, run.task.space.size).rows
 
 
 def mapped_in(path: Path, dtype: torch.dtype = torch.float32) -> Allocate:
@@ -142,10 +156,10 @@ def kept_basis(run: Run, spec: BasisConfig, places: int, parts: Path) -> Iterato
     """Hooks that keep every finished checkpoint and product of a basis on disk, with a progress bar."""
     ledger = Ledger(parts, run.objective.passes)
     keep = kept_parts(parts, BasisCheckpoint, ledger)
-    size, large = run.task.space.size, _on_disk(run, spec)
-    budget = memory_shares(run.config, size).rows
+    each, large = row_bytes(run, spec), _on_disk(run, spec)
+    budget = memory_shares(run.config, run.task.space.size).rows
     # Two vectors a product, and products until the budget of a checkpoint is used up in the worst case.
-    deep = run.config.memory_gb is not None and 2 * spec.max_products * size * run.config.itemsize > budget
+    deep = run.config.memory_gb is not None and 2 * spec.max_products * each > budget
     numbers = itertools.count()
     dtype = torch.float64 if run.config.precision == "float64" else torch.float32
     finished = [load_record(BasisCheckpoint, p) for p in sorted(parts.glob("part-*.safetensors"))]

@@ -55,7 +55,7 @@ def undo(place: EvaluatedSplit, row: Tensor, dose: float = 1.0) -> Edit:
 def vector_rows(
     place: EvaluatedSplit,
     split: str,
-    vectors: Tensor,
+    basis: Basis,
     masks: Sequence[Masks],
     doses: Sequence[float],
 ) -> tuple[list[list[DamageRow]], Tensor]:
@@ -64,7 +64,7 @@ def vector_rows(
     Args:
         place: where damage is measured.
         split: its name in the rows.
-        vectors: (K, N) rows of a basis.
+        basis: whose rows are made whole one at a time.
         masks: clusters of each vector on these tokens.
         doses: besides 1.
     """
@@ -72,10 +72,11 @@ def vector_rows(
     others = [mask for own in masks for mask in own.values()]
     rows: list[list[DamageRow]] = []
     at_one: list[Tensor] = []
-    for vector in progress(range(len(vectors)), f"damage {split}"):
+    for vector in progress(range(len(basis)), f"damage {split}"):
         rows.append([])
+        row = basis[vector].rows[0]
         for dose in sorted({1.0, *doses}):
-            damage = place.damage(undo(place, vectors[vector], dose))
+            damage = place.damage(undo(place, row, dose))
             if dose == 1.0:
                 at_one.append(damage.change)
             targets: list[tuple[int | None, Tensor]] = [(None, everything), *masks[vector].items()]
@@ -132,11 +133,11 @@ def run_damage(run: Run, stage: str) -> None:
         basis = load_record(Basis, run.directory.basis(label))
         masks = [{k: c.members(k) for k in range(c.count)} for c in load_clusters(run, label)]
         place = evaluated(run, run.task.splits.select)
-        rows, at_one = vector_rows(place, "select", basis.rows, masks, run.config.damage.doses)
+        rows, at_one = vector_rows(place, "select", basis, masks, run.config.damage.doses)
         controls = [
             control
             for vector, own in enumerate(masks)
-            for control in random_controls(run, place, basis.rows[vector], vector, own)
+            for control in random_controls(run, place, basis[vector].rows[0], vector, own)
         ]
         flat = tuple(row for own in rows for row in own)
         write_tensors(outputs[1], {"damage": at_one})

@@ -123,15 +123,15 @@ def run_evaluate(run: Run, stage: str) -> None:
 def _evaluated_basis(
     run: Run, place: EvaluatedSplit, label: str, ruled: list[RuledCluster]
 ) -> EvaluatedBasis:
-    rows = load_record(Basis, run.directory.basis(label)).rows
-    masks: list[dict[int, Tensor]] = [{} for _ in range(len(rows))]
+    basis = load_record(Basis, run.directory.basis(label))
+    masks: list[dict[int, Tensor]] = [{} for _ in range(len(basis))]
     scores = []
     for one in ruled:
         mask = one.rule.assign(place.tokens)
         if bool(mask.any()):
             masks[one.clusters.vector][one.cluster] = mask
             scores.append(_score(one, mask, place.tokens))
-    damage, _ = vector_rows(place, "evaluate", rows, masks, ())
+    damage, _ = vector_rows(place, "evaluate", basis, masks, ())
     return EvaluatedBasis(tuple(scores), tuple(row for own in damage for row in own))
 
 

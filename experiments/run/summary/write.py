@@ -129,7 +129,7 @@ def _tested(run: Run, label: str) -> tuple[tuple[VerdictEntry, ...], dict[str, s
 
 
 def _basis_entry(run: Run, basis: Basis, observation: Observation, change: LossChange) -> BasisEntry:
-    net, path = capture(basis.rows, run.observed())
+    net, path = capture(basis, run.observed())
     norms = observation.projections.step_norms.double().tolist()
     walk_net, walk_path = random_walk_capture(norms, len(basis))
     return BasisEntry(

@@ -105,6 +105,6 @@ def measure_bases(
     )
     say(f"  projected on evaluate in {time.perf_counter() - started:.0f} s, {plan.nodes} places")
     return {
-        kind: Measured(own.basis, own.projections, other, capture(own.basis.rows, checkpoints), own.passes)
+        kind: Measured(own.basis, own.projections, other, capture(own.basis, checkpoints), own.passes)
         for (kind, own), other in zip(select.items(), evaluate, strict=True)
     }

@@ -1,0 +1,136 @@
+"""Directions that are wanted at a checkpoint: per basis its rows and the residuals of two intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from polca_edit.basis.record import Basis
+from polca_edit.basis.subsets import Directions, Group, Subset, taken
+from polca_edit.checkpoints.series import Checkpoints
+from polca_edit.derivatives.lanczos import inner_products
+
+
+def directions_at(
+    checkpoints: Checkpoints,
+    bases: Sequence[Basis],
+    index: int,
+    chosen: range | None = None,
+    *,
+    block: Subset | None = None,
+    along: Sequence[Float[Tensor, "2 _"]] | None = None,
+) -> tuple[Float[Tensor, " N"], Directions]:
+    """Weights at one checkpoint and the directions wanted there: per basis its rows and two residuals.
+
+    Args:
+        checkpoints: the series.
+        bases: whose directions.
+        index: of the checkpoint.
+        chosen: which of the directions; only those are made. Default all.
+        block: entries beyond which directions are cut off, so that only their part of the rows is read.
+        along: per basis the coordinates of the displacement that leads here and of the one that leads away,
+            which give the residuals inside a block.
+
+    Raises:
+        ValueError: for a block without these coordinates: its part of the rows cannot give them.
+    """
+    if block is not None and along is None:
+        raise ValueError(
+            "directions in a block of parameters need the coordinates of the displacements; pass along="
+        )
+    theta = checkpoints[index]
+    sources = [(number, own) for number, basis in enumerate(bases) for own in range(len(basis) + 2)]
+    chosen = range(len(sources)) if chosen is None else chosen
+    numbers: dict[Subset | None, list[int]] = {}
+    for place in chosen:
+        number, own = sources[place]
+        numbers.setdefault(_inside(bases[number], own, block), []).append(place)
+    groups = []
+    for inside, members in numbers.items():
+        if inside is not None and not inside.ranges:
+            continue  # a basis without an entry in this block
+        rows = theta.new_empty(len(members), theta.numel() if inside is None else inside.count)
+        for row, place in zip(rows, members, strict=True):
+            number, own = sources[place]
+            basis, side = bases[number], own - len(bases[number])
+            if side < 0:
+                row.copy_(_entries(basis, own, inside))
+            elif block is None or along is None:
+                row.copy_(taken(residual_direction(basis, _moved(checkpoints, index, side)), inside))
+            else:
+                moved = block.take(_moved(checkpoints, index, side))
+                _copy_remainder(row, basis, block, moved, along[number][side])
+        groups.append(Group(inside, tuple(place - chosen.start for place in members), rows))
+    if not groups:
+        groups.append(Group(None, (), theta.new_empty(0, theta.numel())))
+    return theta, Directions(len(chosen), tuple(groups))
+
+
+def _inside(basis: Basis, own: int, block: Subset | None) -> Subset | None:
+    """Entries in which a direction of a basis lies; a residual is cut off by the block alone."""
+    if own >= len(basis) or basis.inside is None:
+        return block
+    return basis.inside.common(block)
+
+
+def _entries(basis: Basis, own: int, inside: Subset | None) -> Float[Tensor, " n"]:
+    """Entries of one row in a part of those that the basis holds."""
+    row = basis.entries[own]
+    return row if inside is None else inside.take(row, basis.inside)
+
+
+def _copy_remainder(
+    row: Float[Tensor, " n"],
+    basis: Basis,
+    block: Subset,
+    moved: Float[Tensor, " n"],
+    along: Float[Tensor, " K"],
+) -> None:
+    """(I - B'B) moved inside a block, from the coordinates B moved, written into ``row``.
+
+    Vector after vector and entry by entry, so that the bytes do not depend on how the rows lie in memory.
+    """
+    row.copy_(moved)
+    common = _inside(basis, 0, block) if len(basis) else block
+    assert common is not None
+    for own, size in enumerate(along.to(row)):
+        mine, first = _entries(basis, own, common).to(row), 0
+        for start, stop in common.places(block):
+            row[start:stop] -= size * mine[first : first + stop - start]
+            first += stop - start
+
+
+def _moved(checkpoints: Checkpoints, index: int, side: int) -> Float[Tensor, " N"]:
+    """The displacement that leads to a checkpoint (side 0) or away from it (1); zero beyond the ends."""
+    theta, other = checkpoints[index], index - 1 + 2 * side
+    if not 0 <= other < len(checkpoints):
+        return torch.zeros_like(theta)
+    return theta - checkpoints[other] if side == 0 else checkpoints[other] - theta
+
+
+def residual_direction(basis: Basis, moved: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """(I - B'B) moved, with no normalisation."""
+    return basis.remainder(moved)
+
+
+def coordinates(rows: Float[Tensor, "K N"], moved: Float[Tensor, " N"]) -> Float[Tensor, " K"]:
+    """<b, moved> for every row, summed in float64."""
+    return inner_products(rows, moved[None])[:, 0].cpu()
+
+
+def with_remainders(bases: Sequence[Basis], moved: Float[Tensor, " N"]) -> Directions:
+    """The rows of every basis, each followed by what the basis leaves of a displacement."""
+    numbers: dict[Subset | None, list[int]] = {}
+    rows: dict[Subset | None, list[Tensor]] = {}
+    first = 0
+    for basis in bases:
+        numbers.setdefault(basis.inside, []).extend(range(first, first + len(basis)))
+        rows.setdefault(basis.inside, []).append(basis.wide())
+        first += len(basis) + 1
+        numbers.setdefault(None, []).append(first - 1)
+        rows.setdefault(None, []).append(residual_direction(basis, moved)[None])
+    groups = [Group(inside, tuple(numbers[inside]), torch.cat(parts)) for inside, parts in rows.items()]
+    return Directions(first, tuple(groups))
