@@ -15,6 +15,8 @@ from experiments.cli import app
 from experiments.config import RunConfig, parse_config
 from experiments.run.cost import plan as planning
 from experiments.run.cost import sizes as costs
+from experiments.run.cost.rates import Rate, Speeds
+from experiments.run.cost.stages import linearised, stage_costs
 from experiments.run.driver import run_stages
 from experiments.run.run import open_run
 from experiments.run.summary.write import write_summary
@@ -153,22 +155,37 @@ def sizes() -> costs.Sizes:
     return costs.Sizes(1000, 20, 100, 8, 50, 200, 50, 50, 50, 2, bases, 3, 2, "jvp", False)
 
 
-SPEEDS = costs.Speeds(0.01, 0.001, 0.01, 0.0, 0.005, 0.001, 0.0, 0.0, 0.0, 0)
+SPEEDS = Speeds(
+    0.01,
+    Rate(0.0, 0.001),
+    Rate(0.2, 0.01),
+    Rate(0.0, 0.001),
+    Rate(0.5, 0.005),
+    Rate(0.0, 0.001),
+    slopes_setup=3.0,
+    product_setup=7.0,
+    read=0.0,
+    write=0.0,
+    vector=0.0,
+    base_bytes=0,
+)
 
 
 def test_the_cost_of_forward_passes_by_hand():
-    stages = {s.stage: s for s in costs.stage_costs(sizes(), SPEEDS, config(32, 1))}
+    stages = {s.stage: s for s in stage_costs(sizes(), SPEEDS, config(32, 1))}
     # Two bases: 20 vectors and 4 residual directions; every direction and the losses at 20 checkpoints.
     assert stages["projections"].forward == 20 * 50 * (1 + 24)
     assert stages["damage:hessian"].forward == 50 * (2 + 10 * (3 + 2))
     assert stages["train"].forward == 800
     assert stages["basis:hessian"].hvps == 8 * 10 - 7
-    assert stages["projections"].seconds == pytest.approx(20 * 50 * 0.01)
+    # A batch holds all 50 sequences: what it costs of itself comes once a checkpoint, not once a sequence.
+    assert stages["projections"].seconds == pytest.approx(20 * (0.2 + 50 * 0.01 + 24 * 50 * 0.001) + 3.0)
+    assert stages["basis:hessian"].seconds == pytest.approx(73 * (0.5 + 50 * 0.005) + 10 * 50 * 0.001 + 7.0)
 
 
 def test_a_budget_is_kept_and_a_larger_one_buys_more():
     settings = config(32, 1)
-    full = sum(s.seconds for s in costs.stage_costs(sizes(), SPEEDS, settings))
+    full = sum(s.seconds for s in stage_costs(sizes(), SPEEDS, settings))
     everything = planning.fit_budget(sizes(), SPEEDS, settings, full * 1.01)
     half = planning.fit_budget(sizes(), SPEEDS, settings, full / 2)
     assert everything.share == 1.0
