@@ -26,6 +26,8 @@ from experiments.tasks.stand_in import StandIn, stand_in_of
 from experiments.tasks.task import Task, build_task, placed
 from interventions.causal.statistics import minimum_detectable
 from polca_edit.basis import build
+from polca_edit.basis.path import odd_checkpoints
+from polca_edit.checkpoints.series import Checkpoints
 
 #: Learning rate times steps between checkpoints above which a trapezoid may miss much. Two arithmetic
 #: runs stand behind it: quadrature error 0.2 % at 3e-3; at 1.2e-2 18 % missing, residual included.
@@ -200,9 +202,12 @@ def make_plan(config: RunConfig, folder: Path, budget_seconds: float | None = No
     require_parts(config, task if stand_in is None else replace(task, space=stand_in.space))
     given = task.given_checkpoints(config)
     steps = config.training.recorded if given is None else list(given.steps)
+    series = Checkpoints(task.space, tuple(steps), lambda _: {})
     for spec in config.measured_bases():
-        if spec.kind in build.FROM_THE_WHOLE_SERIES - {"random"} and spec.steps is None:
+        if spec.steps is None and spec.kind in build.FROM_THE_WHOLE_SERIES - {"random"}:
             require_places(spec, len(steps))
+        elif spec.steps is None and spec.kind in build.AT_SPACED_CHECKPOINTS:
+            odd_checkpoints(series).spaced(-(-spec.vectors // spec.per_checkpoint))
     sizes = sizes_of(task, config, steps)
     if stand_in is not None:
         sizes = replace(sizes, parameters=stand_in.space.size)

@@ -75,7 +75,9 @@ def sentences(count: int, length: int, draw: np.random.Generator) -> np.ndarray:
     words = draw.choice(np.arange(1, WORDS), size=(count, length), p=weights / weights.sum())
     for place in range(1, length):
         led = words[:, place - 1] <= LEADERS
-        words[:, place] = np.where(led & (words[:, place - 1] > 10), words[:, place - 1] + LEADERS, words[:, place])
+        words[:, place] = np.where(
+            led & (words[:, place - 1] > 10), words[:, place - 1] + LEADERS, words[:, place]
+        )
     return words.astype(np.int64)
 
 
@@ -116,6 +118,32 @@ def draw_model(shape: str, folder: Path) -> None:
         for parameter in model.parameters():
             parameter.mul_(1.001)
     model.save_pretrained(folder / "checkpoint-2")
+    write_text(folder)
+
+
+def outline(shape: str, folder: Path, amount: Amount) -> None:
+    """Checkpoints whose headers are whole and whose numbers are zeros that take no disk, for a plan."""
+    from transformers import AutoModelForCausalLM
+
+    if (folder / "text.npy").exists():
+        return
+    config = neox_config(shape)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    header, offset = {}, 0
+    for name, parameter in model.named_parameters():
+        end = offset + 4 * parameter.numel()
+        header[name] = {"dtype": "F32", "shape": list(parameter.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    text += b" " * (-len(text) % 8)
+    for number in range(amount.checkpoints):
+        place = folder / f"checkpoint-{number * amount.steps_between}"
+        place.mkdir(parents=True, exist_ok=True)
+        config.save_pretrained(place)
+        with (place / "model.safetensors").open("wb") as stream:
+            stream.write(len(text).to_bytes(8, "little") + text)
+            stream.truncate(8 + len(text) + offset)
     write_text(folder)
 
 
