@@ -91,7 +91,7 @@ def stored_parameters(folder: Path) -> int:
 
 
 def stand_in_of(config: RunConfig) -> StandIn | None:
-    """The stand-in for a config's Hugging Face model, None for adapters, bridges and models that need none."""
+    """The stand-in for a config's Hugging Face model; None for adapters, bridges and small models."""
     if config.model.hooks or config.model.path is None:
         return None
     given = config.checkpoints

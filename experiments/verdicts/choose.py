@@ -126,9 +126,9 @@ def _spec(run: Run, label: str) -> BasisConfig:
 
 
 def clusters_stage(run: Run, label: str, window: tuple[int, int] | None) -> str | None:
-    """Signatures whose clusters are tested: of all bases together, or of the tested one where those are missing.
+    """Signatures whose clusters are tested: of all bases together, or of the tested one alone.
 
-    ``discover --basis`` draws for one basis alone; None where a run draws none.
+    The latter are taken where ``discover --basis`` drew for one basis; None where a run draws none.
     """
     names = signature_names(run.config, window)
     alone = signature_names(run.config, window, (label,))

@@ -7,6 +7,7 @@ from dataclasses import replace
 from experiments.config import RunConfig
 from experiments.run.cost.rates import Speeds
 from experiments.run.cost.sizes import ROTATED, Sizes, products
+from experiments.run.cost.stages import linearised
 from experiments.run.memory import memory_shares
 from polca_edit.basis.streamed import HELD
 
@@ -14,14 +15,16 @@ from polca_edit.basis.streamed import HELD
 ALWAYS = 8
 #: Beside Krylov vectors and images: the new block, what is left of it, candidates, the warm start.
 LANCZOS = 6
+#: Linearised batches' worth of memory beside those that stay: values of a product under way, and the batches
+#: of one checkpoint while the next is linearised (two runs at a Pythia shape of 14 million: 3.7 and 5.0 batches
+#: in all where one stays and none or some are streamed).
+WORKING = 3
 
 
 def peak_bytes(sizes: Sizes, speeds: Speeds, config: RunConfig) -> int:
     """The largest stage: building a basis, or taking slopes along all rows."""
     vector, shares = sizes.parameters * config.itemsize, memory_shares(config, sizes.parameters)
-    size = min(config.batch_size, sizes.curvature)
-    batch = speeds.batch_bytes.batch(size)
-    batches = -(-sizes.curvature // size)
+    batch = speeds.batch_bytes.batch(min(config.batch_size, sizes.curvature))
     needs = []
     for spec, (kind, vectors, taken) in zip(config.bases, sizes.bases, strict=True):
         held = min(vectors * vector, shares.rows)
@@ -30,7 +33,8 @@ def peak_bytes(sizes: Sizes, speeds: Speeds, config: RunConfig) -> int:
             # As in stages.bases: with a budget, Krylov vectors that could exceed it lie in files.
             deep = config.memory_gb is not None and 2 * spec.max_products * vector > shares.rows
             krylov = 0 if deep else 2 * most * vector
-            kept = min(batch * batches, max(batch, shares.curvature))
+            stay, streamed = linearised(sizes, speeds, shares.curvature)
+            kept = (stay + min(1, streamed) + WORKING) * batch
             needs.append(held + krylov + LANCZOS * vector + kept)
         elif kind == "trajectory":
             needs.append(held + (HELD + 2) * vector)

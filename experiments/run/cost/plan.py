@@ -162,9 +162,7 @@ def left_out(config: RunConfig) -> list[str]:
     said = []
     uncounted = {b.kind for b in config.measured_bases()} - {"hessian", "trajectory", "random"}
     if uncounted:
-        said.append(
-            f"of basis kinds {sorted(uncounted)} only reading is counted; their passes and products come on top"
-        )
+        said.append(f"of basis kinds {sorted(uncounted)} only reading is counted, derivatives come on top")
     if config.compiled:
         said.append("times are those of uncompiled derivatives; compiling takes minutes once on top")
     return said

@@ -24,8 +24,10 @@ class Rate:
     def through(cls, small: tuple[int, float], large: tuple[int, float]) -> Rate:
         """The line through two measured batches, (sequences, cost); never falling, never below zero.
 
-        >>> Rate.through((1, 3.0), (4, 6.0)), Rate.through((2, 4.0), (2, 4.0)), Rate.through((1, 5.0), (2, 4.0))
-        (Rate(fixed=2.0, each=1.0), Rate(fixed=0.0, each=2.0), Rate(fixed=4.0, each=0.0))
+        >>> Rate.through((1, 3.0), (4, 6.0)), Rate.through((2, 4.0), (2, 4.0))
+        (Rate(fixed=2.0, each=1.0), Rate(fixed=0.0, each=2.0))
+        >>> Rate.through((1, 5.0), (2, 4.0))
+        Rate(fixed=4.0, each=0.0)
         """
         (few, less), (many, more) = small, large
         if many <= few:

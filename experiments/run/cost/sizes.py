@@ -17,8 +17,8 @@ from polca_edit.basis.streamed import HELD
 #: first takes (arithmetic runs of 9,706 to 401,162 parameters: 17, 33 and 87 products at 3, 5, 12).
 PRODUCTS_PER_CHECKPOINT = 8
 FIRST_CHECKPOINT_FEWER = 7
-#: The same from LARGE parameters on (Pythia shapes of 14 and 70 million: 9 to 10 a vector).
-LARGE, PRODUCTS_OF_LARGE = 5_000_000, 9.5
+#: The same from LARGE parameters on (Pythia shapes of 14 and 70 million: 7 to 10 a vector).
+LARGE, PRODUCTS_OF_LARGE = 5_000_000, 8.5
 FLOAT = 4
 #: Kind of a basis that is turned from another one's stored projections.
 ROTATED = "rotated"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -73,12 +72,11 @@ def kept(place: Path, name: str, work: Callable[..., Cost], *given: object) -> C
     path = place / f"{name.replace(' ', '-').replace(',', '').replace(':', '-').replace('/', '-')}.json"
     if path.exists():
         return load_record(Cost, path)
-    started = os.times()
     found: Cost = apart(work, *given)
     place.mkdir(parents=True, exist_ok=True)
     save_record(path, found)
     say(
         f"  {name}: {found.seconds:.1f} s, {found.processor_seconds:.1f} s of processors, "
-        f"peak {found.peak_bytes / 1e9:.2f} GB, {found.notes} (at {os.times().elapsed - started.elapsed:.0f} s)"
+        f"peak {found.peak_bytes / 1e9:.2f} GB, {found.notes}"
     )
     return found

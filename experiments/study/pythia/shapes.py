@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ class Amount:
     """How much of everything a run looks at.
 
     Attributes:
+        name: in folders.
         checkpoints: T.
         steps_between: optimiser steps from one to the next.
         vectors: of the Hessian basis and of the trajectory basis, each.
@@ -45,12 +47,20 @@ class Amount:
         edits: partial undo edits of discovery.
     """
 
+    name: str = "full"
     checkpoints: int = 20
     steps_between: int = 5
     vectors: int = 12
     select: int = 100
     curvature: int = 96
     edits: int = 160
+
+
+#: How much a run looks at, by name.
+AMOUNTS = {
+    "full": Amount(),
+    "small": Amount("small", vectors=3, select=16, curvature=16, edits=20),
+}
 
 
 def neox_config(shape: str, **changed: int) -> Any:
@@ -82,7 +92,7 @@ def sentences(count: int, length: int, draw: np.random.Generator) -> np.ndarray:
 
 
 def train(shape: str, folder: Path, amount: Amount) -> None:
-    """Some AdamW steps on the made text, a checkpoint folder after every few; a stopped training starts anew."""
+    """Some AdamW steps on the made text, a checkpoint folder after every few; stopped, it starts anew."""
     from transformers import GPTNeoXForCausalLM
 
     torch.manual_seed(0)
@@ -123,11 +133,16 @@ def draw_model(shape: str, folder: Path) -> None:
 
 def outline(shape: str, folder: Path, amount: Amount) -> None:
     """Checkpoints whose headers are whole and whose numbers are zeros that take no disk, for a plan."""
+    if not (folder / "text.npy").exists():
+        steps = [number * amount.steps_between for number in range(amount.checkpoints)]
+        write_outline(neox_config(shape), folder, steps)
+        write_text(folder)
+
+
+def write_outline(config: Any, folder: Path, steps: Sequence[int]) -> None:
+    """``checkpoint-STEP`` folders of a transformers config, whose weight files are a header and a hole."""
     from transformers import AutoModelForCausalLM
 
-    if (folder / "text.npy").exists():
-        return
-    config = neox_config(shape)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     header, offset = {}, 0
@@ -137,14 +152,13 @@ def outline(shape: str, folder: Path, amount: Amount) -> None:
         offset = end
     text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
     text += b" " * (-len(text) % 8)
-    for number in range(amount.checkpoints):
-        place = folder / f"checkpoint-{number * amount.steps_between}"
+    for step in steps:
+        place = folder / f"checkpoint-{step}"
         place.mkdir(parents=True, exist_ok=True)
         config.save_pretrained(place)
         with (place / "model.safetensors").open("wb") as stream:
             stream.write(len(text).to_bytes(8, "little") + text)
             stream.truncate(8 + len(text) + offset)
-    write_text(folder)
 
 
 def few_scored(sequences: int, scored: int) -> TokenSet:

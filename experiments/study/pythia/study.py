@@ -25,6 +25,7 @@ from experiments.run.memory import parse_memory
 from experiments.study.pythia.kept import Cost, apart, kept
 from experiments.study.pythia.pieces import PIECES, one_vector, planned
 from experiments.study.pythia.shapes import (
+    AMOUNTS,
     SHAPES,
     Amount,
     counted,
@@ -159,37 +160,40 @@ def pythia(
     shape: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "14m",
     folder: Annotated[Path | None, typer.Option(help="Checkpoints, run and finished pieces.")] = None,
     memory: Annotated[str, typer.Option(help="Budget of the run, e.g. 8GB.")] = "8GB",
+    amount: Annotated[str, typer.Option(help=f"One of {', '.join(AMOUNTS)}.")] = "full",
     with_run: Annotated[bool, typer.Option(help="Also the run; without it pieces and plan alone.")] = True,
     json_: Annotated[Path | None, typer.Option("--json", help="Result file.")] = None,
 ) -> None:
     """Measure a Pythia shape; finished pieces are read back."""
     if shape not in SHAPES:
         raise ValueError(f"--shape must be one of {sorted(SHAPES)}, got '{shape}'")
-    place, amount = folder or Path("runs") / f"pythia-{shape}", Amount()
+    if amount not in AMOUNTS:
+        raise ValueError(f"--amount must be one of {sorted(AMOUNTS)}, got '{amount}'")
+    place, wanted = folder or Path("runs") / f"pythia-{shape}", AMOUNTS[amount]
     place.mkdir(parents=True, exist_ok=True)
     memory_gb = parse_memory(memory)
     done = place / "pieces"
     whole: dict[str, Cost] = {}
     if shape in PLANNED_ONLY:
-        outline(shape, place, amount)
+        outline(shape, place, wanted)
         pieces: dict[str, Cost] = {}
     elif shape in MEASURED_ONCE:
         if not (place / "text.npy").exists():
             apart(draw_model, shape, place)
         pieces = {"one checkpoint and vector": kept(done, "one vector", one_vector, place, memory_gb)}
-        outline(shape, place / "outline", amount)
+        outline(shape, place / "outline", wanted)
     else:
         if not (place / "text.npy").exists():
-            apart(train, shape, place, amount)
+            apart(train, shape, place, wanted)
         pieces = {name: kept(done, name, work, place) for name, work in PIECES.items()}
     planning = place / "outline" if shape in MEASURED_ONCE else place
-    plan = kept(done, f"plan {memory}", partial(planned, planning, amount), memory_gb)
+    plan = kept(done, f"plan {wanted.name} {memory}", partial(planned, planning, wanted), memory_gb)
     if with_run and shape not in (*MEASURED_ONCE, *PLANNED_ONLY):
-        whole = whole_run(place, amount, memory_gb)
+        whole = whole_run(place, wanted, memory_gb)
     beside = plan_beside_run(plan, whole) if set(STAGES) <= set(whole) else {}
     size = counted(planning)
-    found = PythiaResult(shape, size, amount, memory_gb, pieces, whole, plan, beside)
+    found = PythiaResult(shape, size, wanted, memory_gb, pieces, whole, plan, beside)
     shown = tables(found)
     show(shown)
     say(f"Kept: {done} ({os.cpu_count()} cores)")
-    publish(json_, "pythia/2", run_config(planning, amount, memory_gb), [0], found, shown)
+    publish(json_, "pythia/2", run_config(planning, wanted, memory_gb), [0], found, shown)

@@ -50,7 +50,7 @@ def stage_cost(folder: Path, amount: Amount, memory_gb: float | None, stage: str
     """One stage of the run in ``folder/run``."""
 
     def work() -> Notes:
-        run = open_run(run_config(folder, amount, memory_gb), folder / "run", say=lambda _: None)
+        run = open_run(run_config(folder, amount, memory_gb), run_folder(folder, amount), say=lambda _: None)
         with reading_counted() as read, writing(run.directory.path):
             run_stages(run, stages=[stage])
         record = next(r for r in run.directory.stage_records() if r.stage == stage)
@@ -73,40 +73,45 @@ def stage_cost(folder: Path, amount: Amount, memory_gb: float | None, stage: str
     return measured(work)
 
 
-def discovered(folder: Path) -> Cost:
+def run_folder(folder: Path, amount: Amount) -> Path:
+    """Where a run of some amount lies."""
+    return folder / ("run" if amount == Amount() else f"run-{amount.name}")
+
+
+def discovered(run: Path) -> Cost:
     """``polca-edit discover RUN --basis trajectory``."""
     from experiments.discover.verb import discover
 
     def work() -> Notes:
-        discover(folder / "run", basis=["trajectory"], nulls=NULLS - 1, workers=1)
-        return _passes(folder)
+        discover(run, basis=["trajectory"], nulls=NULLS - 1, workers=1)
+        return _passes(run)
 
     return measured(work)
 
 
-def tested(folder: Path) -> Cost:
+def tested(run: Path) -> Cost:
     """``polca-edit test RUN --basis trajectory``."""
     from experiments.verdicts.verb import causal_test
 
     def work() -> Notes:
-        causal_test([folder / "run"], basis=["trajectory"], rotations=NULLS, draws=NULLS - 1, workers=1)
-        return _passes(folder)
+        causal_test([run], basis=["trajectory"], rotations=NULLS, draws=NULLS - 1, workers=1)
+        return _passes(run)
 
     return measured(work)
 
 
-def _passes(folder: Path) -> Notes:
-    records = load_run(folder / "run", say=lambda _: None).directory.stage_records()
+def _passes(run: Path) -> Notes:
+    records = load_run(run_folder(folder, amount), say=lambda _: None).directory.stage_records()
     return {"hvp_of_all_stages": sum(record.passes.get("hvp", 0.0) for record in records)}
 
 
 def whole_run(folder: Path, amount: Amount, memory_gb: float | None) -> dict[str, Cost]:
     """Every stage, discovery and the causal test on the trajectory basis; finished ones are read back."""
-    place = folder / "pieces"
+    place, run = folder / "pieces", run_folder(folder, amount)
     found = {
-        stage: kept(place, f"run {stage}", partial(stage_cost, folder, amount, memory_gb), stage)
+        stage: kept(place, f"{run.name} {stage}", partial(stage_cost, folder, amount, memory_gb), stage)
         for stage in STAGES
     }
-    found["discover"] = kept(place, "run discover", discovered, folder)
-    found["test"] = kept(place, "run test", tested, folder)
+    found["discover"] = kept(place, f"{run.name} discover", discovered, run)
+    found["test"] = kept(place, f"{run.name} test", tested, run)
     return found
