@@ -15,9 +15,9 @@ from polca_edit.basis.streamed import HELD
 ALWAYS = 8
 #: Beside Krylov vectors and images: the new block, what is left of it, candidates, the warm start.
 LANCZOS = 6
-#: Linearised batches' worth of memory beside those that stay: values of a product under way, and the batches
-#: of one checkpoint while the next is linearised (two runs at a Pythia shape of 14 million: 3.7 and 5.0 batches
-#: in all where one stays and none or some are streamed).
+#: Linearised batches' worth of memory beside those that stay: values of a product under way, and the
+#: batches of one checkpoint while the next is linearised (runs at a Pythia shape of 14 million: 3.7 and
+#: 5.0 batches in all where one stays and none or some are streamed).
 WORKING = 3
 
 
