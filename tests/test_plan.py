@@ -389,7 +389,14 @@ def test_a_large_model_is_planned_without_its_weights(outlined, tmp_path, monkey
     monkeypatch.setattr(text, "load_causal_lm", lambda *_: pytest.fail("weights were loaded"))
     monkeypatch.setattr(files, "load_file", lambda path: _refused_checkpoint(path))
     small = planning.make_plan(settings, tmp_path)
-    for name in ("parameters", "checkpoints", "transient_bytes", "bytes_read", "bytes_written", "forward_sequences"):
+    for name in (
+        "parameters",
+        "checkpoints",
+        "transient_bytes",
+        "bytes_read",
+        "bytes_written",
+        "forward_sequences",
+    ):
         assert getattr(small, name) == getattr(whole, name), name
     assert small.parameters == 32 * (2 * 3000 + 3 * 12 * 32 + 3 * 13 + 2)
     assert (small.route, small.curvature_route) == (whole.route, whole.curvature_route)

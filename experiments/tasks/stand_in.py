@@ -61,7 +61,8 @@ class StandIn:
     @property
     def activations(self) -> float:
         """Numbers held a sequence, the whole model's over the stand-in's: layers times width."""
-        return self.layers * _config(self.whole).hidden_size / _config(self.module).hidden_size
+        wider = _config(self.whole).hidden_size / _config(self.module).hidden_size
+        return float(self.layers * wider)
 
     @property
     def layers(self) -> float:

@@ -177,8 +177,8 @@ def smallest_effect(task: Task, config: RunConfig, *, measured: bool = True) -> 
     """
     tokens = task.splits.evaluate
     if not measured:
-        documents = len(tokens.documents.unique())
-        return SmallestEffect(documents, minimum_detectable(1 / math.sqrt(documents)), None)
+        count = len(tokens.documents.unique())
+        return SmallestEffect(count, minimum_detectable(1 / math.sqrt(count)), None)
     losses = task.objective(config).losses(task.space.read(task.module), tokens).double()
     documents = tokens.documents[tokens.sequence_of]
     means = torch.stack([losses[documents == name].mean() for name in documents.unique()])

@@ -125,8 +125,8 @@ def _basis_cost(priced: _Priced, spec: BasisConfig, kind: str, vectors: int, tak
     if kind == "trajectory":
         reads = reads_of(streamed_order(s.checkpoints))
         # The Gram matrix in float64, the rows, and their orthonormal turn, twice.
-        additions = s.checkpoints**2 + s.checkpoints * vectors + 4 * vectors**2
-        seconds = reads * speeds.read + additions * speeds.vector + vectors * speeds.write
+        turned = s.checkpoints**2 + s.checkpoints * vectors + 4 * vectors**2
+        seconds = reads * speeds.read + turned * speeds.vector + vectors * speeds.write
         return StageCost(name, 0, 0, reads * priced.weights, stored, seconds)
     if kind != "hessian":
         return StageCost(name, 0, 0, s.checkpoints * priced.weights, stored, s.checkpoints * speeds.read)

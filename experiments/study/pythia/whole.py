@@ -7,6 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import safetensors.torch
 
 import polca_edit.checkpoints.files as weight_files
 from experiments.run.driver import run_stages
@@ -33,17 +37,14 @@ NULLS = 20
 @contextmanager
 def reading_counted() -> Iterator[Callable[[], int]]:
     """Within the block bytes of weight files that are read are counted."""
-    real, total = weight_files.load_file, [0]
+    real, total = safetensors.torch.load_file, [0]
 
-    def counted(path: Path) -> dict[str, object]:
+    def counted(path: Path) -> Any:
         total[0] += os.path.getsize(path)
         return real(path)
 
-    weight_files.load_file = counted
-    try:
+    with mock.patch.object(weight_files, "load_file", counted):
         yield lambda: total[0]
-    finally:
-        weight_files.load_file = real
 
 
 def stage_cost(folder: Path, amount: Amount, memory_gb: float | None, stage: str) -> Cost:
