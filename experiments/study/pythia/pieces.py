@@ -21,6 +21,8 @@ from polca_edit.derivatives.lanczos import LanczosSettings, projected_lanczos
 from polca_edit.derivatives.objective import Objective
 from polca_edit.tokens import next_token_loss
 
+#: Bytes that rows of a growth measurement may take.
+MOST_ROWS = 5e9
 VECTORS, PRODUCTS, SEQUENCES, SCORED = 3, 8, 8, 16
 
 
@@ -163,12 +165,14 @@ def planned(folder: Path, amount: Amount, memory_gb: float | None) -> Cost:
 def growth(folder: Path, quantity: str) -> Cost:
     """Processor seconds of slopes at doubled K, T or M; the exponent of the power law through them.
 
-    Vectors, tokens and checkpoints are doubled twice from sizes at which what is done once counts little.
+    Vectors, tokens and checkpoints are doubled twice (once where rows would not fit) from sizes that one route
+    serves; every size is done once before it is timed, so that traces and checks are apart.
     """
     model, series = series_of(folder)
     loss = Objective(model, next_token_loss, batch_size=4)
     theta = series[len(series) - 1]
-    most = 48 if quantity == "K" else 8
+    sizes = (1, 2, 4) if 4 * 16 * 4 * theta.numel() < MOST_ROWS else (1, 2)
+    most = 16 * sizes[-1] if quantity == "K" else 8
     rows = torch.randn(most, theta.numel(), generator=torch.Generator().manual_seed(0))
 
     def seconds(sequences: int, vectors: int, places: int) -> float:
@@ -180,13 +184,14 @@ def growth(folder: Path, quantity: str) -> Cost:
 
     calls: dict[str, Callable[[int], float]] = {
         "M": lambda n: seconds(4 * n, 8, 1),
-        "K": lambda n: seconds(4, 12 * n, 1),
+        "K": lambda n: seconds(4, 16 * n, 1),
         "T": lambda n: seconds(4, 8, n),
     }
 
     def work() -> Notes:
-        calls[quantity](1)
-        taken = {n: calls[quantity](n) for n in (1, 2, 4)}
+        for n in sizes:
+            calls[quantity](n)
+        taken = {n: calls[quantity](n) for n in sizes}
         return {
             "exponent": _exponent(taken),
             **{f"at {n}": value for n, value in taken.items()},
