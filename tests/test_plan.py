@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from typer.testing import CliRunner
 
@@ -15,6 +17,9 @@ from experiments.cli import app
 from experiments.config import RunConfig, parse_config
 from experiments.run.cost import plan as planning
 from experiments.run.cost import sizes as costs
+from experiments.run.cost import speeds
+from experiments.run.cost.rates import Rate, Speeds
+from experiments.run.cost.stages import linearised, stage_costs
 from experiments.run.driver import run_stages
 from experiments.run.run import open_run
 from experiments.run.summary.write import write_summary
@@ -104,7 +109,7 @@ def compared(tmp_path_factory):
 @pytest.mark.parametrize("size", ["small", "large"])
 def test_passes_products_and_bytes_of_a_real_run(size, compared):
     found, measured = compared(size)
-    for key in ("forward_sequences", "hvps", "bytes_read", "bytes_written"):
+    for key in ("forward_sequences", "transient_bytes", "bytes_read", "bytes_written"):
         assert getattr(found, key) == pytest.approx(measured[key], rel=0.25), key
     assert found.peak_bytes > found.parameters * 4 * 10
     assert found.curvature_route == "traced"
@@ -153,22 +158,37 @@ def sizes() -> costs.Sizes:
     return costs.Sizes(1000, 20, 100, 8, 50, 200, 50, 50, 50, 2, bases, 3, 2, "jvp", False)
 
 
-SPEEDS = costs.Speeds(0.01, 0.001, 0.01, 0.0, 0.005, 0.001, 0.0, 0.0, 0.0, 0)
+SPEEDS = Speeds(
+    0.01,
+    Rate(0.0, 0.001),
+    Rate(0.2, 0.01),
+    Rate(0.0, 0.001),
+    Rate(0.5, 0.005),
+    Rate(0.0, 0.001),
+    slopes_setup=3.0,
+    product_setup=7.0,
+    read=0.0,
+    write=0.0,
+    vector=0.0,
+    base_bytes=0,
+)
 
 
 def test_the_cost_of_forward_passes_by_hand():
-    stages = {s.stage: s for s in costs.stage_costs(sizes(), SPEEDS, config(32, 1))}
+    stages = {s.stage: s for s in stage_costs(sizes(), SPEEDS, config(32, 1))}
     # Two bases: 20 vectors and 4 residual directions; every direction and the losses at 20 checkpoints.
     assert stages["projections"].forward == 20 * 50 * (1 + 24)
     assert stages["damage:hessian"].forward == 50 * (2 + 10 * (3 + 2))
     assert stages["train"].forward == 800
     assert stages["basis:hessian"].hvps == 8 * 10 - 7
-    assert stages["projections"].seconds == pytest.approx(20 * 50 * 0.01)
+    # A batch holds all 50 sequences: what it costs of itself comes once a checkpoint, not once a sequence.
+    assert stages["projections"].seconds == pytest.approx(20 * (0.2 + 50 * 0.01 + 24 * 50 * 0.001) + 3.0)
+    assert stages["basis:hessian"].seconds == pytest.approx(73 * (0.5 + 50 * 0.005) + 10 * 50 * 0.001 + 7.0)
 
 
 def test_a_budget_is_kept_and_a_larger_one_buys_more():
     settings = config(32, 1)
-    full = sum(s.seconds for s in costs.stage_costs(sizes(), SPEEDS, settings))
+    full = sum(s.seconds for s in stage_costs(sizes(), SPEEDS, settings))
     everything = planning.fit_budget(sizes(), SPEEDS, settings, full * 1.01)
     half = planning.fit_budget(sizes(), SPEEDS, settings, full / 2)
     assert everything.share == 1.0
@@ -195,7 +215,7 @@ def test_the_verb_prints_json_with_the_promised_keys():
     result = CliRunner().invoke(app, ["plan", "smoke", "--json", "-", "--budget-minutes", "1"])
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
-    promised = {"forward_passes", "hvps", "bytes_read", "bytes_written", "peak_bytes", "seconds"}
+    promised = {"forward_passes", "transient_bytes", "bytes_read", "bytes_written", "peak_bytes", "seconds"}
     assert promised <= found.keys()
     assert all(found[key] > 0 for key in promised)
     assert found["budget"]["fits"]
@@ -243,6 +263,201 @@ def test_a_memory_budget_is_shared_out_and_what_exceeds_it_is_said():
     assert saved == 44 * vector - (6 * vector + 1_300_000_000)
     assert peak_bytes(large, SPEEDS, tight) < 5_000_000_000 < peak_bytes(large, SPEEDS, free)
     assert transient_bytes(large, tight) > transient_bytes(large, free)
-    assert memory_warnings(tight, 6_000_000_000)
-    assert memory_warnings(tight, 4_000_000_000) == []
-    assert memory_warnings(free, 6_000_000_000) == []
+    assert memory_warnings(large, SPEEDS, tight) == []
+    assert memory_warnings(large, SPEEDS, free) == []
+
+
+def test_what_fits_a_budget_is_said_and_fits():
+    from experiments.run.cost.memory import fewer_vectors, memory_warnings, peak_bytes, smaller_batch
+
+    large = costs.Sizes(50_000_000, 20, 0, 8, 50, 200, 50, 50, 64, 0, sizes().bases, 3, 2, "jvp", False)
+    tight = config(32, 1).model_copy(update={"memory_gb": 8.0, "batch_size": 64})
+    heavy = replace(SPEEDS, batch_bytes=Rate(0.0, 1e8))  # a batch of 50 sequences: 5 GB
+    [said] = memory_warnings(large, heavy, tight)
+    batch = int(said.rpartition(" ")[2])
+    assert said.endswith(f"above the budget of 8 GB; set batch_size to {batch}")
+    fitting = large, tight
+    while fitting[1].batch_size > batch:
+        assert peak_bytes(fitting[0], heavy, fitting[1]) > 8e9
+        fitting = smaller_batch(*fitting)
+    assert peak_bytes(fitting[0], heavy, fitting[1]) <= 8e9
+    # A batch that is too large alone: fewer vectors; with no vector to spare: more memory.
+    [said] = memory_warnings(large, replace(SPEEDS, batch_bytes=Rate(0.9e9, 0.0)), tight)
+    assert "set batch_size to 1 and vectors to {'hessian': " in said
+    [said] = memory_warnings(large, replace(SPEEDS, batch_bytes=Rate(5e9, 0.0)), tight)
+    assert said.endswith("raise --memory")
+    assert fewer_vectors(large, tight)[0].bases == (("hessian", 5, 5), ("trajectory", 5, 0))
+
+
+def test_batches_that_a_budget_cannot_hold_are_priced_for_every_product():
+    from polca_edit.derivatives.curvature import BatchedProducts
+    from polca_edit.derivatives.tracing import PointLinearization
+
+    def one() -> PointLinearization:
+        return PointLinearization((), (), lambda *_: (torch.zeros(1),), 100)
+
+    for budget in (0, 99, 250, 499, 500, 900):
+        maps = BatchedProducts([one] * 5, budget)
+        held, streamed = linearised(replace(sizes(), derivative_batch=10), TRACED, budget)
+        assert (held, streamed) == (5 - maps.streamed, maps.streamed), budget
+
+
+TRACED = replace(SPEEDS, batch_bytes=Rate(0.0, 10.0))
+
+
+@pytest.mark.parametrize("checkpoints", [2, 5, 6, 20])
+def test_reads_of_a_streamed_basis(checkpoints, tmp_path):
+    """Against a series that counts: the Gram matrix passes over it several times, three are kept."""
+    from polca_edit.basis.path import trajectory_basis
+    from polca_edit.checkpoints.series import Checkpoints
+    from polca_edit.parameters import ParameterSpace
+
+    read: list[int] = []
+
+    def weights(index: int) -> dict[str, torch.Tensor]:
+        read.append(index)
+        return {"w": torch.randn(40, generator=torch.Generator().manual_seed(index))}
+
+    space = ParameterSpace(("w",), ((40,),), (("w", "w"),))
+    trajectory_basis(Checkpoints(space, tuple(range(checkpoints)), weights), 1)
+    assert len(read) == costs.reads_of(costs.streamed_order(checkpoints))
+
+
+def test_what_is_done_once_is_not_charged_to_sequences():
+    """An objective whose first linearisation and first product take long, as tracing and compiling do."""
+    import time
+
+    from experiments.run.cost.speeds import _line, _Products
+    from experiments.tasks.task import build_task
+
+    class Slow:
+        batch_bytes, made, taken = 7, 0, 0
+
+        def hessian(self, theta, tokens, expected):
+            time.sleep(0.2 if self.made == 0 else 0.002)
+            self.made += 1
+
+            def product(row):
+                time.sleep(0.3 if self.taken == 0 else 0.01 + 0.001 * tokens.sequences)
+                self.taken += 1
+
+            return product
+
+    tokens = build_task(config(32, 1)).splits.curvature
+    products = _Products(Slow(), torch.zeros(1), torch.zeros(1), 8)
+    rate = _line(tokens, 20, lambda some: products.cost(some)[1])
+    assert products.setup > 0.4
+    assert rate.batch(20) == pytest.approx(0.03, abs=0.02)
+    assert rate.total(100, 20) < 0.3  # five batches, not a hundred times the first call
+
+
+TEXT = {"text.select_sequences": 4, "text.curvature_sequences": 4, "text.evaluate_sequences": 4}
+
+
+@pytest.fixture(scope="module")
+def outlined(tmp_path_factory):
+    """Twelve checkpoints of a GPTNeoX of 230,000 parameters: headers and holes, no weights."""
+    from transformers import GPTNeoXConfig
+
+    from experiments.study.pythia.shapes import write_outline, write_text
+
+    folder = tmp_path_factory.mktemp("outline")
+    shape = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 128}
+    neox = GPTNeoXConfig(vocab_size=3000, max_position_embeddings=128, **shape)
+    write_outline(neox, folder, range(0, 12))
+    write_text(folder, 60)
+    return folder
+
+
+def opened_config(folder):
+    from experiments.config import load_config
+    from experiments.verbs.pipeline import open_overrides
+
+    overrides = open_overrides(folder, str(folder / "text.npy"), names="checkpoint-*") | TEXT
+    overrides |= {"text.separator": 0, "text.scored_per_sequence": 4, "batch_size": 2}
+    overrides["bases"] = [{"kind": "trajectory", "vectors": 3}]  # nothing is traced
+    return load_config("huggingface", overrides)
+
+
+def test_a_large_model_is_planned_without_its_weights(outlined, tmp_path, monkeypatch):
+    from experiments.tasks import stand_in, text
+
+    settings = opened_config(outlined)
+    monkeypatch.setattr(speeds, "resident_bytes", lambda: 10**8)  # whatever this process did before
+    whole = planning.make_plan(settings, tmp_path)
+    monkeypatch.setattr(stand_in, "LARGE_FOR_A_PLAN", 100_000)
+    monkeypatch.setattr(text, "load_causal_lm", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(files, "load_file", lambda path: _refused_checkpoint(path))
+    small = planning.make_plan(settings, tmp_path)
+    for name in (
+        "parameters",
+        "checkpoints",
+        "transient_bytes",
+        "bytes_read",
+        "bytes_written",
+        "forward_sequences",
+    ):
+        assert getattr(small, name) == getattr(whole, name), name
+    assert small.parameters == 32 * (2 * 3000 + 3 * 12 * 32 + 3 * 13 + 2)
+    assert (small.route, small.curvature_route) == (whole.route, whole.curvature_route)
+    assert small.smallest_effect.documents == whole.smallest_effect.documents
+    assert small.smallest_effect.nats_per_token is None
+    assert small.peak_bytes == pytest.approx(whole.peak_bytes, rel=0.25)
+
+
+def _refused_checkpoint(path):
+    assert "checkpoint-" not in str(path), "weights were read"
+    return safetensors.torch.load_file(path)
+
+
+def test_work_of_the_stand_in_is_scaled_by_multiplications(outlined):
+    """Against torch's own count of both models' matrix products."""
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from experiments.tasks.stand_in import StandIn, smaller
+    from polca_edit.parameters import ParameterSpace
+    from polca_edit.tokens import next_token_loss
+
+    given = AutoConfig.from_pretrained(outlined / "checkpoint-0")
+    models = [
+        AutoModelForCausalLM.from_config(c, attn_implementation="eager") for c in (given, smaller(given))
+    ]
+    found = StandIn(models[1], models[0], ParameterSpace.from_module(models[0]))
+    assert (found.layers, models[1].config.vocab_size) == (1.5, 2000)
+    counted = []
+    for model in models:
+        ids, slots = torch.ones(1, 64, dtype=torch.long), torch.arange(4)[None]
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            next_token_loss(model, ids, slots)
+        counted.append(counter.get_total_flops())
+    assert found.work(64, 4) == pytest.approx(counted[0] / counted[1], rel=0.1)
+    assert found.weights == pytest.approx(1.5, rel=0.02)
+
+
+def test_the_verb_plans_what_open_would_do(outlined, monkeypatch):
+    planned: list[RunConfig] = []
+
+    def noted(settings, folder, budget):
+        planned.append(settings)
+        return planning.SmallestEffect(1, 0.0, None)
+
+    monkeypatch.setattr(planning, "make_plan", noted)
+    words = ["plan", "huggingface", "--checkpoints", str(outlined), "--names", "checkpoint-*"]
+    text = ["--text", str(outlined / "text.npy")]
+    found = CliRunner().invoke(app, [*words, *text, "--engine", "ray", "--memory", "4GB", "--json", "-"])
+    assert found.exit_code == 0, found.output
+    [settings] = planned
+    assert settings.checkpoints.directory == settings.model.path[: len(str(outlined))] == str(outlined)
+    assert (settings.engine, settings.memory_gb) == ("ray", 4.0)
+    assert [spec.vectors for spec in settings.bases] == [8, 8]
+    refused = CliRunner().invoke(app, words)
+    assert "pass --text FILE" in str(refused.exception) + refused.output
+    named = CliRunner().invoke(app, ["plan", "smoke", "--names", "x*"])
+    assert "--names goes with --checkpoints" in str(named.exception) + named.output
+
+
+def test_more_vectors_than_every_second_checkpoint_gives_are_refused(tmp_path):
+    settings = config(32, 1, bases=[{"kind": "fisher", "vectors": 7}])
+    with pytest.raises(ValueError, match="7 checkpoints must be taken from a series of 6"):
+        planning.make_plan(settings, tmp_path)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from polca_edit.basis.subsets import Subset
+from polca_edit.checkpoints.huggingface_models import ready_for_derivatives
 from polca_edit.derivatives import heads
 from polca_edit.derivatives.heads import cross_entropy, output_layer
 from polca_edit.derivatives.objective import Objective
@@ -22,6 +23,22 @@ MODELS = {
     "OPT, projected": tiny.opt,
     "Gemma 2, soft cap behind the head": tiny.gemma2,
     "Mamba": tiny.mamba,
+    "Qwen 2": tiny.qwen2,
+    "Mistral, tied": lambda: tiny.mistral(tie_word_embeddings=True),
+    "GPTNeoX, tied": lambda: tiny.neox(tie_word_embeddings=True),
+    "Llama, tied": lambda: tiny.llama(tie_word_embeddings=True),
+    "Bloom": tiny.bloom,
+    "Mixtral": tiny.mixtral,
+}
+
+#: Architecture -> routes of slopes along one vector and along four, and of one product with the Hessian.
+ROUTES = {
+    "tied GPT-2": ("jvp", "adjoint", "jvp"),
+    "GPTNeoX": ("jvp", "adjoint", "jvp"),
+    "Qwen 2": ("jvp", "adjoint", "jvp"),
+    "OPT, projected": ("jvp", "jvp", "jvp"),
+    "Bloom": ("double_backward", "adjoint", "double_backward"),
+    "Mixtral": ("double_backward", "adjoint", "double_backward"),
 }
 
 
@@ -60,6 +77,22 @@ def test_losses_are_those_of_full_logits_and_the_head_sees_the_scored_positions_
     seen = head_rows(module)
     torch.testing.assert_close(loss.losses(theta, tokens), expected, rtol=1e-6, atol=1e-6)
     assert seen == [6, 6, 6]  # 2 sequences x 3 slots in each of 3 batches, not 2 x 12
+
+
+@pytest.mark.parametrize("name", list(ROUTES))
+def test_the_route_that_was_taken_is_named_and_a_dearer_one_has_a_reason(name):
+    torch.manual_seed(1)
+    module, tokens = MODELS[name]().eval(), few_scored()
+    module.config.use_cache = False
+    loss = Objective(module, ready_for_derivatives(module, tokens.inputs[:2])[0], batch_size=2)
+    theta = loss.space.read(module)
+    rows, taken = torch.randn(4, theta.numel(), generator=torch.Generator().manual_seed(0)), []
+    for count in (1, 4):
+        loss.directional(theta, rows[:count], tokens)
+        taken.append(loss.route_used)
+    loss.hessian(theta, tokens, expected=1)(rows[0])
+    assert (*taken, loss.curvature_route) == ROUTES[name]
+    assert bool(loss.route_note) == (ROUTES[name] != ("jvp", "adjoint", "jvp"))
 
 
 def test_derivatives_agree_on_every_route():

@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.config import parse_window
+from experiments.config import load_config, parse_window
 from experiments.discover.stages import load_found
-from experiments.run.keys import signature_names
-from experiments.run.run import load_run
+from experiments.run.driver import run_stages
+from experiments.run.keys import discovery_stages, signature_names
+from experiments.run.run import load_run, open_run
 from experiments.run.run_record import read_run_record
 from experiments.run.summary.write import write_summary
 from experiments.verdicts import study
-from experiments.verdicts.choose import choose, jaccard, select_shares, unseen_tokens
+from experiments.verdicts.choose import choose, clusters_stage, jaccard, select_shares, unseen_tokens
 from experiments.verdicts.records import CausalResult
 from experiments.verdicts.study import StudySettings, run_study, write_result
 from interventions.causal.settings import TestSettings
@@ -25,6 +26,7 @@ from interventions.damage import EvaluatedSplit
 from interventions.edits import project_out
 from polca_edit.artifacts import load_record, to_plain
 from polca_edit.basis.record import Basis
+from polca_edit.derivatives.objective import Objective
 
 FEW = TestSettings(
     resamples=200,
@@ -162,3 +164,42 @@ def test_a_control_that_cannot_be_planted_leaves_the_table(smoke_copy: Path, mon
 def test_a_log_gets_a_line_now_and_then_and_not_for_every_step(smoke_copy: Path, capfd) -> None:
     run_study([smoke_copy], ONE, say=lambda _: None)
     assert " gone" not in capfd.readouterr().err
+
+
+def test_a_trajectory_is_tested_by_forward_passes_alone(tmp_path, monkeypatch):
+    """No Hessian basis, no projections, and nothing that differentiates once the run is trained."""
+    small = {"discover.edits": 6, "discover.windows": 3, "training.steps": 40, "training.record_every": 8}
+    opened = open_run(load_config("smoke", small), tmp_path / "run", lambda _: None)
+    run_stages(opened, stages=["train"])
+
+    def refuse(*given: object, **named: object) -> None:
+        raise AssertionError("a derivative was asked for")
+
+    for place, names in (
+        (Objective, ("hessian", "directional", "mean_gradient", "squared_jacobian", "token_gradients")),
+        (torch.autograd, ("grad", "backward")),
+        (torch.func, ("grad", "jvp", "vjp", "jacrev", "linearize")),
+    ):
+        for name in names:
+            monkeypatch.setattr(place, name, refuse)
+    run_stages(opened, stages=["basis:trajectory", *discovery_stages(opened.config, None, ("trajectory",))])
+    result = run_study([tmp_path / "run"], ONE, say=lambda _: None)
+    assert {row.family for row in result.rows} == {"interventional", "skill"}
+    assert any("no projections" in left.reason for left in result.untested)
+    run = load_run(tmp_path / "run", say=lambda _: None)
+    assert not run.directory.basis("hessian").exists()
+    assert not run.directory.projections("trajectory").exists()
+    assert sum(record.passes.get("hvp", 0.0) for record in run.directory.stage_records()) == 0.0
+    with pytest.raises(AssertionError, match="a derivative"):
+        run_stages(opened, stages=["basis:hessian"])
+
+
+def test_clusters_of_one_basis_are_tested_where_those_of_all_are_missing(smoke_copy):
+    run = load_run(smoke_copy, say=lambda _: None)
+    every = clusters_stage(run, "trajectory", None)
+    assert every == f"signatures:{signature_names(run.config)[-1]}"
+    run.directory.stage_file(every).unlink()
+    assert clusters_stage(run, "trajectory", None) == "signatures:trajectory"
+    run.directory.stage_file("signatures:trajectory").unlink()
+    with pytest.raises(ValueError, match="must be found before they are tested; run polca-edit discover"):
+        choose(run, "trajectory", least=10)

@@ -46,4 +46,6 @@ def run_stages(run: Run, redo: Sequence[str] = (), stages: Sequence[str] | None 
             continue
         BODIES[window_of(stage.partition(":")[0])[0]](run, stage)
         run.say(f"  {stage:<24} {time.perf_counter() - started:7.1f} s")
+        if stage.startswith("basis:") and run.objective.curvature_route and run.objective.route_note:
+            run.say(f"  products by route {run.objective.curvature_route}: {run.objective.route_note}")
     write_run_record(run)

@@ -56,6 +56,8 @@ class RunRecord:
         stages: finished stages and their cost.
         evaluate_openings: plans that opened the evaluate split, in order.
         precision: of derivatives, bases and everything stored of them.
+        routes: how derivatives were really taken: ``slopes``, ``products`` (with the Hessian), and under
+            ``note`` why a cheaper way was not.
     """
 
     schema: int = SCHEMA
@@ -67,6 +69,17 @@ class RunRecord:
     stages: Mapping[str, StageRecord] = field(default_factory=dict)
     evaluate_openings: tuple[Opening, ...] = ()
     precision: str = "float32"
+    routes: Mapping[str, str] = field(default_factory=dict)
+
+
+def routes_of(run: Run) -> dict[str, str]:
+    """Routes that derivatives took in this process; those of earlier ones are kept where it took none."""
+    used = {
+        "slopes": run.objective.route_used,
+        "products": run.objective.curvature_route,
+        "note": run.objective.route_note,
+    }
+    return {name: route for name, route in used.items() if route}
 
 
 def read_run_record(directory: RunDirectory) -> RunRecord:
@@ -77,7 +90,7 @@ def read_run_record(directory: RunDirectory) -> RunRecord:
 
 def write_run_record(run: Run) -> None:
     """Write versions, seed, hardware and stage costs; openings of the evaluate split are kept."""
-    names = set(stage_names(run.config))
+    names, before = set(stage_names(run.config)), read_run_record(run.directory)
     record = RunRecord(
         SCHEMA,
         run.config.seed,
@@ -86,8 +99,9 @@ def write_run_record(run: Run) -> None:
         run.task.space.size,
         run.task.splits.select.sequences,
         {r.stage: r for r in run.directory.stage_records() if r.stage in names},
-        read_run_record(run.directory).evaluate_openings,
+        before.evaluate_openings,
         run.config.precision,
+        {**before.routes, **routes_of(run)},
     )
     save_record(run.directory / "run.json", record)
 

@@ -186,6 +186,11 @@ def build_task(config: RunConfig, tokenizer: Tokenizer | None = None) -> Task:
     """
     module = "tasks.own" if own_task(config.task) else TASKS[config.task].module
     task: Task = importlib.import_module(f"experiments.{module}").build(config, tokenizer)
+    return placed(task, config)
+
+
+def placed(task: Task, config: RunConfig) -> Task:
+    """The task with its model on the config's device and in its precision."""
     task.module.to(device_of(config))
     if config.precision == "float64":
         task = replace(task, trains_in=next(task.module.parameters()).dtype)

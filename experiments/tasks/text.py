@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from experiments.config import RunConfig, TextConfig
 from experiments.tasks.corpus import read_corpus, read_documents, read_tagged, read_token_ids
+from experiments.tasks.stand_in import StandIn
 from experiments.tasks.task import DATA_ORDER, BatchLoss, Task, training_generator
 from interventions.removal.grouped import next_token_logits
 from polca_edit.checkpoints.huggingface import is_adapter
@@ -336,7 +337,18 @@ def _task(
     )
 
 
-def _huggingface_task(config: RunConfig) -> Task:
+def build_around(config: RunConfig, stand_in: StandIn) -> Task:
+    """The task of a Hugging Face model with a smaller one in its place, for a plan.
+
+    Splits and checkpoints are those of the run; ids are wrapped into the smaller vocabulary.
+    """
+    task = _huggingface_task(config, stand_in)
+    size, _ = vocabulary_and_context(stand_in.module)
+    splits = (task.splits.curvature, task.splits.select, task.splits.evaluate)
+    return replace(task, splits=Splits(*(replace(part, inputs=part.inputs % size) for part in splits)))
+
+
+def _huggingface_task(config: RunConfig, stand_in: StandIn | None = None) -> Task:
     """A Hugging Face model: its own tokenizer, its checkpoints where the config names some."""
     path, given = Path(config.model.path or "."), config.checkpoints
     found = (
@@ -348,11 +360,13 @@ def _huggingface_task(config: RunConfig) -> Task:
     if given is not None and found is not None:
         last = whole_revisions(found.revisions, skip_damaged=given.skip_damaged)[-1].path
     adapted = last is not None and is_adapter(last)
-    if last is not None and adapted:
+    if stand_in is not None:
+        module = stand_in.module
+    elif last is not None and adapted:
         module = load_adapted(path, last)
     else:
         module = load_bridge(path) if config.model.hooks else load_causal_lm(path)
-    vocabulary, context = vocabulary_and_context(module)
+    vocabulary, context = vocabulary_and_context(module if stand_in is None else stand_in.whole)
     if context is not None and config.text.n_ctx > context:
         raise ValueError(
             f"text.n_ctx must be at most the model's context of {context}, got {config.text.n_ctx}; lower it"
@@ -364,14 +378,15 @@ def _huggingface_task(config: RunConfig) -> Task:
             "not; save the tokenizer there or give token ids as an .npy file"
         )
     data = text_data(config, tokenizer, vocabulary)
-    token_loss, ready = ready_for_derivatives(module, data.splits.select.inputs[:2])
+    few = data.splits.select.inputs[:2] % vocabulary_and_context(module)[0]
+    token_loss, ready = ready_for_derivatives(module, few)
 
     @cache  # one series a task, so that each checkpoint's loss is compared once
     def opened(_: ParameterSpace) -> Checkpoints:
         assert given is not None
         return open_checkpoints(
             given.directory,
-            module,
+            module if stand_in is None else stand_in.space,
             names=given.pattern,
             step_pattern=given.step_pattern,
             reference=given.reference,

@@ -21,7 +21,7 @@ from experiments.verbs.options import (
     Task,
     finite,
 )
-from experiments.verbs.pipeline import config_for, require_basis, require_used
+from experiments.verbs.pipeline import config_for, open_overrides, require_basis, require_used
 from experiments.verbs.subsets import confined
 
 
@@ -29,6 +29,11 @@ def plan(
     config: Annotated[str | None, typer.Argument(help="Config file, or a preset by name.")] = None,
     task: Task = None,
     text: Annotated[str | None, typer.Option(help="Text file for task 'text'.")] = None,
+    checkpoints: Annotated[
+        Path | None, typer.Option(help="Of a run that opens these checkpoints instead of training.")
+    ] = None,
+    base: Annotated[Path | None, typer.Option(help="Pretrained model that was tuned; step 0.")] = None,
+    names: Annotated[str, typer.Option(help="Checkpoint names, e.g. 'step*'.")] = "*",
     memory: Memory = None,
     layers: Layers = None,
     parameters: Parameters = None,
@@ -41,7 +46,10 @@ def plan(
     set_: Set = None,
     json_: Json = None,
 ) -> None:
-    """What a run would cost on this machine: passes, products, bytes, memory, time. Nothing is run."""
+    """What a run would cost on this machine: passes, products, bytes, memory, time. Nothing is run.
+
+    With --checkpoints and the preset huggingface, what polca-edit open would cost.
+    """
     from experiments.config import load_config
     from experiments.run.cost.plan import describe, make_plan
     from experiments.run.memory import parse_memory
@@ -49,6 +57,7 @@ def plan(
     given = {"memory_gb": parse_memory(memory), "engine": engine}
     overrides = settings_from(set_, task=task, seed=seed, device=device, text__file=text, **given)
     named = config_for(config, task)
+    overrides = opened_overrides(named, checkpoints, text, base, names) | overrides
     resolved = load_config(named, confined(named, overrides, layers, parameters))
     require_used(resolved, text)
     require_basis(resolved)
@@ -57,4 +66,30 @@ def plan(
         found = make_plan(resolved, Path(folder), budget)
     if not json_result(found, json_):
         say(describe(found))
-    then("run", *([config] if config else []), *(["--task", task] if task else []))
+    if checkpoints is not None and resolved.model.kind == "huggingface":
+        then("open", checkpoints, *(["--text", text] if text else []))
+    else:
+        then("run", *([config] if config else []), *(["--task", task] if task else []))
+
+
+def opened_overrides(
+    named: str, checkpoints: Path | None, text: str | None, base: Path | None, names: str
+) -> dict[str, object]:
+    """What ``open`` (Hugging Face folders) or ``run --checkpoints`` would set for a folder.
+
+    Raises:
+        ValueError: where there is no text to open checkpoints of a language model on, or an option that only
+            a folder gives a meaning.
+    """
+    from experiments.config import load_config
+
+    if checkpoints is None:
+        if base is not None or names != "*":
+            option = "--base" if base is not None else "--names"
+            raise ValueError(f"{option} goes with --checkpoints, got none; add --checkpoints FOLDER")
+        return {}
+    if load_config(named).model.kind != "huggingface":
+        return {"checkpoints.directory": str(checkpoints), "checkpoints.pattern": names}
+    if text is None:
+        raise ValueError("checkpoints of a language model are opened on a text, got none; pass --text FILE")
+    return open_overrides(checkpoints, text, base=base, names=names, preset=named)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from experiments.config import BasisConfig
 from experiments.discover.stages import load_found
 from experiments.run.keys import signature_names
 from experiments.run.run import Run
@@ -35,13 +36,13 @@ class Chosen:
     Attributes:
         label: of the basis.
         pairs: of every family.
-        observation: on select, so that rotated bases can be observed anew.
+        observation: on select, so that rotated bases can be observed anew; None without projections.
         left: groups without a pair, and why.
     """
 
     label: str
     pairs: tuple[Hypothesis, ...]
-    observation: Observation
+    observation: Observation | None
     left: tuple[Unchosen, ...] = ()
 
 
@@ -49,7 +50,8 @@ def choose(run: Run, label: str, *, least: int, window: tuple[int, int] | None =
     """Three families of pairs, all decided on select.
 
     POLCA's clusters with their own vectors; interventional clusters, and known skills, each with the
-    vector that costs it most.
+    vector that costs it most. Where the run has no projections of the basis, which take derivatives, the
+    first family is left out: the others need forward passes alone.
 
     Args:
         run: with finished stages.
@@ -63,14 +65,12 @@ def choose(run: Run, label: str, *, least: int, window: tuple[int, int] | None =
     basis = load_record(Basis, run.directory.basis(label))
     if window is not None:
         run.observed(window)  # refuses one that was not recorded
-    stored = load_record(Projections, run.directory.projections(label))
-    projections = projections_within(stored, window)
     tokens = run.task.splits.select
-    seen = analyse(projections, tokens, run.settings(), basis=basis)
-    pairs = [*seen.hypotheses(label, least=least, seed=run.config.seed)]
-    left = [*_unchosen(seen, label, least)]
+    seen = observed(run, label, basis, window)
+    pairs = [] if seen is None else [*seen.hypotheses(label, least=least, seed=run.config.seed)]
+    left = [without_projections(label)] if seen is None else [*_unchosen(seen, label, least)]
     groups: dict[str, dict[str, torch.Tensor]] = {
-        "interventional": _found_clusters(run, window),
+        "interventional": _found_clusters(run, label, window),
         "skill": dict(tokens.skills),
     }
     wanted = {name: mask for found in groups.values() for name, mask in found.items()}
@@ -101,23 +101,62 @@ def _unturned(run: Run, label: str) -> Basis | None:
     return None if found is None else load_record(Basis, run.directory.basis(found))
 
 
-def _found_clusters(run: Run, window: tuple[int, int] | None) -> dict[str, torch.Tensor]:
+def without_projections(label: str) -> Unchosen:
+    """Why a basis has no pair of POLCA's own."""
+    return Unchosen(label, "no projections along it: POLCA's own clusters are left out")
+
+
+def has_projections(run: Run, label: str) -> bool:
+    """Whether derivatives along a basis were taken in this run, under its settings."""
+    stage = f"basis:{label}" if _spec(run, label).rotated else "projections"
+    return run.directory.finished(stage, run.key(stage)) and run.directory.projections(label).exists()
+
+
+def observed(run: Run, label: str, basis: Basis, window: tuple[int, int] | None) -> Observation | None:
+    """What POLCA sees along a basis on select, None where no derivatives were taken along it."""
+    if not has_projections(run, label):
+        return None
+    stored = load_record(Projections, run.directory.projections(label))
+    projections = projections_within(stored, window)
+    return analyse(projections, run.task.splits.select, run.settings(), basis=basis)
+
+
+def _spec(run: Run, label: str) -> BasisConfig:
+    return next(spec for spec in run.config.bases if spec.label == label)
+
+
+def clusters_stage(run: Run, label: str, window: tuple[int, int] | None) -> str | None:
+    """Signatures whose clusters are tested: of all bases together, or of the tested one alone.
+
+    The latter are taken where ``discover --basis`` drew for one basis; None where a run draws none.
+    """
+    names = signature_names(run.config, window)
+    alone = signature_names(run.config, window, (label,))
+    if not names or not run.task.splits.select.features:
+        return None
+    wanted = [f"signatures:{name}" for name in dict.fromkeys((names[-1], alone[-1]))]
+    return next((stage for stage in wanted if run.directory.finished(stage, run.key(stage))), wanted[0])
+
+
+def _found_clusters(run: Run, label: str, window: tuple[int, int] | None) -> dict[str, torch.Tensor]:
     """Interventional clusters of the last signature stage of the run or window; none without such a stage.
 
     Raises:
-        ValueError: for a window in which nothing was discovered: clusters of the whole run are not its own.
+        ValueError: where nothing was discovered yet: clusters of the whole run are not those of a window.
     """
-    names = signature_names(run.config, window)
-    if not names or not run.task.splits.select.features:
+    stage = clusters_stage(run, label, window)
+    if stage is None:
         return {}
-    stage = f"signatures:{names[-1]}"
-    if window is not None and not run.directory.finished(stage, run.key(stage)):
-        steps = f"{window[0]}:{window[1]}"
+    if not run.directory.finished(stage, run.key(stage)):
+        where, option = "of the run", ""
+        if window is not None:
+            steps = f"{window[0]}:{window[1]}"
+            where, option = f"of steps {steps}", f" --window {steps}"
         raise ValueError(
-            f"clusters of steps {steps} must be found before they are tested; run polca-edit discover "
-            f"{run.directory.path} --window {steps} first"
+            f"clusters {where} must be found before they are tested; run polca-edit discover "
+            f"{run.directory.path}{option} first"
         )
-    found = load_found(run, names[-1])
+    found = load_found(run, stage.partition(":")[2])
     return {f"found:{name}": mask for name, mask in found.clusters.items()}
 
 

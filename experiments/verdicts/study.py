@@ -17,7 +17,16 @@ from experiments.run.machine import hardware, versions
 from experiments.run.run import Run, load_run
 from experiments.run.run_record import open_evaluate, plan_hash
 from experiments.verbs.groups import with_groups
-from experiments.verdicts.choose import Chosen, choose, parents_of, same_pairs, split_of, unseen_tokens
+from experiments.verdicts.choose import (
+    Chosen,
+    choose,
+    clusters_stage,
+    has_projections,
+    parents_of,
+    same_pairs,
+    split_of,
+    unseen_tokens,
+)
 from experiments.verdicts.matrix import DamageMatrix
 from experiments.verdicts.records import (
     MISSED,
@@ -168,7 +177,13 @@ def _place(run: Run, label: str, settings: StudySettings) -> tuple[str, str]:
     """Name and key under which the evidence of a basis is kept."""
     found = [run.key(f"signatures:{n}") for n in signature_names(run.config, settings.window)]
     clusters = run.key(f"clusters:{label}")
-    depends = (settings.unseen, settings.window, settings.test, clusters, found, SCHEMA)
+    depends = [settings.unseen, settings.window, settings.test, clusters, found, SCHEMA]
+    # Only where something is missing that a whole run has: keys of whole runs stay as they are.
+    if not has_projections(run, label):
+        depends.append("no projections")
+    stage = clusters_stage(run, label, settings.window)
+    if stage is not None and stage.partition(":")[2] != signature_names(run.config, settings.window)[-1]:
+        depends.append(stage)
     name = f"verdicts/{label}"
     return name, run.key_for(name, *depends)
 
@@ -221,7 +236,7 @@ def measure_basis(place: Path, label: str, settings: StudySettings) -> KeptEvide
                 chosen.pairs,
                 settings.test,
                 parents=parents_of(run, tokens) or None,
-                observations={label: chosen.observation},
+                observations={} if chosen.observation is None else {label: chosen.observation},
                 progress=told,
                 seed=run.config.seed,
             )

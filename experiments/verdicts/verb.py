@@ -68,7 +68,8 @@ def causal_test(
             held.enter_context(existing(one))
         result = run_study(runs, settings, workers=workers or min(os.cpu_count() or 1, 8), say=say)
         write_result(result, place)
-        if place == runs[0]:
+        # A run of which only some stages were made has no summary to add the verdicts to.
+        if place == runs[0] and (first.directory / "summary.json").exists():
             write_summary(first)
     if not json_result(result, json_):
         _told(result)

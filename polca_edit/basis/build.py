@@ -198,6 +198,10 @@ KINDS: dict[str, Callable[[BasisInputs, int], Basis]] = {
 #: Kinds a run builds from its whole series; it builds the others from every second checkpoint, so that
 #: what they explain is tested on checkpoints they have not seen.
 FROM_THE_WHOLE_SERIES = frozenset({"hessian", "trajectory", "random"})
+#: Of the others, those that take their vectors at equally spaced checkpoints of it.
+AT_SPACED_CHECKPOINTS = frozenset(
+    {"shuffled_hessian", "sliding_hessian", "gauss_newton", "fisher", "gradient_covariance"}
+)
 
 
 def build_basis(kind: str, inputs: BasisInputs, count: int, *, storage: str = "float32") -> Basis:

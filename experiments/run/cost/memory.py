@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from experiments.config import RunConfig
-from experiments.run.cost.sizes import ROTATED, Sizes, Speeds, products
+from experiments.run.cost.rates import Speeds
+from experiments.run.cost.sizes import ROTATED, Sizes, products
+from experiments.run.cost.stages import linearised
 from experiments.run.memory import memory_shares
 from polca_edit.basis.streamed import HELD
 
@@ -11,12 +15,16 @@ from polca_edit.basis.streamed import HELD
 ALWAYS = 8
 #: Beside Krylov vectors and images: the new block, what is left of it, candidates, the warm start.
 LANCZOS = 6
+#: Linearised batches' worth of memory beside those that stay: values of a product under way, and the
+#: batches of one checkpoint while the next is linearised (runs at a Pythia shape of 14 million: 3.7 and
+#: 5.0 batches in all where one stays and none or some are streamed).
+WORKING = 3
 
 
 def peak_bytes(sizes: Sizes, speeds: Speeds, config: RunConfig) -> int:
     """The largest stage: building a basis, or taking slopes along all rows."""
     vector, shares = sizes.parameters * config.itemsize, memory_shares(config, sizes.parameters)
-    batch = speeds.sequence_bytes * min(config.batch_size, sizes.curvature)
+    batch = speeds.batch_bytes.batch(min(config.batch_size, sizes.curvature))
     needs = []
     for spec, (kind, vectors, taken) in zip(config.bases, sizes.bases, strict=True):
         held = min(vectors * vector, shares.rows)
@@ -25,7 +33,8 @@ def peak_bytes(sizes: Sizes, speeds: Speeds, config: RunConfig) -> int:
             # As in stages.bases: with a budget, Krylov vectors that could exceed it lie in files.
             deep = config.memory_gb is not None and 2 * spec.max_products * vector > shares.rows
             krylov = 0 if deep else 2 * most * vector
-            kept = min(speeds.sequence_bytes * sizes.curvature, max(batch, shares.curvature))
+            stay, streamed = linearised(sizes, speeds, shares.curvature)
+            kept = (stay + min(1, streamed) + WORKING) * batch
             needs.append(held + krylov + LANCZOS * vector + kept)
         elif kind == "trajectory":
             needs.append(held + (HELD + 2) * vector)
@@ -61,11 +70,35 @@ def transient_bytes(sizes: Sizes, config: RunConfig) -> int:
     return max(found)
 
 
-def memory_warnings(config: RunConfig, peak: int) -> list[str]:
-    """What to change where the budget is too small for the plan."""
-    if config.memory_gb is None or peak <= config.memory_gb * 1e9:
+def memory_warnings(sizes: Sizes, speeds: Speeds, config: RunConfig) -> list[str]:
+    """What to change where the budget is too small for the plan, tried on the plan itself."""
+    if config.memory_gb is None:
         return []
-    return [
-        f"peak memory {peak / 1e9:.1f} GB is above the budget of {config.memory_gb:g} GB; lower batch_size "
-        "(linearised batches shrink with it), then the vectors of the bases"
-    ]
+    budget, peak = config.memory_gb * 1e9, peak_bytes(sizes, speeds, config)
+    if peak <= budget:
+        return []
+    said = f"peak memory {peak / 1e9:.1f} GB is above the budget of {config.memory_gb:g} GB"
+    tried = sizes, config
+    while tried[1].batch_size > 1:
+        tried = smaller_batch(*tried)
+        if peak_bytes(tried[0], speeds, tried[1]) <= budget:
+            return [f"{said}; set batch_size to {tried[1].batch_size}"]
+    while any(vectors > 1 for _, vectors, _ in tried[0].bases):
+        tried = fewer_vectors(*tried)
+        if peak_bytes(tried[0], speeds, tried[1]) <= budget:
+            counts = {spec.label: v for spec, (_, v, _) in zip(config.bases, tried[0].bases, strict=True)}
+            return [f"{said}; set batch_size to 1 and vectors to {counts}"]
+    least = peak_bytes(tried[0], speeds, tried[1])
+    return [f"{said} and no setting goes below {least / 1e9:.1f} GB; raise --memory"]
+
+
+def smaller_batch(sizes: Sizes, config: RunConfig) -> tuple[Sizes, RunConfig]:
+    """The same with batches of half the size."""
+    half = max(1, config.batch_size // 2)
+    return replace(sizes, derivative_batch=half), config.model_copy(update={"batch_size": half})
+
+
+def fewer_vectors(sizes: Sizes, config: RunConfig) -> tuple[Sizes, RunConfig]:
+    """The same with half of the vectors."""
+    bases = tuple((kind, max(1, v // 2), min(taken, max(1, taken // 2))) for kind, v, taken in sizes.bases)
+    return replace(sizes, bases=bases), config

@@ -15,13 +15,19 @@ import torch
 
 from experiments.config import RunConfig
 from experiments.run.cost.memory import memory_warnings, peak_bytes, transient_bytes
-from experiments.run.cost.sizes import Sizes, Speeds, StageCost, sizes_of, stage_costs
+from experiments.run.cost.rates import Speeds
+from experiments.run.cost.sizes import Sizes, sizes_of
 from experiments.run.cost.speeds import rehearse
+from experiments.run.cost.stages import StageCost, stage_costs
+from experiments.run.memory import memory_shares
 from experiments.run.run import require_parts
 from experiments.run.stages.bases import require_places
-from experiments.tasks.task import Task, build_task
+from experiments.tasks.stand_in import StandIn, stand_in_of
+from experiments.tasks.task import Task, build_task, placed
 from interventions.causal.statistics import minimum_detectable
 from polca_edit.basis import build
+from polca_edit.basis.path import odd_checkpoints
+from polca_edit.checkpoints.series import Checkpoints
 
 #: Learning rate times steps between checkpoints above which a trapezoid may miss much. Two arithmetic
 #: runs stand behind it: quadrature error 0.2 % at 3e-3; at 1.2e-2 18 % missing, residual included.
@@ -140,13 +146,39 @@ def gap_warnings(config: RunConfig, steps: Sequence[int]) -> list[str]:
     ]
 
 
-def smallest_effect(task: Task, config: RunConfig) -> SmallestEffect:
+def task_to_plan(config: RunConfig) -> tuple[Task, StandIn | None]:
+    """The task of a config, around a smaller model where its own is a large one of transformers."""
+    if config.task == "text" and config.model.kind == "huggingface":
+        from experiments.tasks import text
+
+        stand_in = stand_in_of(config)
+        if stand_in is not None:
+            return placed(text.build_around(config, stand_in), config), stand_in
+    return build_task(config), None
+
+
+def left_out(config: RunConfig) -> list[str]:
+    """What the seconds of a plan leave out."""
+    said = []
+    uncounted = {b.kind for b in config.measured_bases()} - {"hessian", "trajectory", "random"}
+    if uncounted:
+        said.append(f"of basis kinds {sorted(uncounted)} only reading is counted, derivatives come on top")
+    if config.compiled:
+        said.append("times are those of uncompiled derivatives; compiling takes minutes once on top")
+    return said
+
+
+def smallest_effect(task: Task, config: RunConfig, *, measured: bool = True) -> SmallestEffect:
     """The smallest mean damage a two-sided 5 % test would find with power 0.8, on the evaluate split.
 
     The spread is that of document means of the loss at the initial weights, an upper bound where
-    undoing a movement changes losses less than the model's own variation between documents.
+    undoing a movement changes losses less than the model's own variation between documents. It is not
+    ``measured`` where another model stands in.
     """
     tokens = task.splits.evaluate
+    if not measured:
+        count = len(tokens.documents.unique())
+        return SmallestEffect(count, minimum_detectable(1 / math.sqrt(count)), None)
     losses = task.objective(config).losses(task.space.read(task.module), tokens).double()
     documents = tokens.documents[tokens.sequence_of]
     means = torch.stack([losses[documents == name].mean() for name in documents.unique()])
@@ -164,16 +196,29 @@ def make_plan(config: RunConfig, folder: Path, budget_seconds: float | None = No
         folder: where one checkpoint is written and read for timing.
         budget_seconds: also find settings that fit this.
     """
-    task = build_task(config)
-    require_parts(config, task)
+    task, stand_in = task_to_plan(config)
+    require_parts(config, task if stand_in is None else replace(task, space=stand_in.space))
     given = task.given_checkpoints(config)
     steps = config.training.recorded if given is None else list(given.steps)
+    series = Checkpoints(task.space, tuple(steps), lambda _: {})
     for spec in config.measured_bases():
-        if spec.kind in build.FROM_THE_WHOLE_SERIES - {"random"} and spec.steps is None:
+        if spec.steps is None and spec.kind in build.FROM_THE_WHOLE_SERIES - {"random"}:
             require_places(spec, len(steps))
-    effect = smallest_effect(task, config)
+        elif spec.steps is None and spec.kind in build.AT_SPACED_CHECKPOINTS:
+            odd_checkpoints(series).spaced(-(-spec.vectors // spec.per_checkpoint))
     sizes = sizes_of(task, config, steps)
+    if stand_in is not None:
+        sizes = replace(sizes, parameters=stand_in.space.size)
+    memory_shares(config, sizes.parameters)  # a budget that the model alone exceeds is refused at once
     speeds, route = rehearse(task, config, sizes, folder)
+    effect = smallest_effect(task, config, measured=stand_in is None)
+    if stand_in is not None:
+        positions, slots = task.splits.select.scored.shape[1] + 1, task.splits.select.scored.sum(1).max()
+        work = stand_in.work(positions, int(slots))
+        speeds = speeds.of_whole(stand_in.weights, work, stand_in.activations, stand_in.layers)
+        # The model itself will be in memory, not the one that stood in for it.
+        more = (stand_in.space.size - task.space.size) * config.itemsize
+        speeds = replace(speeds, base_bytes=speeds.base_bytes + more)
     sizes = replace(sizes, route=route)
     stages = stage_costs(sizes, speeds, config)
     peak = peak_bytes(sizes, speeds, config)
@@ -193,7 +238,7 @@ def make_plan(config: RunConfig, folder: Path, budget_seconds: float | None = No
         sizes.checkpoints,
         tuple(stages),
         effect,
-        (*gap_warnings(config, steps), *memory_warnings(config, peak)),
+        (*gap_warnings(config, steps), *memory_warnings(sizes, speeds, config), *left_out(config)),
         None if budget_seconds is None else fit_budget(sizes, speeds, config, budget_seconds),
     )
 
@@ -213,9 +258,7 @@ def fit_budget(sizes: Sizes, speeds: Speeds, config: RunConfig, seconds: float) 
             select_tokens=max(8, round(sizes.select_tokens * share)),
             curvature=max(8, round(sizes.curvature * share)),
         )
-        # Slopes of a checkpoint are timed for all directions; fewer directions cost in proportion.
-        scaled = replace(speeds, slopes=speeds.slopes * tried.rows / sizes.rows)
-        needed = sum(stage.seconds for stage in stage_costs(tried, scaled, config))
+        needed = sum(stage.seconds for stage in stage_costs(tried, speeds, config))
         if needed <= seconds:
             vectors = {spec.label: v for spec, (_, v, _) in zip(config.bases, bases, strict=True)}
             return Budget(True, needed, training, share, vectors, tried.select, tried.curvature)

@@ -1,25 +1,24 @@
-"""What the stages of a run cost, counted from its sizes and timed by measured speeds.
+"""Sizes of a run, and what follows from them alone: passes, products, reads of checkpoints.
 
-Passes through the model's forward, Hessian-vector products and bytes follow from the config. The only
-guess is how many products Lanczos needs at a basis checkpoint (:data:`PRODUCTS_PER_CHECKPOINT`).
+The only guess is how many products Lanczos needs at a basis checkpoint (:data:`PRODUCTS_PER_CHECKPOINT`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from experiments.config import BasisConfig, RunConfig
+from experiments.config import RunConfig
 from experiments.tasks.task import Task
-from polca_edit.derivatives.routes import TRACE_BREAK_EVEN
+from polca_edit.basis.streamed import HELD
 
 #: Lanczos products per basis checkpoint at tolerance 1e-2 with a warm start, and how many fewer the
 #: first takes (arithmetic runs of 9,706 to 401,162 parameters: 17, 33 and 87 products at 3, 5, 12).
 PRODUCTS_PER_CHECKPOINT = 8
 FIRST_CHECKPOINT_FEWER = 7
-#: The same from LARGE parameters on (Pythia shapes of 14 and 70 million: 9 to 10 a vector).
-LARGE, PRODUCTS_OF_LARGE = 5_000_000, 9.5
+#: The same from LARGE parameters on (Pythia shapes of 14 and 70 million: 7 to 10 a vector).
+LARGE, PRODUCTS_OF_LARGE = 5_000_000, 8.5
 FLOAT = 4
 #: Kind of a basis that is turned from another one's stored projections.
 ROTATED = "rotated"
@@ -113,51 +112,6 @@ def sizes_of(task: Task, config: RunConfig, steps: Sequence[int]) -> Sizes:
     )
 
 
-@dataclass(frozen=True)
-class Speeds:
-    """Measured on this machine with the run's model, in seconds.
-
-    Attributes:
-        training_step: one optimiser step.
-        forward: one plain pass, per sequence.
-        slopes: all directions of one checkpoint, per select sequence.
-        slopes_setup: what the first checkpoint costs beyond that.
-        product: one Hessian-vector product, per curvature sequence.
-        linearise: setting up products at a checkpoint, per curvature sequence.
-        linearise_setup: what the first one costs beyond that.
-        read: reading one checkpoint.
-        write: writing one checkpoint.
-        base_bytes: resident memory before any derivative: libraries, data, the model.
-        sequence_bytes: what a linearised batch holds, per curvature sequence.
-        curvature_route: how products with the Hessian were taken, None where none were.
-    """
-
-    training_step: float
-    forward: float
-    slopes: float
-    slopes_setup: float
-    product: float
-    linearise: float
-    linearise_setup: float
-    read: float
-    write: float
-    base_bytes: int
-    sequence_bytes: float = 0.0
-    curvature_route: str | None = None
-
-
-@dataclass(frozen=True)
-class StageCost:
-    """What one stage costs; ``forward`` counts sequences through the model's own forward."""
-
-    stage: str
-    forward: float
-    hvps: int
-    bytes_read: int
-    bytes_written: int
-    seconds: float
-
-
 def padded(sequences: int, batch: int) -> int:
     """Sequences that go through the model when the last batch is filled up."""
     size = min(batch, sequences)
@@ -174,97 +128,31 @@ def products(kind: str, checkpoints: int, tolerance: float, most: int, parameter
     return max(checkpoints, round(each * checkpoints - min(FIRST_CHECKPOINT_FEWER, each - 1)))
 
 
-def stage_costs(sizes: Sizes, speeds: Speeds, config: RunConfig) -> list[StageCost]:
-    """Every stage's counts and time, in the pipeline's order."""
-    s, weights = sizes, sizes.parameters * FLOAT
-    select, evaluate = padded(s.select, s.derivative_batch), padded(s.evaluate, s.derivative_batch)
-    stages = []
-    if s.steps:
-        # Weights, and at each state two moments and a counter per parameter tensor.
-        written = s.checkpoints * weights + s.states * 2 * weights
-        seconds = s.steps * speeds.training_step + (s.checkpoints + 2 * s.states) * speeds.write
-        stages.append(StageCost("train", s.steps * s.batch, 0, 0, written, seconds))
-    for spec, (kind, vectors, taken) in zip(config.bases, s.bases, strict=True):
-        stages.append(_basis_cost(s, speeds, spec, kind, vectors, taken))
-    stages.append(_projection_cost(s, speeds, select))
-    for spec, (_, vectors, _) in zip(config.bases, s.bases, strict=True):
-        runs = 2 + vectors * (s.doses + s.draws)
-        seconds = runs * select * speeds.forward + 2 * speeds.read
-        stored = vectors * s.select_tokens * s.itemsize
-        stages.append(StageCost(f"damage:{spec.label}", runs * select, 0, 2 * weights, stored, seconds))
-    stages += _discovery_cost(speeds, config, select)
-    runs = 2 + s.vectors
-    seconds = runs * evaluate * speeds.forward + 2 * speeds.read
-    stages.append(StageCost("evaluate", runs * evaluate, 0, 2 * weights, 0, seconds))
-    # The summary measures capture: the whole series once more for each basis, its end twice.
-    reads = len(s.bases) * (s.checkpoints + 1)
-    stages.append(StageCost("summary", 0, 0, reads * weights, 0, 0.0))
-    return stages
+#: Checkpoints that an open series keeps.
+CACHED = 3
 
 
-def _discovery_cost(speeds: Speeds, config: RunConfig, select: int) -> list[StageCost]:
-    """Signatures of every measured basis and the windows of the timeline: forward passes alone."""
-    edits, pieces = config.discover.edits, config.discover.windows
-    if not edits:
-        return []
-    found = []
-    for number, spec in enumerate(config.measured_bases()):
-        # The first one also undoes every contiguous window of training.
-        runs = 2 + edits + (pieces * (pieces + 1) // 2 if number == 0 else 0)
-        seconds = runs * select * speeds.forward
-        found.append(StageCost(f"signatures:{spec.label}", runs * select, 0, 0, 0, seconds))
-    # Equal, doubling and proposed windows, each beside one random movement.
-    runs = 2 + 2 * (2 * pieces + 10)
-    found.append(StageCost("timeline", runs * select, 0, 0, 0, runs * select * speeds.forward))
-    return found
+def streamed_order(checkpoints: int) -> Iterator[int]:
+    """Indices in the order in which a trajectory basis reads them: its Gram matrix, then its rows.
+
+    >>> list(streamed_order(3))
+    [0, 1, 2, 0, 1, 2]
+    """
+    for start in range(0, checkpoints - 1, HELD):
+        yield from (0, *range(start + 1, checkpoints))
+    yield from range(checkpoints)
 
 
-def _basis_cost(
-    s: Sizes, speeds: Speeds, spec: BasisConfig, kind: str, vectors: int, taken: int
-) -> StageCost:
-    weights, stored = s.parameters * FLOAT, vectors * s.parameters * s.itemsize
-    name = f"basis:{spec.label}"
-    if kind == ROTATED:  # turned from stored projections, which it stores anew
-        return StageCost(name, 0, 0, 0, stored + projected_bytes(s, vectors), 0.0)
-    if kind == "random":
-        return StageCost(name, 0, 0, 0, stored, 0.0)
-    if kind != "hessian":
-        return StageCost(name, 0, 0, s.checkpoints * weights, stored, s.checkpoints * speeds.read)
-    curvature = padded(s.curvature, s.derivative_batch)
-    count = products(kind, taken, spec.tolerance, spec.max_products, s.parameters)
-    # The choice of route is the objective's: a trace pays from four expected products on.
-    traced = 8 * spec.per_checkpoint * taken * TRACE_BREAK_EVEN // 4 >= TRACE_BREAK_EVEN
-    forward = min(s.curvature, s.derivative_batch) if traced else curvature * (taken + count)
-    seconds = (
-        count * s.curvature * speeds.product
-        + taken * s.curvature * speeds.linearise
-        + speeds.linearise_setup
-        + taken * speeds.read
-    )
-    return StageCost(name, forward, count, taken * weights, stored, seconds)
+def reads_of(order: Iterator[int] | Sequence[int]) -> int:
+    """Reads from disk that an order of indices takes, with the last :data:`CACHED` kept.
 
-
-def projected_bytes(s: Sizes, vectors: int) -> int:
-    """Stored projections of one basis: token slopes along its vectors and residuals, exact losses."""
-    return s.select_tokens * s.itemsize * s.places * (vectors + 3)
-
-
-def _projection_cost(s: Sizes, speeds: Speeds, select: int) -> StageCost:
-    weights = s.parameters * FLOAT
-    if s.route == "adjoint":
-        forward = s.places * s.select
-    elif s.route == "traced":
-        forward = min(s.select, s.derivative_batch)
-    else:
-        forward = s.places * select * (1 + s.rows)
-    # One pass over the series for the slopes, one more per basis for the displacements.
-    measured = [vectors for kind, vectors, _ in s.bases if kind != ROTATED]
-    reads = s.checkpoints * (1 + len(measured))
-    stored = sum(projected_bytes(s, vectors) for vectors in measured)
-    hvps = 0
-    if s.second_order:
-        hvps = s.vectors * (s.checkpoints - 1)
-        reads += s.checkpoints * len(measured)
-    seconds = s.places * s.select * speeds.slopes + speeds.slopes_setup + reads * speeds.read
-    seconds += hvps * s.curvature * speeds.product
-    return StageCost("projections", forward, hvps, reads * weights, stored, seconds)
+    >>> reads_of([0, 1, 0, 2, 3, 0])
+    5
+    """
+    kept: list[int] = []
+    reads = 0
+    for index in order:
+        if index not in kept:
+            reads += 1
+            kept = [*kept, index][-CACHED:]
+    return reads

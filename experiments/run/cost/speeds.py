@@ -1,4 +1,8 @@
-"""Speeds of this machine with a run's own model: one batch of every kind of work, done for real and timed."""
+"""Speeds of this machine with a run's own kind of model: every kind of work done for real and timed.
+
+Each kind is timed on two batches of different size, after a call that traces, allocates and warms up and
+is counted apart: what is done once must not be charged to every sequence of a run.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import copy
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -13,17 +18,22 @@ import torch
 from torch import Tensor, nn
 
 from experiments.config import RunConfig
-from experiments.run.cost.sizes import LARGE, Sizes, Speeds
+from experiments.run.cost.rates import Rate, Speeds
+from experiments.run.cost.sizes import Sizes
 from experiments.run.machine import resident_bytes
 from experiments.tasks.task import BatchLoss, Task
 from polca_edit.checkpoints.files import read_weights, write_tensors
 from polca_edit.derivatives.objective import Objective
 from polca_edit.tokens import TokenSet
 
-#: Directions and, of a large model, sequences that are rehearsed.
-FEW_DIRECTIONS, FEW_SEQUENCES = 4, 2
-#: A rehearsed piece of work that took this long is not repeated for a steadier time.
-ENOUGH_SECONDS = 2.0
+#: Directions that are rehearsed; the cost of the others follows in proportion.
+FEW_DIRECTIONS = 4
+#: Seconds that the rehearsed work along one direction may take about, by which its batch is chosen.
+ENOUGH_SECONDS = 1.0
+#: Forward passes that a Hessian product costs about, for that choice.
+PASSES_OF_A_PRODUCT = 6
+#: Entries of the vector by which memory speed is measured: more than any cache holds.
+VECTOR = 1 << 23
 
 
 def _timed(work: Callable[[], object]) -> float:
@@ -36,7 +46,7 @@ def _fastest(work: Callable[[], object], times: int) -> float:
     """Shortest of up to this many tries; one try is enough for work that takes seconds."""
     best = _timed(work)
     for _ in range(times - 1):
-        if best > ENOUGH_SECONDS:
+        if best > 2 * ENOUGH_SECONDS:
             break
         best = min(best, _timed(work))
     return best
@@ -47,66 +57,116 @@ def _part(tokens: TokenSet, count: int) -> TokenSet:
 
 
 def rehearse(task: Task, config: RunConfig, sizes: Sizes, folder: Path) -> tuple[Speeds, str]:
-    """Do one batch of every kind of work and time it; also the route that derivatives took."""
+    """Do batches of every kind of work and time them; also the route that derivatives took.
+
+    Args:
+        task: of the run, or around a model that stands in for its own.
+        config: the run.
+        sizes: of the run, by which routes are chosen.
+        folder: where a file is written and read.
+    """
     objective = task.objective(config)
+    # Compiling takes minutes, which is no rehearsal; a plan says so.
+    objective.compiled = False
     base = resident_bytes()
     theta = task.space.read(task.module)
-    # A large model fills the machine with a few sequences; a small one needs its whole batch for that.
-    most = config.batch_size if task.space.size < LARGE else min(config.batch_size, FEW_SEQUENCES)
-    select, curvature = _part(task.splits.select, most), _part(task.splits.curvature, most)
     training = 0.0 if task.batch_loss is None else _training_seconds(task.module, task.batch_loss)
-    objective.losses(theta, select)
-    forward = _fastest(lambda: objective.losses(theta, select), 3) / select.sequences
-    rows, setup_slopes, later = _slope_seconds(objective, theta, select, sizes)
-    linearise, setup, product = _product_seconds(objective, theta, rows[0], curvature, config, sizes)
+    select, curvature = task.splits.select, task.splits.curvature
+    most = _affordable(objective, theta, select, config.batch_size)
+    forward = _line(select, most, lambda some: _forward_seconds(objective, theta, some))
+    few = min(FEW_DIRECTIONS, sizes.rows)
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.randn(few, theta.numel(), generator=draw).div_(math.sqrt(theta.numel()))
+    slopes = _Slopes(objective, theta, rows, sizes)
+    start = _line(select, most, lambda some: slopes.seconds(some)[0])
+    row = _line(select, most, lambda some: slopes.seconds(some)[1])
+    route = objective.route_used or "jvp"
+    products = _Products(objective, theta, rows[0], _expected(config, sizes))
+    linearise, product, held = (
+        _line(curvature, most, lambda some, part=part: products.cost(some)[part])  # type: ignore[misc]
+        for part in range(3)
+    )
     file = folder / "rehearsal.safetensors"
     write = _timed(lambda: write_tensors(file, task.space.unflatten(theta)))
     read = _timed(lambda: task.space.flatten(read_weights(file)))
     file.unlink()
+    one, other = torch.ones(VECTOR, dtype=theta.dtype), torch.ones(VECTOR, dtype=theta.dtype)
+    vector = _fastest(lambda: one.add_(other, alpha=0.5), 4) * theta.numel() / VECTOR
     speeds = Speeds(
         training,
         forward,
-        later / select.sequences,
-        setup_slopes,
-        product / curvature.sequences,
-        linearise / curvature.sequences,
-        setup,
+        start,
+        row,
+        product,
+        linearise,
+        slopes.setup,
+        products.setup,
         read,
         write,
+        vector,
         base,
-        objective.batch_bytes / curvature.sequences,
+        held,
         objective.curvature_route,
     )
-    return speeds, objective.route_used or "jvp"
+    return speeds, route
 
 
-def _slope_seconds(
-    objective: Objective, theta: Tensor, tokens: TokenSet, sizes: Sizes
-) -> tuple[Tensor, float, float]:
-    """(directions used, what the first time costs beyond, all of a checkpoint's directions), seconds.
+def _affordable(objective: Objective, theta: Tensor, tokens: TokenSet, batch: int) -> int:
+    """Sequences of a batch whose Hessian product takes about :data:`ENOUGH_SECONDS`."""
+    few = _part(tokens, 2)
+    objective.losses(theta, few)
+    seconds = _fastest(lambda: objective.losses(theta, few), 3) / few.sequences
+    return max(2, min(batch, math.floor(ENOUGH_SECONDS / (PASSES_OF_A_PRODUCT * seconds))))
 
-    Few directions are drawn and the cost of the others follows in proportion, on the route that all of
-    them would take.
-    """
-    few = min(FEW_DIRECTIONS, sizes.rows)
-    draw = torch.Generator().manual_seed(0)
-    rows = torch.randn(few, theta.numel(), generator=draw).div_(math.sqrt(theta.numel()))
-    planned, asked = sizes.rows * sizes.places, objective.route
-    if objective.wants_adjoint(sizes.rows, tokens, planned):
-        objective.route = "adjoint"
 
-    def slopes(count: int) -> None:
+def _line(tokens: TokenSet, most: int, cost: Callable[[TokenSet], float]) -> Rate:
+    """The rate through a batch of ``most`` sequences and one of a quarter."""
+    large = _part(tokens, most)
+    small = _part(tokens, max(1, large.sequences // 4))
+    return Rate.through((small.sequences, cost(small)), (large.sequences, cost(large)))
+
+
+def _forward_seconds(objective: Objective, theta: Tensor, tokens: TokenSet) -> float:
+    objective.losses(theta, tokens)
+    return _fastest(lambda: objective.losses(theta, tokens), 3)
+
+
+@dataclass
+class _Slopes:
+    """Seconds of a batch's slopes: before any direction, and of every direction."""
+
+    objective: Objective
+    theta: Tensor
+    rows: Tensor
+    sizes: Sizes
+    setup: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.known: dict[int, tuple[float, float]] = {}
+
+    def seconds(self, tokens: TokenSet) -> tuple[float, float]:
+        """(before any direction, of each) on the route that all directions would take."""
+        if tokens.sequences not in self.known:
+            few = len(self.rows)
+            first = _timed(lambda: self._take(few, tokens))
+            several = _fastest(lambda: self._take(few, tokens), 2)
+            one = several if few == 1 else _fastest(lambda: self._take(1, tokens), 2)
+            each = several if few == 1 else max(0.0, several - one) / (few - 1)
+            self.setup = max(self.setup, first - several)
+            self.known[tokens.sequences] = max(0.0, several - few * each), each
+        return self.known[tokens.sequences]
+
+    def _take(self, count: int, tokens: TokenSet) -> None:
+        planned, asked = self.sizes.rows * self.sizes.places, self.objective.route
+        if self.objective.wants_adjoint(self.sizes.rows, tokens, planned):
+            self.objective.route = "adjoint"
         try:
-            objective.directional(theta, rows[:count], tokens, expected=planned)
+            self.objective.directional(self.theta, self.rows[:count], tokens, expected=planned)
         except ValueError:  # the route is not for this model
-            objective.route = asked
-            objective.directional(theta, rows[:count], tokens, expected=planned)
-
-    first = _timed(lambda: slopes(few))
-    several = _fastest(lambda: slopes(few), 2)
-    each = 0.0 if few == 1 else max(0.0, several - _fastest(lambda: slopes(1), 2)) / (few - 1)
-    objective.route = asked
-    return rows, max(0.0, first - several), several + each * (sizes.rows - few)
+            self.objective.route = asked
+            self.objective.directional(self.theta, self.rows[:count], tokens, expected=planned)
+        finally:
+            self.objective.route = asked
 
 
 def _training_seconds(module: nn.Module, batch_loss: BatchLoss, steps: int = 4) -> float:
@@ -123,21 +183,40 @@ def _training_seconds(module: nn.Module, batch_loss: BatchLoss, steps: int = 4) 
     return min(_timed(partial(step, number)) for number in range(2, 2 + steps))
 
 
-def _product_seconds(
-    objective: Objective, theta: Tensor, row: Tensor, tokens: TokenSet, config: RunConfig, sizes: Sizes
-) -> tuple[float, float, float]:
-    """(linearising once more, first time beyond that, one product), seconds for these tokens."""
-    wanted = [
-        (spec, taken)
+def _expected(config: RunConfig, sizes: Sizes) -> int | None:
+    """Products that the run's first Hessian basis expects, None where there is none."""
+    wanted = (
+        8 * spec.per_checkpoint * taken
         for spec, (kind, _, taken) in zip(config.bases, sizes.bases, strict=True)
         if kind == "hessian"
-    ]
-    if not wanted:
-        return 0.0, 0.0, 0.0
-    spec, taken = wanted[0]
-    expected = 8 * spec.per_checkpoint * taken
-    first = _timed(lambda: objective.hessian(theta, tokens, expected=expected))
-    started = time.perf_counter()
-    product = objective.hessian(theta, tokens, expected=expected)
-    later = time.perf_counter() - started
-    return later, max(0.0, first - later), _fastest(lambda: product(row), 2)
+    )
+    return next(wanted, None)
+
+
+@dataclass
+class _Products:
+    """Seconds of a batch's linearisation and product, and what the former holds."""
+
+    objective: Objective
+    theta: Tensor
+    row: Tensor
+    expected: int | None
+    setup: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.known: dict[int, tuple[float, float, float]] = {}
+
+    def cost(self, tokens: TokenSet) -> tuple[float, float, float]:
+        """(linearising once more, one product, bytes held); nothing where no product is wanted."""
+        if self.expected is None:
+            return 0.0, 0.0, 0.0
+        if tokens.sequences not in self.known:
+            expected = self.expected
+            first = _timed(lambda: self.objective.hessian(self.theta, tokens, expected=expected))
+            later = _timed(lambda: self.objective.hessian(self.theta, tokens, expected=expected))
+            product = self.objective.hessian(self.theta, tokens, expected=expected)
+            cold = _timed(lambda: product(self.row))
+            warm = _fastest(lambda: product(self.row), 2)
+            self.setup = max(self.setup, max(0.0, first - later) + max(0.0, cold - warm))
+            self.known[tokens.sequences] = later, warm, float(self.objective.batch_bytes)
+        return self.known[tokens.sequences]
