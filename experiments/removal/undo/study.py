@@ -158,7 +158,9 @@ def with_gold(rows: Sequence[Row]) -> list[Row]:
     found = []
     for row in rows:
         where = row.skill, row.seed
-        others = {name: value for name, value in row.group_shares.items() if name != row.skill}
+        # What the timeline predicts is of every group outside the skill; parts of the skill are not others.
+        outside = row.predicted or {name for name in row.group_shares if name != row.skill}
+        others = {name: value for name, value in row.group_shares.items() if name in outside}
         row = replace(row, agreement=agreement(row.predicted, others))
         never = gold.get(where)
         if never is not None:
