@@ -196,7 +196,7 @@ STUDIES = {
     "gauge": Verb(
         "run.cost.gauge:gauge",
         "Movement and loss change in some of the weights, and the price of a basis of them.",
-        ("polca-edit study gauge runs/demo --layers 1 --parameters '*mlp*'",),
+        ("polca-edit study gauge runs/demo --layers 1 --parameters '*mlp.0.weight'",),
         next=_AFTER_A_STUDY,
     ),
     "errors": Verb(

@@ -73,4 +73,4 @@ Workers = Annotated[int | None, typer.Option(min=1, help="Processes; default one
 Engine = Annotated[str | None, typer.Option(help="Where derivative work runs: local or ray.")]
 Memory = Annotated[str | None, typer.Option(help="Memory of the whole run, e.g. 16GB or 800MB.")]
 Layers = Annotated[str | None, typer.Option(help="Vectors in these layers only, e.g. 3-5 or 0,2.")]
-Parameters = Annotated[str | None, typer.Option(help="Vectors in parameters of this pattern, e.g. '*mlp*'.")]
+Parameters = Annotated[str | None, typer.Option(help="Vectors in parameters of this pattern, e.g. '*.bias'.")]
