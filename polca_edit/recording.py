@@ -40,7 +40,7 @@ class Recorder:
 
     With ``schedule=Adaptive(51, probe)`` the weights after every ``every`` steps are candidates, of which 51
     stay on disk: those between which the losses of ``probe(model)``, a small fixed batch, move
-    (:mod:`polca_edit.checkpoints.spacing`). The same quadrature error takes half the files of equal spacing.
+    (:mod:`polca_edit.checkpoints.spacing`). Few files then miss less of the loss change than in equal steps.
     """
 
     def __init__(

@@ -88,7 +88,7 @@ Recorded = tuple[str, int, int, float]
 
 @styled()
 def recording_figure(points: Sequence[Recorded]) -> Figure:
-    """Error per token against the number of checkpoints: one line a way and seed, both axes logarithmic."""
+    """Error per token against the number of checkpoints: one line a way and seed."""
     figure = new_figure(3.4, 6)
     axes = figure.subplots()
     hues = colours(list(dict.fromkeys(way for way, *_ in points)))
@@ -105,11 +105,12 @@ def recording_figure(points: Sequence[Recorded]) -> Figure:
             markersize=4,
             lw=1.2,
         )
-    axes.set(xscale="log", yscale="log", xlabel="checkpoints kept", ylabel="quadrature error per token")
+    axes.set(xscale="log", xlabel="checkpoints kept", ylabel="quadrature error per token")
     counts = sorted({count for _, _, count, _ in points})
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.minorticks_off()
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.legend()
     return figure
 

@@ -64,7 +64,7 @@ def recording_advice(config: RunConfig) -> str | None:
         return None
     return (
         f"recording: {t.kept} checkpoints in equal steps; training.record=adaptive with record_every="
-        f"{max(1, t.record_every // 4)} and record_count={t.kept // 2 + 1} has about the same error"
+        f"{max(1, t.record_every // 4)} and record_count={t.kept // 2 + 1} may do with half the files"
     )
 
 
