@@ -157,9 +157,9 @@ def test_gaps_by_hand() -> None:
     assert beside[1].beyond_gold == pytest.approx(0.1)
     assert beside[0].beyond_gold == pytest.approx(0.0)
     # Parts of the skill are no others: the timeline predicts for others alone.
-    parts = {**lost, "10s+carry": 3.0}, {**lacking, "10s+carry": 1.0}
+    parts = {**lost, "10s": 2.0, "10s+carry": 3.0}, {**lacking, "10s+carry": 1.0}
     split = [
-        row(method, (6.0, 4.0), group_shares=shares, predicted={"1s": 0.3, "100s": 0.0})
+        row(method, (6.0, 4.0), group_shares=shares, predicted={"10s": 1.0, "1s": 0.3, "100s": 0.0})
         for method, shares in (("NPO", parts[0]), (GOLD, parts[1]))
     ]
     assert with_gold(split)[0].beyond_gold == pytest.approx(0.1)

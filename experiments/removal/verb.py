@@ -164,9 +164,7 @@ def remove(
     skill: Annotated[
         list[str] | None, typer.Option(help="Skill by name; several are removed in order.")
     ] = None,
-    cluster: Annotated[
-        str | None, typer.Option(help="BASIS:VECTOR:CLUSTER, or 'found N' (discover), instead of a skill.")
-    ] = None,
+    cluster: Annotated[str | None, typer.Option(help="BASIS:VECTOR:CLUSTER, or 'found N', instead.")] = None,
     budget: Annotated[str, typer.Option(help="small, medium or large.")] = "medium",
     basis: Annotated[
         str | None,

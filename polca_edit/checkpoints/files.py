@@ -39,16 +39,7 @@ ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 #: Beginnings of names of torch files that lie beside the weights in a Trainer's folder.
 OTHER_STEMS = ("optimizer", "scheduler", "training_args", "rng_state", "scaler")
 #: Keys under which training loops keep the state dict of the model.
-STATE_KEYS = (
-    "model",
-    "state_dict",
-    "model_state_dict",
-    "model_state",
-    "module",
-    "network",
-    "net",
-    "weights",
-)
+STATE_KEYS = ("model", "state_dict", "model_state_dict", "model_state", "module", "network", "net", "weights")
 
 
 # -- reading ---------------------------------------------------------------------------------------

@@ -276,9 +276,9 @@ def _descendants(place: Place) -> tuple[Window, ...]:
     return tuple(with_descendants(place.timeline, place.skill))
 
 
-def _recommended(method: str) -> Callable[[Place], tuple[Window, ...]]:
+def _by_default(method: str) -> Method:
     """The skill's window as the library undoes it by default."""
-    return lambda place: (recommended(place.problem.select, place.own, method, place.problem.limits),)
+    return _window(method, lambda p: (recommended(p.problem.select, p.own, method, p.problem.limits),))
 
 
 def _earlier(widths: float) -> Callable[[Place], tuple[Window, ...]]:
@@ -368,8 +368,8 @@ GOLD, DISTIL, HELD = "retrained without the data", "noise and distil", "rollback
 METHODS: Mapping[str, Method] = {
     GOLD: retrained,
     "untouched": untouched,
-    "rollback and repair": _window("rollback", _recommended("rollback")),
-    "return and repair": _window("return", _recommended("return")),
+    "rollback and repair": _by_default("rollback"),
+    "return and repair": _by_default("return"),
     "rollback, windows compared": undone("rollback"),
     "return, windows compared": undone("return"),
     "rollback of its own window": _window("rollback", lambda place: (place.own,)),

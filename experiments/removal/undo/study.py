@@ -158,8 +158,8 @@ def with_gold(rows: Sequence[Row]) -> list[Row]:
     found = []
     for row in rows:
         where = row.skill, row.seed
-        # What the timeline predicts is of every group outside the skill; parts of the skill are not others.
-        outside = row.predicted or {name for name in row.group_shares if name != row.skill}
+        # The timeline speaks of the skill and of every group outside it; parts of the skill are not others.
+        outside = set(row.predicted or row.group_shares) - {row.skill}
         others = {name: value for name, value in row.group_shares.items() if name in outside}
         row = replace(row, agreement=agreement(row.predicted, others))
         never = gold.get(where)

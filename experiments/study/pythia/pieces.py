@@ -165,8 +165,8 @@ def planned(folder: Path, amount: Amount, memory_gb: float | None) -> Cost:
 def growth(folder: Path, quantity: str) -> Cost:
     """Processor seconds of slopes at doubled K, T or M; the exponent of the power law through them.
 
-    Vectors, tokens and checkpoints are doubled twice (once where rows would not fit) from sizes that one route
-    serves; every size is done once before it is timed, so that traces and checks are apart.
+    Vectors, tokens and checkpoints are doubled twice (once where rows would not fit) from sizes that one
+    route serves; every size is done once before it is timed, so that traces and checks are apart.
     """
     model, series = series_of(folder)
     loss = Objective(model, next_token_loss, batch_size=4)
