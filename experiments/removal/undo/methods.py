@@ -246,9 +246,10 @@ def undone(method: str) -> Method:
         tried = [
             TriedSetting(f"{t.windows[0].kind} {t.windows[0]}", t.target, t.worst_off, t.score) for t in found
         ]
-        edit = undoing(problem.select.split.series, best.windows, method)
-        named = f"{best.windows[0].kind} {best.windows[0]}"
-        return clock.start(edit.moved(problem.theta), named, tried, more=place.timeline_passes)
+        theta = undoing(problem.select.split.series, best.windows, method).moved(problem.theta)
+        return clock.start(
+            theta, f"{best.windows[0].kind} {best.windows[0]}", tried, more=place.timeline_passes
+        )
 
     return made
 
@@ -270,10 +271,6 @@ def _window(method: str, windows: Callable[[Place], tuple[Window, ...]]) -> Meth
         return undoing(place.problem.select.split.series, chosen, method), words, ()
 
     return _of_edit(make)
-
-
-def _descendants(place: Place) -> tuple[Window, ...]:
-    return tuple(with_descendants(place.timeline, place.skill))
 
 
 def _by_default(method: str) -> Method:
@@ -385,7 +382,9 @@ METHODS: Mapping[str, Method] = {
     "random span": fitted("random span"),
     **{f"skill axes, rank {rank}": _axis(rank) for rank in range(1, AXES + 1)},
     "retrained from the window": retrained_from_window,
-    "rollback with descendants": _window("rollback", _descendants),
+    "rollback with descendants": _window(
+        "rollback", lambda place: tuple(with_descendants(place.timeline, place.skill))
+    ),
     "rollback, one width earlier": _window("rollback", _earlier(1.0)),
     HELD: _window("rollback", lambda place: (place.own,)),
     "replay off the axes": _of_edit(_replay),
