@@ -107,7 +107,7 @@ def compared(folder: Path, pairs: int = 3) -> Cost:
 
 
 def one_vector(folder: Path, memory_gb: float | None) -> Cost:
-    """One checkpoint and one vector: a Hessian product, slopes of four sequences along it, and its damage."""
+    """One checkpoint and vector: a Hessian product, slopes of four sequences along it, and its damage."""
     from interventions.damage import EvaluatedSplit
     from interventions.edits import project_out
 
@@ -165,8 +165,8 @@ def planned(folder: Path, amount: Amount, memory_gb: float | None) -> Cost:
 def growth(folder: Path, quantity: str) -> Cost:
     """Processor seconds of slopes at doubled K, T or M; the exponent of the power law through them.
 
-    Vectors, tokens and checkpoints are doubled twice (once where rows would not fit) from sizes that one route
-    serves; every size is done once before it is timed, so that traces and checks are apart.
+    Vectors, tokens and checkpoints are doubled twice (once where rows would not fit) from sizes of one route;
+    every size is done once before it is timed, so that traces and checks are apart.
     """
     model, series = series_of(folder)
     loss = Objective(model, next_token_loss, batch_size=4)

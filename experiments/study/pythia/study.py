@@ -22,7 +22,7 @@ import typer
 from experiments.application import say
 from experiments.report.tables import Table, table
 from experiments.run.memory import parse_memory
-from experiments.study.pythia.kept import Cost, apart, kept
+from experiments.study.pythia.kept import Cost, apart, kept, piece_path
 from experiments.study.pythia.pieces import PIECES, one_vector, planned
 from experiments.study.pythia.shapes import (
     AMOUNTS,
@@ -34,7 +34,7 @@ from experiments.study.pythia.shapes import (
     run_config,
     train,
 )
-from experiments.study.pythia.whole import STAGES, whole_run
+from experiments.study.pythia.whole import whole_run
 from experiments.study.results import publish, show
 
 #: Shapes that are too large to train here: one checkpoint and vector, and the plan; the plan alone.
@@ -161,6 +161,7 @@ def pythia(
     folder: Annotated[Path | None, typer.Option(help="Checkpoints, run and finished pieces.")] = None,
     memory: Annotated[str, typer.Option(help="Budget of the run, e.g. 8GB.")] = "8GB",
     amount: Annotated[str, typer.Option(help=f"One of {', '.join(AMOUNTS)}.")] = "full",
+    finished: Annotated[bool, typer.Option(help="Tabulate what is finished; measure nothing more.")] = False,
     with_run: Annotated[bool, typer.Option(help="Also the run; without it pieces and plan alone.")] = True,
     json_: Annotated[Path | None, typer.Option("--json", help="Result file.")] = None,
 ) -> None:
@@ -185,12 +186,13 @@ def pythia(
     else:
         if not (place / "text.npy").exists():
             apart(train, shape, place, wanted)
-        pieces = {name: kept(done, name, work, place) for name, work in PIECES.items()}
+        todo = [n for n in PIECES if not finished or piece_path(done, n).exists()]
+        pieces = {name: kept(done, name, PIECES[name], place) for name in todo}
     planning = place / "outline" if shape in MEASURED_ONCE else place
     plan = kept(done, f"plan {wanted.name} {memory}", partial(planned, planning, wanted), memory_gb)
     if with_run and shape not in (*MEASURED_ONCE, *PLANNED_ONLY):
-        whole = whole_run(place, wanted, memory_gb)
-    beside = plan_beside_run(plan, whole) if set(STAGES) <= set(whole) else {}
+        whole = whole_run(place, wanted, memory_gb, finished=finished)
+    beside = plan_beside_run(plan, whole) if whole else {}
     size = counted(planning)
     found = PythiaResult(shape, size, wanted, memory_gb, pieces, whole, plan, beside)
     shown = tables(found)
