@@ -60,14 +60,14 @@ def test_the_plan_is_compared_with_the_stages_that_both_have():
     for name, seconds, read in (("basis:hessian", 8.0, 100.0), ("evaluate", 2.0, 20.0)):
         plan.notes.update({f"{name} seconds": seconds, f"{name} read": read, f"{name} written": 7.0})
     run = {
-        "basis:hessian": cost(3.0, 9, hvps=11.0, bytes_read=90.0, bytes_written=7.0),
-        "evaluate": cost(1.0, 4, bytes_read=20.0, bytes_written=7.0),
+        "basis:hessian": cost(3.0, 9, stage_seconds=8.0, hvps=11.0, bytes_read=90.0, bytes_written=7.0),
+        "evaluate": cost(1.0, 4, stage_seconds=2.0, bytes_read=20.0, bytes_written=7.0),
         "discover": cost(100.0, 50),
     }
     found = plan_beside_run(plan, run)
     assert (found["products"].planned, found["products"].measured) == (10.0, 11.0)
     assert (found["bytes read"].planned, found["bytes read"].measured) == (120.0, 110.0)
     assert (found["peak memory"].planned, found["peak memory"].measured) == (5.0, 9)
-    # The plan had half of a processor: ten seconds of its clock are five of a processor's.
-    assert (found["seconds"].planned, found["seconds"].measured) == (5.0, 4.0)
+    # The plan had half of a processor, the run a quarter: ten seconds of the clock are 5 and 2.5.
+    assert (found["seconds"].planned, found["seconds"].measured) == (5.0, 2.5)
     assert "seconds of discover" not in found

@@ -20,6 +20,7 @@ from typing import Annotated
 import typer
 
 from experiments.application import say
+from experiments.config import RunConfig
 from experiments.report.tables import Table, table
 from experiments.run.memory import parse_memory
 from experiments.study.pythia.kept import Cost, apart, kept, piece_path
@@ -82,8 +83,9 @@ class PythiaResult:
 def plan_beside_run(plan: Cost, run: Mapping[str, Cost]) -> dict[str, Compared]:
     """Products, bytes, memory and seconds of the stages that both have.
 
-    Seconds of the run are processor seconds over the threads it had: the plan is timed by the clock, so both
-    are comparable where the plan had the processors for itself.
+    Seconds are those of processors: both plan and stages are timed by the clock, so each is multiplied by the
+    processor seconds that its process got in a second of the clock. A stage's own are without opening the run,
+    which every process here does anew.
     """
     stages = [name for name in run if f"{name} seconds" in plan.notes]
     found = {
@@ -99,18 +101,18 @@ def plan_beside_run(plan: Cost, run: Mapping[str, Cost]) -> dict[str, Compared]:
         "peak memory": Compared(_of(plan, "peak_bytes"), max(run[name].peak_bytes for name in stages)),
         "seconds": Compared(
             sum(_of(plan, f"{name} seconds") for name in stages) * _share(plan),
-            sum(run[name].processor_seconds for name in stages),
+            sum(_of(run[name], "stage_seconds") * _share(run[name]) for name in stages),
         ),
     }
     for name in stages:
         seconds = _of(plan, f"{name} seconds") * _share(plan)
-        found[f"seconds of {name}"] = Compared(seconds, run[name].processor_seconds)
+        found[f"seconds of {name}"] = Compared(seconds, _of(run[name], "stage_seconds") * _share(run[name]))
     return found
 
 
-def _share(plan: Cost) -> float:
-    """Processor seconds that the plan got in a second of the clock, on a machine that others use too."""
-    return plan.processor_seconds / plan.seconds
+def _share(cost: Cost) -> float:
+    """Processor seconds that a piece got in a second of the clock, on a machine that others use too."""
+    return cost.processor_seconds / cost.seconds
 
 
 def _of(cost: Cost, note: str) -> float:
@@ -198,4 +200,18 @@ def pythia(
     shown = tables(found)
     show(shown)
     say(f"Kept: {done} ({os.cpu_count()} cores)")
-    publish(json_, "pythia/2", run_config(planning, wanted, memory_gb), [0], found, shown)
+    publish(json_, "pythia/2", published(run_config(planning, wanted, memory_gb), shape), [0], found, shown)
+
+
+def published(config: RunConfig, shape: str) -> RunConfig:
+    """The config with folders named after the shape instead of where they lay."""
+    assert config.checkpoints is not None
+    assert config.model.path is not None
+    name = f"pythia-{shape}"
+    return config.model_copy(
+        update={
+            "checkpoints": config.checkpoints.model_copy(update={"directory": name}),
+            "model": config.model.model_copy(update={"path": f"{name}/{Path(config.model.path).name}"}),
+            "text": config.text.model_copy(update={"file": f"{name}/text.npy"}),
+        }
+    )
