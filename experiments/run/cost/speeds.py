@@ -36,10 +36,14 @@ PASSES_OF_A_PRODUCT = 6
 VECTOR = 1 << 23
 
 
+#: Seconds so far. A study on a machine that others use puts processor seconds here.
+clock: Callable[[], float] = time.perf_counter
+
+
 def _timed(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
+    started = clock()
     work()
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def _fastest(work: Callable[[], object], times: int) -> float:

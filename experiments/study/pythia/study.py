@@ -83,9 +83,9 @@ class PythiaResult:
 def plan_beside_run(plan: Cost, run: Mapping[str, Cost]) -> dict[str, Compared]:
     """Products, bytes, memory and seconds of the stages that both have.
 
-    Seconds are those of processors: both plan and stages are timed by the clock, so each is multiplied by the
-    processor seconds that its process got in a second of the clock. A stage's own are without opening the run,
-    which every process here does anew.
+    Seconds are those of processors: the plan is timed so, and a stage's by the clock are multiplied by the
+    processor seconds that its process got in a second. They leave out opening the run, which every process
+    here does anew.
     """
     stages = [name for name in run if f"{name} seconds" in plan.notes]
     found = {
@@ -100,12 +100,12 @@ def plan_beside_run(plan: Cost, run: Mapping[str, Cost]) -> dict[str, Compared]:
         ),
         "peak memory": Compared(_of(plan, "peak_bytes"), max(run[name].peak_bytes for name in stages)),
         "seconds": Compared(
-            sum(_of(plan, f"{name} seconds") for name in stages) * _share(plan),
+            sum(_of(plan, f"{name} seconds") for name in stages),
             sum(_of(run[name], "stage_seconds") * _share(run[name]) for name in stages),
         ),
     }
     for name in stages:
-        seconds = _of(plan, f"{name} seconds") * _share(plan)
+        seconds = _of(plan, f"{name} seconds")
         found[f"seconds of {name}"] = Compared(seconds, _of(run[name], "stage_seconds") * _share(run[name]))
     return found
 
