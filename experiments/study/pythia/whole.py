@@ -102,7 +102,7 @@ def tested(run: Path) -> Cost:
 
 
 def _passes(run: Path) -> Notes:
-    records = load_run(run_folder(folder, amount), say=lambda _: None).directory.stage_records()
+    records = load_run(run, say=lambda _: None).directory.stage_records()
     return {"hvp_of_all_stages": sum(record.passes.get("hvp", 0.0) for record in records)}
 
 
