@@ -26,7 +26,7 @@ from polca_edit.parameters import ParameterSpace
 #: Parameters from which on a plan measures a smaller model: about twelve vectors of them are held.
 LARGE_FOR_A_PLAN = 30_000_000
 #: Layers and largest width of the stand-in.
-LAYERS, WIDTH = 2, 768
+LAYERS, WIDTH = 2, 512
 
 
 @dataclass(frozen=True)

@@ -242,14 +242,12 @@ def undone(method: str) -> Method:
             tried_window(problem, undo, (window,), repair=True)
             for window in candidate_windows(place.timeline, place.skill)
         ]
-        best = min(found, key=lambda t: t.score)
         tried = [
             TriedSetting(f"{t.windows[0].kind} {t.windows[0]}", t.target, t.worst_off, t.score) for t in found
         ]
-        theta = undoing(problem.select.split.series, best.windows, method).moved(problem.theta)
-        return clock.start(
-            theta, f"{best.windows[0].kind} {best.windows[0]}", tried, more=place.timeline_passes
-        )
+        best = min(range(len(found)), key=lambda i: found[i].score)
+        theta = undoing(problem.select.split.series, found[best].windows, method).moved(problem.theta)
+        return clock.start(theta, tried[best].setting, tried, more=place.timeline_passes)
 
     return made
 
@@ -382,9 +380,7 @@ METHODS: Mapping[str, Method] = {
     "random span": fitted("random span"),
     **{f"skill axes, rank {rank}": _axis(rank) for rank in range(1, AXES + 1)},
     "retrained from the window": retrained_from_window,
-    "rollback with descendants": _window(
-        "rollback", lambda place: tuple(with_descendants(place.timeline, place.skill))
-    ),
+    "rollback with descendants": _window("rollback", lambda p: tuple(with_descendants(p.timeline, p.skill))),
     "rollback, one width earlier": _window("rollback", _earlier(1.0)),
     HELD: _window("rollback", lambda place: (place.own,)),
     "replay off the axes": _of_edit(_replay),

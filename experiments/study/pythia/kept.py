@@ -60,6 +60,11 @@ def apart(work: Callable[..., Any], *given: object) -> Any:
         return pool.submit(work, *given).result()
 
 
+def piece_path(place: Path, name: str) -> Path:
+    """File of a finished piece."""
+    return place / f"{name.replace(' ', '-').replace(',', '').replace(':', '-').replace('/', '-')}.json"
+
+
 def kept(place: Path, name: str, work: Callable[..., Cost], *given: object) -> Cost:
     """The cost of a piece, read back where it was finished before.
 
@@ -69,7 +74,7 @@ def kept(place: Path, name: str, work: Callable[..., Cost], *given: object) -> C
         work: does it, in a process of its own.
         *given: its arguments.
     """
-    path = place / f"{name.replace(' ', '-').replace(',', '').replace(':', '-').replace('/', '-')}.json"
+    path = piece_path(place, name)
     if path.exists():
         return load_record(Cost, path)
     found: Cost = apart(work, *given)

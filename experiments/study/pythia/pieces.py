@@ -9,9 +9,11 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 
+from experiments.run.cost import speeds
 from experiments.run.cost.plan import make_plan
 from experiments.run.parts import mapped_rows
 from experiments.study.pythia.kept import Cost, Notes, measured
@@ -107,7 +109,7 @@ def compared(folder: Path, pairs: int = 3) -> Cost:
 
 
 def one_vector(folder: Path, memory_gb: float | None) -> Cost:
-    """One checkpoint and one vector: a Hessian product, slopes of four sequences along it, and its damage."""
+    """One checkpoint and vector: a Hessian product, slopes of four sequences along it, and its damage."""
     from interventions.damage import EvaluatedSplit
     from interventions.edits import project_out
 
@@ -136,11 +138,13 @@ def one_vector(folder: Path, memory_gb: float | None) -> Cost:
 
 
 def planned(folder: Path, amount: Amount, memory_gb: float | None) -> Cost:
-    """The plan of the whole run, in seconds by the clock and, as ``plan_*``, what it says."""
+    """The plan of the whole run, with one thread in processor seconds: others may use the machine."""
 
     def work() -> Notes:
         config = run_config(folder, amount, memory_gb)
-        with tempfile.TemporaryDirectory() as place:
+        alone = torch.get_num_threads() == 1
+        timed = time.process_time if alone else time.perf_counter
+        with tempfile.TemporaryDirectory() as place, mock.patch.object(speeds, "clock", timed):
             found = make_plan(config, Path(place))
         notes: Notes = {
             "parameters": found.parameters,
@@ -149,6 +153,7 @@ def planned(folder: Path, amount: Amount, memory_gb: float | None) -> Cost:
             "bytes_read": found.bytes_read,
             "bytes_written": found.bytes_written,
             "seconds": found.seconds,
+            "clock": "processor" if alone else "wall",
             "route": found.route,
             "curvature_route": found.curvature_route,
             "warnings": "; ".join(found.warnings),
@@ -165,8 +170,8 @@ def planned(folder: Path, amount: Amount, memory_gb: float | None) -> Cost:
 def growth(folder: Path, quantity: str) -> Cost:
     """Processor seconds of slopes at doubled K, T or M; the exponent of the power law through them.
 
-    Vectors, tokens and checkpoints are doubled twice (once where rows would not fit) from sizes that one
-    route serves; every size is done once before it is timed, so that traces and checks are apart.
+    Vectors, tokens and checkpoints are doubled twice (once where rows would not fit) from sizes of one route;
+    every size is done once before it is timed, so that traces and checks are apart.
     """
     model, series = series_of(folder)
     loss = Objective(model, next_token_loss, batch_size=4)

@@ -20,9 +20,10 @@ from typing import Annotated
 import typer
 
 from experiments.application import say
+from experiments.config import RunConfig
 from experiments.report.tables import Table, table
 from experiments.run.memory import parse_memory
-from experiments.study.pythia.kept import Cost, apart, kept
+from experiments.study.pythia.kept import Cost, apart, kept, piece_path
 from experiments.study.pythia.pieces import PIECES, one_vector, planned
 from experiments.study.pythia.shapes import (
     AMOUNTS,
@@ -34,7 +35,7 @@ from experiments.study.pythia.shapes import (
     run_config,
     train,
 )
-from experiments.study.pythia.whole import STAGES, whole_run
+from experiments.study.pythia.whole import whole_run
 from experiments.study.results import publish, show
 
 #: Shapes that are too large to train here: one checkpoint and vector, and the plan; the plan alone.
@@ -82,8 +83,9 @@ class PythiaResult:
 def plan_beside_run(plan: Cost, run: Mapping[str, Cost]) -> dict[str, Compared]:
     """Products, bytes, memory and seconds of the stages that both have.
 
-    Seconds of the run are processor seconds over the threads it had: the plan is timed by the clock, so both
-    are comparable where the plan had the processors for itself.
+    Seconds are those of processors: the plan is timed so, and a stage's by the clock are multiplied by the
+    processor seconds that its process got in a second. They leave out opening the run, which every process
+    here does anew.
     """
     stages = [name for name in run if f"{name} seconds" in plan.notes]
     found = {
@@ -98,19 +100,19 @@ def plan_beside_run(plan: Cost, run: Mapping[str, Cost]) -> dict[str, Compared]:
         ),
         "peak memory": Compared(_of(plan, "peak_bytes"), max(run[name].peak_bytes for name in stages)),
         "seconds": Compared(
-            sum(_of(plan, f"{name} seconds") for name in stages) * _share(plan),
-            sum(run[name].processor_seconds for name in stages),
+            sum(_of(plan, f"{name} seconds") for name in stages),
+            sum(_of(run[name], "stage_seconds") * _share(run[name]) for name in stages),
         ),
     }
     for name in stages:
-        seconds = _of(plan, f"{name} seconds") * _share(plan)
-        found[f"seconds of {name}"] = Compared(seconds, run[name].processor_seconds)
+        seconds = _of(plan, f"{name} seconds")
+        found[f"seconds of {name}"] = Compared(seconds, _of(run[name], "stage_seconds") * _share(run[name]))
     return found
 
 
-def _share(plan: Cost) -> float:
-    """Processor seconds that the plan got in a second of the clock, on a machine that others use too."""
-    return plan.processor_seconds / plan.seconds
+def _share(cost: Cost) -> float:
+    """Processor seconds that a piece got in a second of the clock, on a machine that others use too."""
+    return cost.processor_seconds / cost.seconds
 
 
 def _of(cost: Cost, note: str) -> float:
@@ -161,6 +163,7 @@ def pythia(
     folder: Annotated[Path | None, typer.Option(help="Checkpoints, run and finished pieces.")] = None,
     memory: Annotated[str, typer.Option(help="Budget of the run, e.g. 8GB.")] = "8GB",
     amount: Annotated[str, typer.Option(help=f"One of {', '.join(AMOUNTS)}.")] = "full",
+    finished: Annotated[bool, typer.Option(help="Tabulate what is finished; measure nothing more.")] = False,
     with_run: Annotated[bool, typer.Option(help="Also the run; without it pieces and plan alone.")] = True,
     json_: Annotated[Path | None, typer.Option("--json", help="Result file.")] = None,
 ) -> None:
@@ -185,15 +188,30 @@ def pythia(
     else:
         if not (place / "text.npy").exists():
             apart(train, shape, place, wanted)
-        pieces = {name: kept(done, name, work, place) for name, work in PIECES.items()}
+        todo = [n for n in PIECES if not finished or piece_path(done, n).exists()]
+        pieces = {name: kept(done, name, PIECES[name], place) for name in todo}
     planning = place / "outline" if shape in MEASURED_ONCE else place
     plan = kept(done, f"plan {wanted.name} {memory}", partial(planned, planning, wanted), memory_gb)
     if with_run and shape not in (*MEASURED_ONCE, *PLANNED_ONLY):
-        whole = whole_run(place, wanted, memory_gb)
-    beside = plan_beside_run(plan, whole) if set(STAGES) <= set(whole) else {}
+        whole = whole_run(place, wanted, memory_gb, finished=finished)
+    beside = plan_beside_run(plan, whole) if whole else {}
     size = counted(planning)
     found = PythiaResult(shape, size, wanted, memory_gb, pieces, whole, plan, beside)
     shown = tables(found)
     show(shown)
     say(f"Kept: {done} ({os.cpu_count()} cores)")
-    publish(json_, "pythia/2", run_config(planning, wanted, memory_gb), [0], found, shown)
+    publish(json_, "pythia/2", published(run_config(planning, wanted, memory_gb), shape), [0], found, shown)
+
+
+def published(config: RunConfig, shape: str) -> RunConfig:
+    """The config with folders named after the shape instead of where they lay."""
+    assert config.checkpoints is not None
+    assert config.model.path is not None
+    name = f"pythia-{shape}"
+    return config.model_copy(
+        update={
+            "checkpoints": config.checkpoints.model_copy(update={"directory": name}),
+            "model": config.model.model_copy(update={"path": f"{name}/{Path(config.model.path).name}"}),
+            "text": config.text.model_copy(update={"file": f"{name}/text.npy"}),
+        }
+    )

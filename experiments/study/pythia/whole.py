@@ -15,7 +15,7 @@ import safetensors.torch
 import polca_edit.checkpoints.files as weight_files
 from experiments.run.driver import run_stages
 from experiments.run.run import load_run, open_run
-from experiments.study.pythia.kept import Cost, Notes, kept, measured
+from experiments.study.pythia.kept import Cost, Notes, kept, measured, piece_path
 from experiments.study.pythia.shapes import Amount, run_config
 from experiments.verbs.guard import writing
 
@@ -102,17 +102,29 @@ def tested(run: Path) -> Cost:
 
 
 def _passes(run: Path) -> Notes:
-    records = load_run(run_folder(folder, amount), say=lambda _: None).directory.stage_records()
+    records = load_run(run, say=lambda _: None).directory.stage_records()
     return {"hvp_of_all_stages": sum(record.passes.get("hvp", 0.0) for record in records)}
 
 
-def whole_run(folder: Path, amount: Amount, memory_gb: float | None) -> dict[str, Cost]:
-    """Every stage, discovery and the causal test on the trajectory basis; finished ones are read back."""
+def whole_run(
+    folder: Path, amount: Amount, memory_gb: float | None, *, finished: bool = False
+) -> dict[str, Cost]:
+    """Every stage, discovery and the causal test on the trajectory basis; finished ones are read back.
+
+    Args:
+        folder: with checkpoints; pieces and run come there.
+        amount: how much is looked at.
+        memory_gb: budget of the run.
+        finished: only what is finished already.
+    """
     place, run = folder / "pieces", run_folder(folder, amount)
-    found = {
-        stage: kept(place, f"{run.name} {stage}", partial(stage_cost, folder, amount, memory_gb), stage)
-        for stage in STAGES
+    works: dict[str, Callable[[], Cost]] = {
+        stage: partial(stage_cost, folder, amount, memory_gb, stage) for stage in STAGES
     }
-    found["discover"] = kept(place, f"{run.name} discover", discovered, run)
-    found["test"] = kept(place, f"{run.name} test", tested, run)
-    return found
+    works |= {"discover": partial(discovered, run), "test": partial(tested, run)}
+    names = {stage: f"{run.name} {stage}" for stage in works}
+    return {
+        stage: kept(place, names[stage], work)
+        for stage, work in works.items()
+        if not finished or piece_path(place, names[stage]).exists()
+    }
