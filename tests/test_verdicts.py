@@ -176,7 +176,7 @@ def test_a_trajectory_is_tested_by_forward_passes_alone(tmp_path, monkeypatch):
         raise AssertionError("a derivative was asked for")
 
     for place, names in (
-        (Objective, ("hessian", "directional", "mean_gradient", "squared_jacobian", "token_gradients")),
+        (Objective, ("hessian", "directional", "mean_gradient", "token_gradients")),
         (torch.autograd, ("grad", "backward")),
         (torch.func, ("grad", "jvp", "vjp", "jacrev", "linearize")),
     ):
