@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,14 @@ from torch import nn
 
 from experiments.run.parts import Ledger, kept_products, mapped_rows
 from polca_edit.artifacts import load_record, save_record
-from polca_edit.basis.hessian import BasisCheckpoint, EigenSettings, Keeping, hessian_basis, join
+from polca_edit.basis.hessian import (
+    BasisCheckpoint,
+    EigenSettings,
+    Keeping,
+    hessian_basis,
+    join,
+    operator_basis,
+)
 from polca_edit.basis.path import trajectory_basis
 from polca_edit.basis.record import Basis, capture, gram_error, random_basis, random_walk_capture, unlabelled
 from polca_edit.checkpoints.opening import open_checkpoints
@@ -174,6 +183,31 @@ def test_resume_gives_the_same_bytes(done, masked, generator):
     assert torch.equal(resumed.rows, whole.rows)
     assert torch.equal(resumed.eigenvalues, whole.eigenvalues)
     assert resumed.products == whole.products
+
+
+def test_the_product_of_one_checkpoint_is_gone_before_the_next_is_made():
+    class Scaled:
+        """The diagonal 1, 2, ..., 5 times a factor; a linearised Hessian would hold its batches."""
+
+        def __init__(self, factor: float) -> None:
+            self.values = factor * torch.arange(1.0, 6.0)
+
+        def __call__(self, vector: torch.Tensor) -> torch.Tensor:
+            return self.values * vector
+
+    space = ParameterSpace.from_module(nn.Linear(5, 1, bias=False))
+    series = open_checkpoints({step: torch.full((5,), float(step)) for step in range(3)}, space)
+    made: list[weakref.ref[Scaled]] = []
+
+    def product_at(index: int) -> Scaled:
+        assert all(earlier() is None for earlier in made)
+        product = Scaled(1.0 + index)
+        made.append(weakref.ref(product))
+        return product
+
+    basis = operator_basis("scaled", product_at, series)
+    torch.testing.assert_close(basis.rows.abs(), torch.eye(5)[[4, 3, 2]], atol=1e-3, rtol=0)
+    assert len(made) == 3
 
 
 def test_seed_of_the_start_vectors_does_not_matter_at_tight_tolerance(generator):

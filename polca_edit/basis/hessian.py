@@ -194,6 +194,8 @@ def _algorithm_one(
         parts.append(part)
         if keeping.on_checkpoint is not None:
             parts[-1] = keeping.on_checkpoint(part) or part
+        # What the next checkpoint linearises does not lie beside what this one did.
+        del product
     return parts
 
 
