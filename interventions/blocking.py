@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from interventions.causal.statistics import Array, Interval, t_interval
 from interventions.edits import Edit
-from polca_edit.allocation.allocate import coordinates
 from polca_edit.checkpoints.files import SeriesFolder, read_weights
+from polca_edit.derivatives.lanczos import coordinates
 from polca_edit.parameters import ParameterSpace, parameter_slots
 from polca_edit.training import TrainingSettings, TrainingSpan, train
 

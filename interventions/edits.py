@@ -18,9 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from polca_edit.allocation.allocate import coordinates
 from polca_edit.basis.record import Basis, gram_error
-from polca_edit.derivatives.lanczos import orthonormalise
+from polca_edit.derivatives.lanczos import coordinates, orthonormalise
 from polca_edit.parameters import ParameterSpace
 
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, TypeVar
@@ -111,10 +111,7 @@ def load_record(kind: type[Record], path: Path) -> Record:
         raise ValueError(
             f"'{path}' must be a readable record ({error}); delete it and run that stage again"
         ) from error
-    if metadata.get("record") != kind.__name__:
-        raise ValueError(
-            f"'{path}' must hold a {kind.__name__}, got {metadata.get('record')}; check the path"
-        )
+    _require_kind(kind, metadata, path)
     require_digest(path, tensors)
     try:
         return kind(**_values(kind, metadata, tensors))
@@ -122,6 +119,13 @@ def load_record(kind: type[Record], path: Path) -> Record:
         raise ValueError(
             f"'{path}' must be a readable record ({error}); delete it and run that stage again"
         ) from error
+
+
+def _require_kind(kind: type[Record], metadata: Mapping[str, str], path: Path) -> None:
+    if metadata.get("record") != kind.__name__:
+        raise ValueError(
+            f"'{path}' must hold a {kind.__name__}, got {metadata.get('record')}; check the path"
+        )
 
 
 def load_columns(kind: type[Record], path: Path, name: str, ranges: Sequence[tuple[int, int]]) -> Record:
@@ -156,10 +160,7 @@ def load_columns(kind: type[Record], path: Path, name: str, ranges: Sequence[tup
         raise ValueError(
             f"'{path}' must be a readable record ({error}); delete it and run that stage again"
         ) from error
-    if metadata.get("record") != kind.__name__:
-        raise ValueError(
-            f"'{path}' must hold a {kind.__name__}, got {metadata.get('record')}; check the path"
-        )
+    _require_kind(kind, metadata, path)
     return kind(**_values(kind, metadata, tensors))
 
 

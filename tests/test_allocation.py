@@ -12,16 +12,15 @@ from polca_edit.allocation.allocate import (
     Allocation,
     Projections,
     allocate,
-    coordinates,
     explained_share,
     loss_change,
     project,
-    residual_direction,
 )
 from polca_edit.allocation.terms import second_order_terms
 from polca_edit.basis.record import Basis, random_basis, unlabelled
 from polca_edit.checkpoints.opening import open_checkpoints
 from polca_edit.checkpoints.series import Checkpoints
+from polca_edit.derivatives.lanczos import coordinates
 from polca_edit.derivatives.objective import Objective
 
 SPECTRUM = [4.0, 2.0, 1.0, 0.5, 0.0, -0.5, -1.0]
@@ -248,7 +247,7 @@ def test_residual_is_measured_not_subtracted(problem, checkpoints, generator):
 def test_residual_direction_is_orthogonal_and_completes(problem, checkpoints, generator):
     basis = rotated_basis(generator, 3)
     moved = checkpoints[2] - checkpoints[1]
-    left = residual_direction(basis, moved)
+    left = basis.remainder(moved)
     assert float((basis.rows @ left).abs().max()) < 1e-14
     assert torch.allclose(left + coordinates(basis.rows, moved) @ basis.rows, moved, rtol=0, atol=1e-14)
 

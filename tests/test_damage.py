@@ -9,10 +9,11 @@ from oracles import TwoSkillProblem, orthogonal, tiny_bridge, tiny_gpt2, two_ski
 from experiments.run.stages.damage_rows import damage_row
 from interventions.damage import Damage, EvaluatedSplit
 from interventions.edits import Edit, Movement, applied, displace, project_out, reverse, rollback
-from polca_edit.allocation.allocate import allocate, coordinates, project
+from polca_edit.allocation.allocate import allocate, project
 from polca_edit.basis.hessian import EigenSettings, hessian_basis
 from polca_edit.basis.path import trajectory_basis
 from polca_edit.basis.record import unlabelled
+from polca_edit.derivatives.lanczos import coordinates
 from polca_edit.parameters import ParameterSpace, parameter_slots
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from polca_edit.allocation.allocate import CheckpointSlopes, slopes_from
-from polca_edit.allocation.directions import directions_at
+from polca_edit.allocation.directions import directions_at, displacement
 from polca_edit.basis.record import Basis
 from polca_edit.basis.subsets import Subset, blocks_of
 from polca_edit.checkpoints.series import Checkpoints
@@ -116,13 +116,7 @@ class Measured:
 
     def along(self, index: int) -> Along:
         """Coordinates of the two displacements at a checkpoint, zero beyond the ends; reads all rows."""
-        theta, ends = self.checkpoints[index], (index - 1, index + 1)
-        moved = [
-            torch.zeros_like(theta)
-            if not 0 <= other < len(self.checkpoints)
-            else (theta - self.checkpoints[other]) * (1 if other < index else -1)
-            for other in ends
-        ]
+        moved = [displacement(self.checkpoints, index, side) for side in (0, 1)]
         return tuple(torch.stack([basis.along(each) for each in moved]) for basis in self.bases)
 
 

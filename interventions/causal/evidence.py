@@ -15,8 +15,8 @@ from interventions.causal.settings import TestSettings
 from interventions.causal.statistics import Array, Bits, Interval, Shares, Units, capped, shares_of
 from interventions.damage import EvaluatedSplit
 from interventions.edits import Edit, displace, project_out, transplant
-from polca_edit.allocation.allocate import coordinates
 from polca_edit.clusters.hypotheses import Hypothesis
+from polca_edit.derivatives.lanczos import coordinates
 
 #: Path over displacement from which a movement counts as having come back.
 THERE_AND_BACK = 5.0

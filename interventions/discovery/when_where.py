@@ -15,8 +15,8 @@ from interventions.damage import EvaluatedSplit
 from interventions.discovery.windows import Window, equal_windows, reached
 from interventions.edits import Movement, rollback
 from interventions.localise import Component, localise
-from polca_edit.allocation.allocate import coordinates
 from polca_edit.checkpoints.series import Checkpoints
+from polca_edit.derivatives.lanczos import coordinates
 
 
 @dataclass(frozen=True)

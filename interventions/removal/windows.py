@@ -56,9 +56,14 @@ def skill_timeline(
     settings = TimelineSettings(
         windows=1, doubling=False, random_draws=1, curve_points=points, resamples=100, shuffles=1, seed=seed
     )
-    tokens = select.split.tokens
-    few = select.on(tokens.select(torch.arange(min(sequences, tokens.sequences))))
+    few = _first(select, sequences)
     return causal_timeline(few.split, None, group_masks(few), settings)
+
+
+def _first(select: GroupedSplit, sequences: int = SEQUENCES) -> GroupedSplit:
+    """The same on its first sequences alone."""
+    tokens = select.tokens
+    return select.on(tokens.select(torch.arange(min(sequences, tokens.sequences))))
 
 
 def forecast(timeline: Timeline, skill: str) -> Forecast:
@@ -92,8 +97,7 @@ def measured_forecast(
         method: ``rollback`` or ``return``.
         rows: only movement along them.
     """
-    tokens, steps = select.tokens, select.split.series.steps
-    few = select.on(tokens.select(torch.arange(min(SEQUENCES, tokens.sequences))))
+    few, steps = _first(select), select.split.series.steps
     edit = undoing(select.split.series, windows, method, rows)
     shares = few.shares_at(edit.moved(select.split.theta))
     return replace(
@@ -135,12 +139,12 @@ def recommended(
         limits: how much of the target is wanted.
         rows: only movement along them.
     """
-    series, tokens = select.split.series, select.tokens
+    series = select.split.series
     window = begun_earlier(series.steps, own)
     later = [step for step in series.steps if step > window.end]
     if method == "return" or not later:
         return window
-    few = select.on(tokens.select(torch.arange(min(SEQUENCES, tokens.sequences))))
+    few = _first(select)
     picked = sorted({round(place) for place in np.linspace(0, len(later) - 1, min(LATER, len(later)))})
 
     def lost(end: int) -> float:

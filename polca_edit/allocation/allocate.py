@@ -15,8 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from polca_edit.allocation.directions import coordinates as coordinates
-from polca_edit.allocation.directions import directions_at, residual_direction
+from polca_edit.allocation.directions import directions_at
 from polca_edit.allocation.progress import progress
 from polca_edit.basis.record import Basis, require_orthonormal
 from polca_edit.checkpoints.series import Checkpoints
@@ -244,7 +243,7 @@ def assemble(
     for index in range(len(checkpoints) - 1):
         moved = checkpoints[index + 1] - checkpoints[index]
         displacements.append(basis.along(moved))
-        residual_norms.append(residual_direction(basis, moved).norm())
+        residual_norms.append(basis.remainder(moved).norm())
         step_norms.append(moved.norm())
     dtype = slopes[0].losses.dtype
     return Projections(

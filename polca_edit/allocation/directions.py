@@ -11,7 +11,6 @@ from torch import Tensor
 from polca_edit.basis.record import Basis
 from polca_edit.basis.subsets import Directions, Group, Subset, taken
 from polca_edit.checkpoints.series import Checkpoints
-from polca_edit.derivatives.lanczos import inner_products
 
 
 def directions_at(
@@ -59,9 +58,9 @@ def directions_at(
             if side < 0:
                 row.copy_(_entries(basis, own, inside))
             elif block is None or along is None:
-                row.copy_(taken(residual_direction(basis, _moved(checkpoints, index, side)), inside))
+                row.copy_(taken(basis.remainder(displacement(checkpoints, index, side)), inside))
             else:
-                moved = block.take(_moved(checkpoints, index, side))
+                moved = block.take(displacement(checkpoints, index, side))
                 _copy_remainder(row, basis, block, moved, along[number][side])
         groups.append(Group(inside, tuple(place - chosen.start for place in members), rows))
     if not groups:
@@ -103,22 +102,12 @@ def _copy_remainder(
             first += stop - start
 
 
-def _moved(checkpoints: Checkpoints, index: int, side: int) -> Float[Tensor, " N"]:
+def displacement(checkpoints: Checkpoints, index: int, side: int) -> Float[Tensor, " N"]:
     """The displacement that leads to a checkpoint (side 0) or away from it (1); zero beyond the ends."""
     theta, other = checkpoints[index], index - 1 + 2 * side
     if not 0 <= other < len(checkpoints):
         return torch.zeros_like(theta)
     return theta - checkpoints[other] if side == 0 else checkpoints[other] - theta
-
-
-def residual_direction(basis: Basis, moved: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """(I - B'B) moved, with no normalisation."""
-    return basis.remainder(moved)
-
-
-def coordinates(rows: Float[Tensor, "K N"], moved: Float[Tensor, " N"]) -> Float[Tensor, " K"]:
-    """<b, moved> for every row, summed in float64."""
-    return inner_products(rows, moved[None])[:, 0].cpu()
 
 
 def with_remainders(bases: Sequence[Basis], moved: Float[Tensor, " N"]) -> Directions:
@@ -131,6 +120,6 @@ def with_remainders(bases: Sequence[Basis], moved: Float[Tensor, " N"]) -> Direc
         rows.setdefault(basis.inside, []).append(basis.wide())
         first += len(basis) + 1
         numbers.setdefault(None, []).append(first - 1)
-        rows.setdefault(None, []).append(residual_direction(basis, moved)[None])
+        rows.setdefault(None, []).append(basis.remainder(moved)[None])
     groups = [Group(inside, tuple(numbers[inside]), torch.cat(parts)) for inside, parts in rows.items()]
     return Directions(first, tuple(groups))

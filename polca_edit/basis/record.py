@@ -16,7 +16,7 @@ from torch import Tensor
 
 from polca_edit.basis.subsets import Subset, taken
 from polca_edit.checkpoints.series import Checkpoints
-from polca_edit.derivatives.lanczos import gram, inner_products, orthonormalise
+from polca_edit.derivatives.lanczos import coordinates, gram, orthonormalise
 
 NO_ORIGIN = -1
 
@@ -109,12 +109,12 @@ class Basis:
 
     def along(self, moved: Float[Tensor, " N"]) -> Float[Tensor, " K"]:
         """<b, moved> for every row, summed in float64."""
-        part = taken(moved, self.inside)[None]
+        part = taken(moved, self.inside)
         if self.entries.element_size() >= 4:
-            return inner_products(self.entries, part)[:, 0].cpu()
+            return coordinates(self.entries, part)
         # One wide row at a time.
-        each = [inner_products(self.wide(number)[None], part)[0] for number in range(len(self))]
-        return torch.cat(each).cpu() if each else torch.zeros(0, dtype=torch.float64)
+        each = [coordinates(self.wide(number)[None], part) for number in range(len(self))]
+        return torch.cat(each) if each else torch.zeros(0, dtype=torch.float64)
 
     def remainder(self, moved: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
         """(I - B'B) moved, with no normalisation."""

@@ -57,6 +57,11 @@ def inner_products(left: Float[Tensor, "a N"], right: Float[Tensor, "b N"]) -> F
     return total
 
 
+def coordinates(rows: Float[Tensor, "K N"], moved: Float[Tensor, " N"]) -> Float[Tensor, " K"]:
+    """<b, moved> for every row, summed in float64."""
+    return inner_products(rows, moved[None])[:, 0].cpu()
+
+
 def gram(rows: Float[Tensor, "K N"], width: int = 1 << 20) -> Float[Tensor, "K K"]:
     """<row_i, row_j> in float64, with a float64 copy of ``width`` columns at a time."""
     total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
