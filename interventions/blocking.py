@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from interventions.causal.statistics import Array, Interval, t_interval
 from interventions.edits import Edit
 from polca_edit.checkpoints.files import SeriesFolder, read_weights
-from polca_edit.derivatives.lanczos import coordinates
+from polca_edit.derivatives.lanczos import coordinates, lengths
 from polca_edit.parameters import ParameterSpace, parameter_slots
 from polca_edit.training import TrainingSettings, TrainingSpan, train
 
@@ -67,7 +67,7 @@ class Hold:
         if self.mask is not None:
             self.clear_momentum(module, optimiser, self.mask)
         self.drift.append(self.moved(self.space.read(module)))
-        self.scale = max(self.scale, float(held.norm()))
+        self.scale = max(self.scale, float(lengths(held[None])))
 
     def put_back(self, theta: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
         """Weights theta - P (theta - anchor), exact on masked coordinates."""

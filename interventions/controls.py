@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from interventions.edits import Edit, Place, Rows, displace, from_delta, movement_of, project_out, rows_of
-from polca_edit.derivatives.lanczos import orthonormalise
+from polca_edit.derivatives.lanczos import lengths, orthonormalise
 from polca_edit.parameters import ParameterSpace
 
 #: Dimensions that a span needs beyond its rank for a rotation inside it to be a control.
@@ -80,8 +80,14 @@ def _placed(moved: Tensor, space: ParameterSpace, generator: torch.Generator) ->
     drawn = torch.randn(moved.shape[0], generator=generator, dtype=moved.dtype)
     for start, stop in space.offsets.values():
         part = drawn[start:stop]
-        part.mul_(moved[start:stop].norm() / part.norm().clamp_min(1e-30))
+        part.mul_(_ratio(moved[start:stop], part))
     return drawn
+
+
+def _ratio(wanted: Tensor, drawn: Tensor) -> float:
+    """What drawn entries are multiplied with to get a wanted norm."""
+    size, own = lengths(torch.stack([wanted.reshape(-1), drawn.reshape(-1)])).tolist()
+    return float(size / max(own, 1e-30))
 
 
 def _with_spectrum(moved: Tensor, space: ParameterSpace, generator: torch.Generator) -> Float[Tensor, " N"]:
@@ -96,7 +102,7 @@ def _with_spectrum(moved: Tensor, space: ParameterSpace, generator: torch.Genera
     for block in space.unflatten(moved).values():
         if block.ndim != 2:
             drawn = torch.randn(block.shape, generator=generator, dtype=moved.dtype)
-            pieces.append((drawn * block.norm() / drawn.norm().clamp_min(1e-30)).reshape(-1))
+            pieces.append((drawn * _ratio(block, drawn)).reshape(-1))
             continue
         values = torch.linalg.svdvals(block)
         left, right = rotation(block.shape[0], len(values)), rotation(block.shape[1], len(values))

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from polca_edit.basis.record import Basis, gram_error
-from polca_edit.derivatives.lanczos import coordinates, orthonormalise
+from polca_edit.derivatives.lanczos import coordinates, lengths, orthonormalise
 from polca_edit.parameters import ParameterSpace
 
 
@@ -87,11 +87,11 @@ def rows_of(rows: Rows) -> Float[Tensor, "k N"]:
         ValueError: for rows that are not orthonormal (P_J would be no projection).
     """
     if isinstance(rows, Basis):
-        lengths = rows.rows.norm(dim=1)
-        if not bool(((lengths - 1).abs() <= 1e-3).all()):
+        sizes = lengths(rows.rows)
+        if not bool(((sizes - 1).abs() <= 1e-3).all()):
             raise ValueError(
-                f"rows of a basis must have length 1, '{rows.kind}' has {float(lengths.min()):.3g} to "
-                f"{float(lengths.max()):.3g}; orthonormalise them (torch.linalg.qr)"
+                f"rows of a basis must have length 1, '{rows.kind}' has {float(sizes.min()):.3g} to "
+                f"{float(sizes.max()):.3g}; orthonormalise them (torch.linalg.qr)"
             )
         return rows.rows
     rows = rows[None] if rows.ndim == 1 else rows

@@ -23,7 +23,7 @@ from interventions.discovery.axes import score_gradient
 from interventions.discovery.search import AxisTarget, DirectionLibrary, Scores, ScoreSettings
 from interventions.edits import Edit, from_delta
 from polca_edit.basis.record import Basis, random_basis, unlabelled
-from polca_edit.derivatives.lanczos import orthonormalise
+from polca_edit.derivatives.lanczos import lengths, orthonormalise
 from polca_edit.parameters import ParameterSpace
 from polca_edit.tokens import TokenSet
 
@@ -190,8 +190,8 @@ def free_edit(
         if value > reached and step:
             best, reached = moved, value
         rate = 1.0 if step == 0 else settings.rate * (1 - step / (settings.steps + 1))
-        pushed = moved + rate * norm * gradient / gradient.norm().clamp_min(1e-30)
-        moved = pushed * (norm / pushed.norm().clamp_min(1e-30))
+        pushed = moved + gradient * (rate * norm / max(float(lengths(gradient[None])), 1e-30))
+        moved = pushed * (norm / max(float(lengths(pushed[None])), 1e-30))
     return from_delta(split.movement.base, best, "free", provenance={"target": target.name})
 
 

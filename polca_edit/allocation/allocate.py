@@ -19,6 +19,7 @@ from polca_edit.allocation.directions import directions_at
 from polca_edit.allocation.progress import progress
 from polca_edit.basis.record import Basis, require_orthonormal
 from polca_edit.checkpoints.series import Checkpoints
+from polca_edit.derivatives.lanczos import lengths
 from polca_edit.derivatives.objective import Objective
 from polca_edit.tokens import TokenSet
 
@@ -243,8 +244,9 @@ def assemble(
     for index in range(len(checkpoints) - 1):
         moved = checkpoints[index + 1] - checkpoints[index]
         displacements.append(basis.along(moved))
-        residual_norms.append(basis.remainder(moved).norm())
-        step_norms.append(moved.norm())
+        residual_norm, step_norm = lengths(torch.stack([basis.remainder(moved), moved]))
+        residual_norms.append(residual_norm)
+        step_norms.append(step_norm)
     dtype = slopes[0].losses.dtype
     return Projections(
         torch.tensor(checkpoints.steps),

@@ -18,7 +18,7 @@ from polca_edit.basis.hessian import BasisCheckpoint, EigenSettings, Product, jo
 from polca_edit.basis.record import Basis
 from polca_edit.basis.subsets import Directions, Subset, taken
 from polca_edit.checkpoints.series import Checkpoints
-from polca_edit.derivatives.lanczos import inner_products, orthonormalise, projected_lanczos
+from polca_edit.derivatives.lanczos import inner_products, lengths, orthonormalise, projected_lanczos
 from polca_edit.derivatives.objective import Objective
 from polca_edit.tokens import TokenSet
 
@@ -243,7 +243,9 @@ def _adam_vector(
     row = pairs.vectors * scale
     if len(held):
         row = row - inner_products(row, held).to(row) @ held
-    return BasisCheckpoint(step, row / row.norm(), pairs.values, pairs.residuals, pairs.products)
+    return BasisCheckpoint(
+        step, row / lengths(row).to(row)[:, None], pairs.values, pairs.residuals, pairs.products
+    )
 
 
 def trajectory_and_hessian_basis(

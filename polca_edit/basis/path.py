@@ -14,7 +14,7 @@ from polca_edit.basis.record import Basis, unlabelled
 from polca_edit.basis.streamed import combined, displacement_gram, displacements
 from polca_edit.basis.subsets import Subset, taken
 from polca_edit.checkpoints.series import Checkpoints
-from polca_edit.derivatives.lanczos import Allocate, inner_products, orthonormalise, remove_rows
+from polca_edit.derivatives.lanczos import Allocate, inner_products, lengths, orthonormalise, remove_rows
 from polca_edit.derivatives.objective import Objective
 from polca_edit.tokens import TokenSet
 
@@ -173,7 +173,8 @@ def loss_weighted_basis(
     around = torch.cat([(density[:-1] + density[1:]) / 2, density[-1:] / 2])  # of checkpoints 2 .. T
     first, sizes = principal_rows(moved * around.sqrt().to(moved)[:, None], count - secants)
     changes = remove_rows(taken(gradients, inside).diff(dim=0).to(first), first)
-    changes = changes / changes.norm(dim=1, keepdim=True).clamp_min(torch.finfo(changes.dtype).tiny)
+    sizes_of_changes = lengths(changes).to(changes)[:, None]
+    changes = changes / sizes_of_changes.clamp_min(torch.finfo(changes.dtype).tiny)
     weighted = changes * density.sqrt().to(changes)[:, None]
     before = replace(unlabelled("loss_weighted", first, inside), eigenvalues=sizes.double())
     return _with_principal(before, weighted, secants)

@@ -19,7 +19,7 @@ from experiments.run.parts import mapped_rows
 from experiments.study.pythia.kept import Cost, Notes, measured
 from experiments.study.pythia.shapes import LENGTH, Amount, counted, few_scored, run_config, series_of
 from polca_edit.basis.path import trajectory_basis
-from polca_edit.derivatives.lanczos import LanczosSettings, projected_lanczos
+from polca_edit.derivatives.lanczos import LanczosSettings, lengths, projected_lanczos
 from polca_edit.derivatives.objective import Objective
 from polca_edit.tokens import next_token_loss
 
@@ -120,7 +120,7 @@ def one_vector(folder: Path, memory_gb: float | None) -> Cost:
     def work() -> Notes:
         theta = series[len(series) - 1]
         moved = theta - series[0]
-        moved /= moved.norm()
+        moved /= float(lengths(moved[None]))
         curvature = float(moved @ loss.hessian(theta, tokens, expected=1)(moved))
         _, slopes = loss.directional(theta, moved[None], tokens)
         split = EvaluatedSplit(loss, series, tokens)
