@@ -44,10 +44,13 @@ from polca_edit.artifacts import load_record
 from polca_edit.basis.record import Basis, random_basis
 from polca_edit.clusters.density import OUTLIER, ClusterSettings, VectorClusters, cluster_trajectories
 from polca_edit.clusters.features import exact_loss, fisher
+from polca_edit.derivatives.lanczos import lengths
 from polca_edit.seeds import generator_for
 
 #: The paper's settings (arXiv 2506.15872, section 4) beside those of the run.
 PAPER = ClusterSettings()
+#: Most bytes that the gradients of all tokens may take; larger ones are left out, and that is said.
+GRADIENT_BYTES = 8 << 30
 Labels = np.ndarray
 
 
@@ -156,7 +159,12 @@ def ways(ground: Ground) -> Iterator[tuple[str, Callable[[], list[Labels]]]]:
     yield "exact loss, paper's settings", lambda: _trajectories(exact_loss(stored).paths, PAPER)
     no_fall = replace(own, drop_rising_tokens=False, drop_rising_vectors=False)
     yield f"Fisher {first}", lambda: _trajectories(fisher(stored).paths, no_fall)
-    yield "gradients, spectral (quanta)", lambda: [quanta(ground)]
+    size = ground.split.tokens.count * ground.split.loss.space.size * ground.split.theta.element_size()
+    if size <= GRADIENT_BYTES:
+        yield "gradients, spectral (quanta)", lambda: [quanta(ground)]
+    else:
+        most = f"{GRADIENT_BYTES / 1e9:.0f} GB"
+        say(f"  token gradients are left out: they would take {size / 1e9:.0f} GB, more than {most}")
     yield "random perturbations (loss kernel)", lambda: [loss_kernel(ground)]
     for name in signature_names(run.config):
         yield f"undoing {name}", partial(_found, run, name)
@@ -180,7 +188,7 @@ def quanta(ground: Ground) -> Labels:
     """Spectral clustering of the final model's token gradients by cosine (Michaud et al. 2023, section 5)."""
     split = ground.split
     gradients = split.loss.token_gradients(split.theta, split.tokens)
-    gradients /= gradients.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    gradients /= lengths(gradients).to(gradients)[:, None].clamp_min(1e-12)
     alike = (gradients @ gradients.T).clamp_min(0).double().numpy()
     model = SpectralClustering(ground.settings.clusters, affinity="precomputed", random_state=0)
     return np.asarray(model.fit_predict(alike), dtype=np.int64)
@@ -226,8 +234,12 @@ def weighted(ground: Ground) -> Basis:
 # -- the table -----------------------------------------------------------------------------------------
 
 
-def grouping_rows(run: Run) -> list[GroupingRow]:
-    """Every way in one run."""
+def grouping_rows(run: Run, only: Sequence[str] = ()) -> list[GroupingRow]:
+    """Every way in one run, or those whose names begin with one of ``only``.
+
+    Raises:
+        ValueError: where no way's name begins so.
+    """
     split = evaluated(run, run.task.splits.select)
     skills = token_groups(split.tokens)
     truth: Labels | None = None
@@ -236,7 +248,11 @@ def grouping_rows(run: Run) -> list[GroupingRow]:
         table_of = np.stack([skills[name].numpy() for name in names])
         truth = np.where(table_of.any(0), table_of.argmax(0), len(names))
     rows = []
+    known = []
     for way, make in ways(Ground(run, split, signature_settings(run))):
+        known.append(way)
+        if only and not way.startswith(tuple(only)):
+            continue
         started = time.perf_counter()
         partitions = make()
         used = [labels for labels in partitions if (labels != OUTLIER).any()]
@@ -252,6 +268,8 @@ def grouping_rows(run: Run) -> list[GroupingRow]:
             )
         )
         say(f"  seed {run.config.seed}: {way}, {rows[-1].groups} groups, {rows[-1].seconds:.0f} s")
+    if not rows:
+        raise ValueError(f"--only must begin the name of a way, one of {known}, got {list(only)}; correct it")
     return rows
 
 
@@ -303,13 +321,16 @@ def seeds_table(rows: Sequence[GroupingRow]) -> Table:
 
 def groupings(
     runs: Annotated[list[Path], typer.Argument(help="Finished runs of one config, one a seed.")],
+    only: Annotated[
+        list[str] | None, typer.Option(help="Ways whose names begin so, e.g. 'POLCA'; repeat. Default all.")
+    ] = None,
     json_: Result = None,
 ) -> None:
     """Compare ways of grouping tokens by how well their groups agree with known skills."""
     require_different(runs)
     rows: list[GroupingRow] = []
     for place in runs:
-        rows += grouping_rows(load_run(place, say=lambda _: None))
+        rows += grouping_rows(load_run(place, say=lambda _: None), only or ())
     tables = [groupings_table(rows), seeds_table(rows)]
     show(tables)
     seeds = sorted({row.seed for row in rows})
