@@ -114,7 +114,12 @@ def removed(
 
 
 def _how(
-    run: Run, rules: Sequence[GroupRule], options: UndoOptions, budget: Budget, basis: str | None
+    run: Run,
+    rules: Sequence[GroupRule],
+    options: UndoOptions,
+    budget: Budget,
+    basis: str | None,
+    limits: Limits,
 ) -> tuple[Span | Undo, Batches | None]:
     """Where an edit may lie or what is undone, and its batches; what undoing costs is said first."""
     run.require_bases([basis] if basis is not None else [])
@@ -132,7 +137,7 @@ def _how(
     batch = repair_batches(run, rule, fits, REPAIR_SEQUENCES)
     if options.method == "axis":
         undo = axis_undo(run, rule, logits_of(run), undo, basis)
-    undo = with_timeline(run, rule, logits_of(run), undo)
+    undo = with_timeline(run, rule, logits_of(run), undo, limits)
     for sentence in said_first(run, rule, logits_of(run), undo, data=batch is not None):
         say(f"  {sentence}")
     return undo, batch
@@ -203,9 +208,10 @@ def remove(
     opened = with_groups(load_run(run), groups, say)
     logits_of(opened)
     rules = _rules(opened, skill or [], cluster)
-    how, batch = _how(opened, rules, options, chosen, basis)
+    limits = _limits(method, target, off, kl)
+    how, batch = _how(opened, rules, options, chosen, basis, limits)
     names = tuple(rule.skill for rule in rules)
-    plan = _plan(opened, names, _limits(method, target, off, kl), chosen, how, options)
+    plan = _plan(opened, names, limits, chosen, how, options)
     path = out or run / "edits" / _file_name(names)
     if dry_run:
         by = f"{method} ({budget})" if isinstance(how, Span) else method

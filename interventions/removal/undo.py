@@ -311,6 +311,19 @@ def undo_skill(problem: RemovalProblem, undo: Undo, *, repair: bool = True) -> t
     return edit, record, shares
 
 
+def decided(select: GroupedSplit, undo: Undo, timeline: Timeline, limits: Limits = UNDO_LIMITS) -> Undo:
+    """The settings with a timeline, and with the windows that follow from it where none are to be compared.
+
+    Args:
+        select: tokens that choose.
+        undo: how.
+        timeline: of the skill and every other group.
+        limits: how much of the target is wanted.
+    """
+    choices = _choices(timeline, select, undo, limits)
+    return replace(undo, timeline=timeline, windows=choices[0] if len(choices) == 1 else undo.windows)
+
+
 def foreseen(select: GroupedSplit, undo: Undo, timeline: Timeline, limits: Limits = UNDO_LIMITS) -> Forecast:
     """What undoing will do before any repair, on the first sequences of select.
 

@@ -16,8 +16,9 @@ from interventions.edits import Edit
 from interventions.lora import adapter_edit, low_rank
 from interventions.removal.grouped import GroupedSplit, GroupRule, LogitFunction, Predictor
 from interventions.removal.measures import chance_loss, relearn
+from interventions.removal.problem import Limits
 from interventions.removal.tuning import masked_batches
-from interventions.removal.undo import Undo, Undone, foreseen, repair_settings
+from interventions.removal.undo import Undo, Undone, decided, foreseen, repair_settings
 from interventions.removal.windows import check_windows, group_masks, skill_timeline
 from polca_edit.artifacts import load_record
 from polca_edit.basis.path import trajectory_basis
@@ -164,9 +165,10 @@ def _select(run: Run, rule: GroupRule, logits: LogitFunction) -> GroupedSplit:
     return GroupedSplit(split, Predictor(run.objective, logits), rule)
 
 
-def with_timeline(run: Run, rule: GroupRule, logits: LogitFunction, undo: Undo) -> Undo:
-    """The settings with what was learned when, so that it is said first and not measured twice."""
-    return replace(undo, timeline=skill_timeline(_select(run, rule, logits), seed=undo.seed))
+def with_timeline(run: Run, rule: GroupRule, logits: LogitFunction, undo: Undo, limits: Limits) -> Undo:
+    """The settings with what was learned when and what will be undone: said first, and not measured twice."""
+    select = _select(run, rule, logits)
+    return decided(select, undo, skill_timeline(select, seed=undo.seed), limits)
 
 
 def said_first(run: Run, rule: GroupRule, logits: LogitFunction, undo: Undo, *, data: bool) -> list[str]:
