@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from experiments.config import load_config
+from experiments.run.cost.plan import recording_advice
 from experiments.run.keys import data_key
 from experiments.run.run import load_run, open_run
 from experiments.run.stages.projections import gap_lines
-from experiments.run.stages.training import probed, recording_advice, trained_series
+from experiments.run.stages.training import probed, trained_series
 from experiments.study.reproduce.english_labels import label_row
 from experiments.study.reproduce.recording import equally_spaced, equivalent, recording
 from polca_edit.allocation.allocate import Allocation, allocate, project

@@ -98,6 +98,7 @@ class CostPlan:
         smallest_effect: what the evaluate split can show.
         warnings: sentences.
         budget: settings that fit the time asked for.
+        advice: sentences on what may do with less.
     """
 
     forward_passes: float
@@ -116,6 +117,18 @@ class CostPlan:
     smallest_effect: SmallestEffect
     warnings: tuple[str, ...]
     budget: Budget | None = None
+    advice: tuple[str, ...] = ()
+
+
+def recording_advice(config: RunConfig) -> str | None:
+    """A line for whoever plans a run that records itself; None where there is nothing to say."""
+    t = config.training
+    if config.checkpoints is not None or t.record == "adaptive" or t.kept < 7:
+        return None
+    return (
+        f"{t.kept} checkpoints in equal steps are recorded; training.record=adaptive with record_every="
+        f"{max(1, t.record_every // 4)} and record_count={t.kept // 2 + 1} may do with half the files"
+    )
 
 
 def gap_warnings(config: RunConfig, steps: Sequence[int]) -> list[str]:
@@ -240,6 +253,7 @@ def make_plan(config: RunConfig, folder: Path, budget_seconds: float | None = No
         effect,
         (*gap_warnings(config, steps), *memory_warnings(sizes, speeds, config), *left_out(config)),
         None if budget_seconds is None else fit_budget(sizes, speeds, config, budget_seconds),
+        tuple(filter(None, [recording_advice(config)])),
     )
 
 
@@ -281,6 +295,7 @@ def describe(found: CostPlan) -> str:
         f"smallest effect a 5 % test finds with power 0.8 on {effect.documents} documents: "
         f"{effect.in_standard_deviations:.2f} standard deviations between documents{nats}",
         *(f"warning: {text}" for text in found.warnings),
+        *(f"advice: {text}" for text in found.advice),
     ]
     if budget is not None:
         lines.append(

@@ -57,17 +57,6 @@ def probe_of(run: Run) -> Probe:
     return probe
 
 
-def recording_advice(config: RunConfig) -> str | None:
-    """A line for whoever plans a run that records itself; None where there is nothing to say."""
-    t = config.training
-    if config.checkpoints is not None or t.record == "adaptive" or t.kept < 7:
-        return None
-    return (
-        f"recording: {t.kept} checkpoints in equal steps; training.record=adaptive with record_every="
-        f"{max(1, t.record_every // 4)} and record_count={t.kept // 2 + 1} may do with half the files"
-    )
-
-
 def trained_series(run: Run) -> Checkpoints:
     """The run's checkpoints; it is trained (or goes on) first where its weights are not yet there.
 
