@@ -12,6 +12,7 @@ from polca_edit.derivatives import contacts
 from polca_edit.derivatives.adjoint import AdjointRoute, AdjointUnavailable
 from polca_edit.derivatives.contacts import linear_share
 from polca_edit.derivatives.objective import Objective
+from polca_edit.derivatives.rounding import slope_rounding
 from polca_edit.models import TransformerShape, build_small_transformer
 from polca_edit.parameters import ParameterSpace
 from polca_edit.tokens import TokenSet
@@ -191,6 +192,38 @@ def test_both_orders_of_products(ranks, length, count, generator, monkeypatch):
     torch.testing.assert_close(linear_share(given, delta, vectors, transposed=False), wanted)
     turned = vectors.transpose(1, 2).contiguous()
     torch.testing.assert_close(linear_share(given, delta, turned, transposed=True), wanted)
+
+
+@pytest.mark.parametrize(("ranks", "length", "count"), [(1, 40, 30), (4, 5, 6)])
+def test_products_in_fewer_bits_are_those_of_rounded_factors(ranks, length, count, generator):
+    """Factors that bfloat16 holds exactly, whose sums float32 holds exactly: nothing may be lost but that."""
+
+    def whole(*shape: int) -> Tensor:
+        return torch.randint(-4, 5, shape, generator=generator).float()
+
+    given, delta, vectors = whole(6, length, 5), whole(6, ranks, length, 7), whole(count, 5, 7)
+    wanted = torch.einsum("xrlo,xli,kio->xrk", delta, given, vectors)
+    found = linear_share(given, delta, vectors.bfloat16(), transposed=False)
+    assert found.dtype == torch.float32
+    if length == 5:  # V a is at most 80, which eight bits hold
+        assert torch.equal(found, wanted)
+    else:
+        torch.testing.assert_close(found, wanted, rtol=0, atol=float(wanted.abs().max()) * 2**-8)
+
+
+def test_slopes_by_products_in_fewer_bits(generator):
+    module = small()
+    space, tokens = ParameterSpace.from_module(module), few_scored(generator)
+    theta, rows = space.read(module), torch.randn(8, space.size, generator=generator)
+    objective = Objective(module, next_token_loss, space, route="adjoint")
+    losses, exact = objective.directional(theta, rows, tokens)
+    same, found = objective.directional(theta, rows, tokens, products=torch.bfloat16)
+    assert torch.equal(losses, same)
+    error = float((found - exact).double().norm() / exact.double().norm())
+    assert 1e-5 < error < 2**-7  # eight bits, and not the exact numbers once more
+    assert slope_rounding(objective, theta, rows, tokens, torch.bfloat16) == pytest.approx(error, rel=0.5)
+    plain = Objective(module, next_token_loss, space, route="jvp")
+    assert slope_rounding(plain, theta, rows, tokens, torch.bfloat16) == 0
 
 
 def test_route_is_chosen_by_scored_tokens(generator):

@@ -22,6 +22,7 @@ from experiments.run.driver import run_stages
 from experiments.run.engines import TaskQueue, WorkerCall, local_slopes, stored_rows
 from experiments.run.pieces import Blocks, Measured, Piece, compute_piece
 from experiments.run.run import load_run, open_run
+from experiments.run.stages.projections import SlopeRounding
 from polca_edit.allocation.allocate import CheckpointSlopes, Projections, slopes_at
 from polca_edit.artifacts import checksum, load_record, save_record
 from polca_edit.basis.record import Basis, random_basis, unlabelled
@@ -286,4 +287,24 @@ def test_a_run_of_rounded_rows_in_blocks_of_parameters(smoke_run, tmp_path):
     for name in ("gradients", "residual_start", "residual_end"):
         mine, other = (getattr(each, name) for each in found)
         assert float((mine - other).norm()) < 1e-5 * float(mine.norm())
+    assert torch.equal(found[0].displacements, found[1].displacements)
+
+
+def test_a_run_whose_slopes_are_taken_in_fewer_bits_says_what_that_costs(smoke_run, tmp_path):
+    lines: list[str] = []
+    values = {"bases": [{"kind": "random", "vectors": 12}], "threads": 1}
+    found = []
+    for products in ("float32", "bfloat16"):
+        out = shutil.copytree(smoke_run, tmp_path / products)
+        run = open_run(load_config("smoke", {**values, "slope_products": products}), out, lines.append)
+        run_stages(run, stages=["train", "basis:random", "projections"])
+        found.append(load_record(Projections, run.directory.projections("random")))
+        assert (out / "projections" / "rounding.json").exists() == (products == "bfloat16")
+    rounding = load_record(SlopeRounding, tmp_path / "bfloat16" / "projections" / "rounding.json")
+    error = float((found[1].gradients - found[0].gradients).norm() / found[0].gradients.norm())
+    assert 1e-4 < error < 1e-2
+    assert len(rounding.errors) == 3
+    assert all(1e-4 < each < 2e-2 for each in rounding.errors)
+    assert any("slopes by products in bfloat16: off by" in line for line in lines)
+    assert torch.equal(found[0].losses, found[1].losses)
     assert torch.equal(found[0].displacements, found[1].displacements)

@@ -78,6 +78,11 @@ class RunConfig(Section):
         description="of stored basis rows; float32 keeps them as computed, the others halve the bytes, and "
         "their error (Gram matrix, slopes) is measured, printed and kept in the record",
     )
+    slope_products: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="of the matrix products of slopes with basis vectors; bfloat16 is faster where the "
+        "processor has units for it, and its error is measured at three checkpoints, printed and kept",
+    )
     memory_gb: float | None = Field(
         None, gt=0, description="memory of the whole run; vectors, batches and directions are cut to fit"
     )

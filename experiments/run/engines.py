@@ -18,7 +18,16 @@ from typing import Any, Protocol
 import torch
 
 from experiments.run.memory import memory_shares
-from experiments.run.pieces import Along, Blocks, Measured, Piece, Task, assemble_pieces, compute_piece
+from experiments.run.pieces import (
+    Along,
+    Blocks,
+    Measured,
+    Piece,
+    Task,
+    assemble_pieces,
+    compute_piece,
+    products_of,
+)
 from experiments.run.run import Run, load_run
 from polca_edit.allocation.allocate import CheckpointSlopes
 from polca_edit.allocation.terms import places_of
@@ -55,7 +64,7 @@ def slope_engine(
     config = run.config
     size = run.task.space.size
     blocks = Blocks(memory_shares(config, size).directions, config.token_shard, config.parameter_block)
-    given = Measured(run.objective, checkpoints, bases, tokens)
+    given = Measured(run.objective, checkpoints, bases, tokens, products_of(config))
     if config.engine == "local":
         yield lambda index: local_slopes(given, index, blocks)
         return
@@ -193,8 +202,8 @@ class Opened:
             paths = [self.run.directory.basis(spec.label) for spec in self.run.config.measured_bases()]
             self.bases = tuple(stored_rows(path, block) for path in paths)
             self.block = call.parameters, call.task.block
-        given = Measured(self.run.objective, self.checkpoints, self.bases, self.run.task.splits.select)
-        return given, block
+        tokens, products = self.run.task.splits.select, products_of(self.run.config)
+        return Measured(self.run.objective, self.checkpoints, self.bases, tokens, products), block
 
 
 def stored_rows(path: Path, block: Subset | None) -> Basis:

@@ -156,6 +156,7 @@ def stage_key(config: RunConfig, contents: str, stage: str) -> str:
         measured = [(b.label, basis_key(config, contents, b)) for b in config.measured_bases()]
         # Only rules that measure more than the trapezoid: keys of runs without them stay as they are.
         more = ["simpson"] if settings["rule"] == "simpson" else []
+        more += [config.slope_products] if config.slope_products != "float32" else []
         return key_of("projections", measured, settings["rule"] == "second_order", *more)
     if kind == "clusters":
         source = f"basis:{label}" if spec(label).rotated else "projections"

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from experiments.config import RunConfig
 from polca_edit.allocation.allocate import CheckpointSlopes, slopes_from
 from polca_edit.allocation.directions import directions_at, displacement
 from polca_edit.basis.record import Basis
@@ -93,6 +94,11 @@ class Piece:
     passes: dict[str, float]
 
 
+def products_of(config: RunConfig) -> torch.dtype | None:
+    """Type of the matrix products of slopes; None: the weights'."""
+    return torch.bfloat16 if config.slope_products == "bfloat16" else None
+
+
 @dataclass(frozen=True)
 class Measured:
     """What slopes are taken of: the same wherever a task runs.
@@ -102,12 +108,14 @@ class Measured:
         checkpoints: the places.
         bases: whose directions; on a worker the rows of one block of parameters.
         tokens: where.
+        products: type of the matrix products with directions; None: the weights'.
     """
 
     objective: Objective
     checkpoints: Checkpoints
     bases: Sequence[Basis]
     tokens: TokenSet
+    products: torch.dtype | None = None
 
     @property
     def rows(self) -> int:
@@ -141,7 +149,7 @@ def compute_piece(
         shard = tokens.select(torch.arange(*task.sequences))
     before = objective.passes.as_dict()
     planned = given.rows * len(given.checkpoints)
-    losses, slopes = objective.directional(theta, rows, shard, expected=planned)
+    losses, slopes = objective.directional(theta, rows, shard, expected=planned, products=given.products)
     passes = {kind: value - before[kind] for kind, value in objective.passes.as_dict().items()}
     return Piece(losses, slopes, passes)
 

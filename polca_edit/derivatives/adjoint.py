@@ -263,7 +263,7 @@ class AdjointRoute:
                 else:
                     yield from contact_shares(contact, delta, rows, skip)
             for name, gradient in explicit.items():
-                yield name, gradient @ rows[name].flatten(1).T
+                yield name, gradient @ rows[name].flatten(1).T.to(gradient)
 
         return losses, shares()
 

@@ -2,6 +2,9 @@
 
 For y = W a + b with cotangents delta = d loss / d y, <V, d loss_{x,r} / d W> is
 sum_l delta[x, r, l] . (V a[x, l]): one matrix product per weight and vector.
+
+Directions may come in fewer bits than cotangents (bfloat16). The matrix products with them are then taken in
+that type, where processors have units for it; sums over positions and layers stay in the cotangents' type.
 """
 
 from __future__ import annotations
@@ -18,8 +21,9 @@ Kind = Literal["linear", "conv1d", "norm", "embedding"]
 
 #: Bytes of the block in which per-token gradients are formed; it should stay in cache.
 CACHE_BLOCK = 1 << 21
-#: Measured cost of forming and reading a per-token gradient entry, in multiples of a multiply-add.
-FORMING_PENALTY = 1.7
+#: Measured cost of forming and reading a per-token gradient entry, in multiples of a multiply-add; where the
+#: products are in fewer bits they cost less and the forming does not.
+FORMING_PENALTY, FORMING_PENALTY_IN_FEWER_BITS = 1.7, 6.0
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ def contact_shares(
         skip: parameters treated elsewhere.
     """
     if contact.bias is not None and contact.bias not in skip:
-        yield contact.bias, delta.sum(2) @ rows[contact.bias].T
+        yield contact.bias, delta.sum(2) @ rows[contact.bias].T.to(delta)
     if contact.weight is None or contact.weight in skip:
         return
     given, vectors = contact.given, rows[contact.weight]
@@ -74,7 +78,7 @@ def contact_shares(
     if len(used) < delta.shape[2]:
         given, delta = given[:, used], delta[:, :, used]
     if contact.kind == "norm":
-        yield contact.weight, (delta * given[:, None]).sum(2) @ vectors.T
+        yield contact.weight, (delta * given[:, None]).sum(2) @ vectors.T.to(delta)
     elif contact.kind == "embedding":
         yield contact.weight, embedding_share(given, delta, vectors)
     else:
@@ -87,7 +91,7 @@ def embedding_share(
     """sum_l delta[x, r, l] . V[given[x, l]], vector by vector."""
     batch, ranks = delta.shape[:2]
     flat = delta.reshape(batch, ranks, -1)
-    parts = [torch.bmm(flat, vector[given].reshape(batch, -1, 1)) for vector in vectors]
+    parts = [torch.bmm(flat, vector[given].reshape(batch, -1, 1).to(flat)) for vector in vectors]
     return torch.cat(parts, 2)
 
 
@@ -103,22 +107,25 @@ def linear_share(
     Args:
         given: inputs of the map.
         delta: cotangents of its outputs.
-        vectors: (K, in, out), or (K, out, in) where ``transposed``.
+        vectors: (K, in, out), or (K, out, in) where ``transposed``; products are taken in their type.
         transposed: how the weight is laid out.
     """
     batch, ranks, length, width = delta.shape
     count = len(vectors)
     if length == 0:
         return delta.new_zeros(batch, ranks, count)
-    if FORMING_PENALTY * ranks * (length + count) < count * length:
+    fewer = vectors.dtype != delta.dtype
+    penalty = FORMING_PENALTY_IN_FEWER_BITS if fewer else FORMING_PENALTY
+    if penalty * ranks * (length + count) < count * length:
         pair = (delta, given[:, None]) if transposed else (given[:, None], delta)
         return _by_token_gradients(*pair, vectors)
     turned = vectors.transpose(1, 2) if transposed else vectors
     block = max(1, 4 * CACHE_BLOCK // (batch * length * width * delta.element_size()))
     flat, parts = delta.reshape(batch, ranks, length * width), []
+    given = given.to(vectors.dtype)
     for some in torch.split(turned, block):
         pushed = torch.matmul(given.reshape(1, batch * length, -1), some)
-        pushed = pushed.view(len(some), batch, length * width)
+        pushed = pushed.view(len(some), batch, length * width).to(delta.dtype)
         parts.append(torch.bmm(flat, pushed.permute(1, 2, 0)))
     return torch.cat(parts, 2)
 
@@ -133,12 +140,18 @@ def _by_token_gradients(
     batch, ranks = len(left), max(left.shape[1], right.shape[1])
     count, depth, width = vectors.shape
     many = max(1, 64 // ranks)
-    block = max(1, CACHE_BLOCK // (many * ranks * width * left.element_size()))
+    block = max(1, CACHE_BLOCK // (many * ranks * width * vectors.element_size()))
     result = left.new_zeros(batch * ranks, count)
+    left, right = left.to(vectors.dtype), right.to(vectors.dtype)
     for row in range(0, depth, block):
         directions = vectors[:, row : row + block].flatten(1).T
         for first in range(0, batch, many):
             some = slice(first, min(batch, first + many))
             formed = torch.matmul(left[some, ..., row : row + block].transpose(2, 3), right[some])
-            result[some.start * ranks : some.stop * ranks].addmm_(formed.flatten(0, 1).flatten(1), directions)
+            formed = formed.flatten(0, 1).flatten(1)
+            own = result[some.start * ranks : some.stop * ranks]
+            if formed.dtype == own.dtype:
+                own.addmm_(formed, directions)
+            else:
+                own += formed @ directions
     return result.view(batch, ranks, count)

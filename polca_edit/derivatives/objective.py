@@ -180,6 +180,7 @@ class Objective:
         tokens: TokenSet,
         *,
         expected: int | None = None,
+        products: torch.dtype | None = None,
     ) -> tuple[Float[Tensor, " M"], Float[Tensor, "K M"]]:
         """Token losses and <v, grad l_x(theta)> for every row v, in nats (per unit of v).
 
@@ -188,12 +189,15 @@ class Objective:
             rows: directions; those that lie in a few tensors are differentiated through these alone.
             tokens: where.
             expected: number of vectors this objective will see in all, for the choice of route.
+            products: type of the adjoint route's matrix products with rows, whose sums stay in the type of
+                theta; default that of theta. :func:`~polca_edit.derivatives.rounding.slope_rounding`
+                measures what fewer bits cost. Other routes have no such products and take no notice.
         """
         given = Directions.of(rows)
         planned = expected if expected is not None else len(given)
         if self.wants_adjoint(given.moving, tokens, planned):
             try:
-                return self._directional_adjoint(theta, given, tokens)
+                return self._directional_adjoint(theta, given, tokens, products or theta.dtype)
             except AdjointUnavailable as reason:
                 if self.route == "adjoint":
                     raise ValueError(
@@ -236,13 +240,13 @@ class Objective:
         return adjoint < PASSES_PER_VECTOR[other] * count
 
     def _directional_adjoint(
-        self, theta: Float[Tensor, " N"], given: Directions, tokens: TokenSet
+        self, theta: Float[Tensor, " N"], given: Directions, tokens: TokenSet, products: torch.dtype
     ) -> tuple[Float[Tensor, " M"], Float[Tensor, "K M"]]:
         """Losses and slopes from the scored tokens' cotangents (:mod:`polca_edit.derivatives.adjoint`)."""
         if self._adjoint is None:
             self._adjoint = AdjointRoute(self.module, self.space, self.token_loss, self.memory_budget)
         values = self.space.unflatten(self.placed(theta))
-        directions = NamedDirections.of(given, self.space, lambda rows: self.placed(rows, theta.dtype))
+        directions = NamedDirections.of(given, self.space, lambda rows: self.placed(rows, products))
         slots, valid = scored_slots(tokens.scored)
         ranks = slots.shape[1]
         first = slice(self.batch_size)

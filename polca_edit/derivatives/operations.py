@@ -224,7 +224,7 @@ def _pointwise(own: Tracked, weight: Tensor, factor: Tensor | None, found: Tenso
         summed = [i + 2 for i, size in enumerate(aligned) if size == 1 and product.shape[i + 2] != 1]
         if summed:
             product = product.sum(summed, keepdim=True)
-        return product.reshape(*lead, -1) @ own.of(rows).flatten(1).T
+        return product.reshape(*lead, -1) @ own.of(rows).flatten(1).T.to(product)
 
     return [(own.name, share)]
 
@@ -323,7 +323,7 @@ def _einsum(equation: str, operands: list[Any], found: Tensor, tracked: Any) -> 
         turned = arranged(delta, out[1:], 2, groups, places, outer)
         vectors = arranged(own.of(rows), mine, 1, groups, inner, outer)
         if vectors.shape[2:] == (1, 1):
-            return (turned * pushed[:, None]).sum((3, 4)) @ vectors.flatten(1).T
+            return (turned * pushed[:, None]).sum((3, 4)) @ vectors.flatten(1).T.to(turned)
         parts = [
             linear_share(pushed[:, g], turned[:, :, g], vectors[:, g], transposed=False)
             for g in range(vectors.shape[1])

@@ -2,18 +2,46 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
+
 from experiments.run.engines import slope_engine
 from experiments.run.parts import Ledger, kept_parts, part_path
+from experiments.run.pieces import products_of
 from experiments.run.run import Run
 from polca_edit.allocation.allocate import Allocation, CheckpointSlopes, allocate
+from polca_edit.allocation.directions import directions_at
 from polca_edit.allocation.gaps import sparse_intervals
 from polca_edit.allocation.progress import progress
 from polca_edit.allocation.terms import assemble_for, places_of, with_curvature
 from polca_edit.artifacts import load_record, save_record
 from polca_edit.basis.record import Basis
+from polca_edit.checkpoints.series import Checkpoints
+from polca_edit.derivatives.rounding import slope_rounding
 
 #: Quadrature error of a token, as a share of its change, that is not worth a line; intervals one names.
 TOLERATED, NAMED = 0.05, 8
+
+
+@dataclass(frozen=True)
+class SlopeRounding:
+    """Error of a run's slopes for their matrix products in fewer bits.
+
+    Attributes:
+        products: type of the products.
+        steps: of the checkpoints at which it was measured.
+        errors: relative to the slopes' root mean square, one a checkpoint.
+    """
+
+    products: str
+    steps: tuple[int, ...]
+    errors: tuple[float, ...]
+
+    def __str__(self) -> str:
+        return (
+            f"slopes by products in {self.products}: off by {max(self.errors):.1e} of their root mean square"
+        )
 
 
 def run_projections(run: Run, stage: str) -> None:
@@ -23,9 +51,13 @@ def run_projections(run: Run, stage: str) -> None:
     rule, series, tokens = run.config.rule, run.observed(), run.task.splits.select
     places = places_of(series, rule)
     parts = run.directory.path / "projections" / "parts"
-    outputs = [run.directory.projections(label) for label in labels]
+    outputs, products = [run.directory.projections(label) for label in labels], products_of(run.config)
     with run.directory.stage(stage, run.key(stage), outputs, run.objective.passes, parts=parts):
         mapped = kept_parts(parts, CheckpointSlopes, Ledger(parts, run.objective.passes))
+        if products is not None:
+            rounding = measured_rounding(run, places, bases, products)
+            save_record(run.directory.path / "projections" / "rounding.json", rounding)
+            run.say(f"  {rounding}")
         indices = range(len(places))
         wanted = [i for i in indices if not part_path(parts, i).exists()]
         with slope_engine(run, places, bases, tokens, wanted) as at:
@@ -41,6 +73,20 @@ def run_projections(run: Run, stage: str) -> None:
             if number == 0:  # the error is the same for every basis
                 for line in gap_lines(allocate(projections, rule)):
                     run.say(f"  {line}")
+
+
+def measured_rounding(
+    run: Run, places: Checkpoints, bases: list[Basis], products: torch.dtype
+) -> SlopeRounding:
+    """What products in fewer bits cost at the first, the middle and the last place."""
+    steps, errors = [], []
+    for index in sorted({0, len(places) // 2, len(places) - 1}):
+        theta, rows = directions_at(places, bases, index)
+        planned = len(rows) * len(places)
+        tokens = run.task.splits.select
+        errors.append(slope_rounding(run.objective, theta, rows, tokens, products, expected=planned))
+        steps.append(places.steps[index])
+    return SlopeRounding(run.config.slope_products, tuple(steps), tuple(errors))
 
 
 def gap_lines(allocation: Allocation) -> list[str]:
