@@ -169,6 +169,12 @@ STUDIES = {
         ("polca-edit study carry-signal --preset demo --json carry-signal.json",),
         next=_AFTER_A_STUDY,
     ),
+    "paper-tables": Verb(
+        "study.reproduce.paper_tables:paper_tables",
+        "The paper's tables from stored projections, and which setting makes the carry signal.",
+        ("polca-edit study paper-tables runs/paper --json paper-tables.json",),
+        next=_AFTER_A_STUDY,
+    ),
     "demo-table": Verb(
         "study.demo_table:demo_table",
         "Several demo seeds beside the demo's targets.",

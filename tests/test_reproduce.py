@@ -18,6 +18,7 @@ from experiments.study.multiverse import (
     BranchResult,
     branches,
     outcome,
+    spaced,
     survival,
     thinned,
 )
@@ -25,6 +26,14 @@ from experiments.study.reproduce import seed
 from experiments.study.reproduce.carry import GroupDamage, counted_places, group_damage
 from experiments.study.reproduce.claims import CLAIMS, Claim, judge_claim, judge_claims
 from experiments.study.reproduce.measure import ReproductionSettings, measure_bases
+from experiments.study.reproduce.paper_tables import (
+    PUBLISHED_CLUSTERS,
+    Stored,
+    along,
+    factor_rows,
+    paper_tables,
+    signal_row,
+)
 from experiments.study.reproduce.rows import (
     BasisRow,
     CarryScores,
@@ -47,6 +56,7 @@ from polca_edit.artifacts import from_plain
 from polca_edit.basis.record import random_basis
 from polca_edit.checkpoints.opening import open_checkpoints
 from polca_edit.clusters.density import ClusterSettings
+from polca_edit.clusters.features import Trajectories
 from polca_edit.derivatives.objective import Objective
 from polca_edit.models import TransformerShape, build_small_transformer
 from polca_edit.observation import ObserveSettings
@@ -113,6 +123,51 @@ def test_planted_carry_cluster_is_chosen_on_select_and_scored_on_evaluate(data):
     assert worse.adjusted_rand < found.adjusted_rand - 0.3
 
 
+def test_the_papers_measure_finds_a_planted_carry_and_its_factors_say_what_hides_it(data):
+    tokens, paths = data.select, _planted(data.select, 0)
+    given = Stored(0, "hessian", _projections(paths), tokens, 20)
+    own = Trajectories("polca", paths, True)
+    row = signal_row(given, "trapezoid", own, PUBLISHED_CLUSTERS)
+    assert row.homogeneity > 0.99
+    carry = tokens.skills["carry"]
+    inside = float((carry & counted_places(tokens)).sum() / carry.sum())
+    assert row.recall == pytest.approx(inside, abs=0.05)
+    assert row.f1 == pytest.approx(2 * row.homogeneity * row.recall / (row.homogeneity + row.recall))
+    assert row.top_three[0] == row.homogeneity
+    # Where carries at the 10s alone count, those at the 100s put the cluster below 85 %.
+    alone = signal_row(given, "trapezoid", own, PUBLISHED_CLUSTERS, counted=tokens.skills["10s"])
+    assert alone.eligible < row.eligible
+    # Labels that the paths know nothing of.
+    order = torch.randperm(len(carry), generator=torch.Generator().manual_seed(1))
+    blind = replace(given, tokens=replace(tokens, skills=tokens.skills | {"carry": carry[order]}))
+    assert (signal_row(blind, "trapezoid", own, PUBLISHED_CLUSTERS).homogeneity or 0.0) < 0.7
+
+
+def test_factors_start_from_the_published_setting_and_change_one_thing(data):
+    given = Stored(0, "hessian", _projections(_planted(data.select, 0)), data.select, 20)
+    rows = list(factor_rows(given, spacings=(20,)))
+    assert [row.name for row in rows].count("as published") == 2
+    assert {row.spacing for row in rows} == {"10", "10–20"}  # eleven intervals: the last one stays
+    for rule in ("first_order", "trapezoid"):
+        own = along(given.projections, rule, rule)
+        base = next(row for row in rows if row.rule == rule and row.name == "as published")
+        assert base == signal_row(given, rule, own, PUBLISHED_CLUSTERS, name="as published")
+        kept = next(row for row in rows if row.rule == rule and row.name == "rising vectors kept")
+        assert kept.kept == 2 >= base.kept
+
+
+def test_paper_tables_of_a_run(smoke_run, tmp_path):
+    file = tmp_path / "tables.json"
+    paper_tables(smoke_run, None, file)
+    found = json.loads(file.read_text())
+    names = {row["name"] for row in found["families"]}
+    assert {"exact_loss", "fisher", "first_order", "polca", "trajectory"} <= names
+    assert 0.3 < found["carry_share"] < 0.7
+    purer = next(c for c in found["claims"] if "exact losses" in c["claim"] and c["column"] == "homogeneity")
+    assert len(purer["ours"]) == 1
+    assert "as published" in file.with_suffix(".md").read_text()
+
+
 def test_a_short_uneven_run_has_breakthroughs_in_both_studies(data):
     """Half the span of steps 0, 5, 10, 15 is 7, and no checkpoint has 7 steps on both sides."""
     short = _planted(data.select, 0)[[0, 3, 6, 11]]
@@ -120,7 +175,8 @@ def test_a_short_uneven_run_has_breakthroughs_in_both_studies(data):
     projections = replace(_projections(short), steps=steps)
     splits = TokenSplits(data.select, data.select)
     [clustered] = cluster_variants(paths, splits, _scoring(1))
-    assert 0 <= hidden_share(clustered, paths, projections, 100) <= 1
+    vectors = [both.select for both in clustered.vectors]
+    assert 0 <= hidden_share(vectors, short, projections, 100) <= 1
     settings = ObserveSettings(clusters=CLUSTERS, breakthrough_delta=100)
     found = outcome(projections, Branch(2, 1, False, False, 0.03, "trapezoid"), data.select, settings)
     assert 0 <= found.hidden_share <= 1
@@ -162,6 +218,9 @@ def test_thinned_projections_are_those_of_the_thinned_series(data):
     for rule in ("first_order", "trapezoid"):
         torch.testing.assert_close(allocate(mine, rule).values, allocate(direct, rule).values)
     assert bool(allocate(mine).residual.isnan().all())
+    uneven = replace(full, steps=torch.tensor([0, 10, 25, 30, 60, 65]))
+    assert spaced(uneven, 15).steps.tolist() == [0, 25, 60, 65]
+    assert torch.equal(spaced(uneven, 15).gradients, full.gradients[[0, 2, 4, 5]])
 
 
 def test_survival_counts_branches_by_level():
@@ -222,7 +281,7 @@ def test_claims_are_read_off_the_rows():
     assert claim.published == (0.973, 0.902)
 
     def status(*pairs):
-        return judge_claim(claim, [{"polca": _scores(a), "random": _scores(b)} for a, b in pairs]).status
+        return judge_claim(claim, pairs).status
 
     assert status((0.9, 0.8), (0.7, 0.6)) == "reproduced"
     assert status((0.9, 0.8), (0.7, 0.75)) == "mixed"

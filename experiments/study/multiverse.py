@@ -26,13 +26,30 @@ SMALLEST = 0.02
 
 
 def thinned(projections: Projections, stride: int, vectors: Sequence[int] | None = None) -> Projections:
-    """Every ``stride``-th checkpoint (the last one always), and only some vectors.
+    """Every ``stride``-th checkpoint (the last one always), and only some vectors: :func:`kept_at`."""
+    last = len(projections.steps) - 1
+    return kept_at(projections, sorted({*range(0, last + 1, stride), last}), vectors)
+
+
+def spaced(projections: Projections, least: int) -> Projections:
+    """Checkpoints at least so many steps apart, the first and the last always: :func:`kept_at`."""
+    steps = projections.steps.tolist()
+    kept = [0]
+    for index, step in enumerate(steps[:-1]):
+        if step >= steps[kept[-1]] + least:
+            kept.append(index)
+    return kept_at(projections, [*kept, len(steps) - 1])
+
+
+def kept_at(
+    projections: Projections, indices: Sequence[int], vectors: Sequence[int] | None = None
+) -> Projections:
+    """Some of the checkpoints, and only some vectors.
 
     The residual direction of a longer interval was not measured, so its fields are NaN: what the
     vectors are given is exact, the residual is not known.
     """
-    last = len(projections.steps) - 1
-    kept = torch.tensor(sorted({*range(0, last + 1, stride), last}))
+    kept = torch.tensor(list(indices))
     chosen = torch.arange(projections.gradients.shape[1]) if vectors is None else torch.tensor(list(vectors))
     start = torch.zeros_like(projections.displacements[:1])
     places = torch.cat([start, projections.displacements.cumsum(0)])

@@ -6,7 +6,7 @@ rows by the same comparison, so no words are fitted to a result.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -77,6 +77,9 @@ class JudgedClaim:
     status: Status
 
 
+#: The better and the worse number of a seed; None where there is no eligible cluster.
+Pair = tuple[float | None, float | None]
+
 #: The claim that arithmetic cannot test.
 LANGUAGE = JudgedClaim(
     "22 of 26 vectors of the language model have a cluster with a simple label",
@@ -89,13 +92,8 @@ LANGUAGE = JudgedClaim(
 )
 
 
-def judge_claim(claim: Claim, parts: Sequence[Mapping[str, CarryScores]]) -> JudgedClaim:
-    """One claim over seeds."""
-    pairs: list[tuple[float | None, float | None]] = [
-        (getattr(found[claim.better], claim.column), getattr(found[claim.worse], claim.column))
-        for found in parts
-        if claim.better in found and claim.worse in found
-    ]
+def judge_claim(claim: Claim, pairs: Sequence[Pair]) -> JudgedClaim:
+    """One claim over seeds, from the two numbers of each."""
     known = [(a, b) for a, b in pairs if a is not None and b is not None]
     held = sum(a > b for a, b in known)
     status: Status = "mixed"
@@ -114,4 +112,17 @@ def judge_claims(rows: Sequence[BasisRow], features: Sequence[FeatureRow]) -> tu
             parts.setdefault(row.seed, {})[row.basis] = row.carry
     for feature in features:
         parts.setdefault(feature.seed, {})[feature.feature] = feature.carry
-    return (*(judge_claim(claim, list(parts.values())) for claim in CLAIMS), LANGUAGE)
+
+    def pairs(claim: Claim) -> list[Pair]:
+        return [
+            (getattr(found[claim.better], claim.column), getattr(found[claim.worse], claim.column))
+            for found in parts.values()
+            if claim.better in found and claim.worse in found
+        ]
+
+    return judge_numbers(pairs)
+
+
+def judge_numbers(pairs: Callable[[Claim], Sequence[Pair]]) -> tuple[JudgedClaim, ...]:
+    """Every claim by the pairs of numbers it has, one a seed, and the one that arithmetic cannot test."""
+    return (*(judge_claim(claim, pairs(claim)) for claim in CLAIMS), LANGUAGE)

@@ -6,6 +6,7 @@ one cluster on select, as in the paper; evaluate only scores it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -27,7 +28,7 @@ from polca_edit.clusters.comparators import (
     outlier_share,
     success_rate,
 )
-from polca_edit.clusters.density import ClusterSettings, shaped
+from polca_edit.clusters.density import ClusterSettings, VectorClusters, shaped
 from polca_edit.clusters.membership import fit_rule
 from polca_edit.tokens import TokenSet
 
@@ -280,14 +281,16 @@ def cluster_variants(paths: Paths, splits: TokenSplits, scoring: Scoring) -> lis
     return result
 
 
-def hidden_share(clustered: Clustered, paths: Paths, projections: Projections, delta: int) -> float | None:
-    """Share of all clusters on select with a hidden breakthrough; None without clusters."""
+def hidden_share(
+    vectors: Sequence[VectorClusters], paths: Float[Tensor, "T K M"], projections: Projections, delta: int
+) -> float | None:
+    """Share of all clusters with a hidden breakthrough; None without clusters."""
     steps = projections.steps
     tau, fitting = flat_after(projections.losses.double().mean(1), steps), fitting_delta(delta, steps)
     found = [
-        is_hidden(paths.select[:, v.select.vector].T[v.select.members(c)], steps, fitting, tau)
-        for v in clustered.vectors
-        for c in range(v.select.count)
+        is_hidden(paths[:, v.vector].T[v.members(c)], steps, fitting, tau)
+        for v in vectors
+        for c in range(v.count)
     ]
     return sum(found) / len(found) if found else None
 
@@ -309,7 +312,7 @@ def carry_columns(
     used = best[2] if best else clustered[0]
     columns = CarryScores(
         used.variant.name,
-        hidden_share(used, paths, projections, scoring.delta),
+        hidden_share([v.select for v in used.vectors], paths.select, projections, scoring.delta),
         outlier_share([v.select for v in used.vectors]),
         success_rate([v.select for v in used.vectors]),
         variants={c.variant.name: _most_homogeneous(c) for c in clustered},
