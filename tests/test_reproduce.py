@@ -26,14 +26,14 @@ from experiments.study.reproduce import seed
 from experiments.study.reproduce.carry import GroupDamage, counted_places, group_damage
 from experiments.study.reproduce.claims import CLAIMS, Claim, judge_claim, judge_claims
 from experiments.study.reproduce.measure import ReproductionSettings, measure_bases
-from experiments.study.reproduce.paper_tables import (
+from experiments.study.reproduce.paper_rows import (
     PUBLISHED_CLUSTERS,
     Stored,
     along,
     factor_rows,
-    paper_tables,
     signal_row,
 )
+from experiments.study.reproduce.paper_tables import paper_tables
 from experiments.study.reproduce.rows import (
     BasisRow,
     CarryScores,

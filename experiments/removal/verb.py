@@ -204,11 +204,10 @@ def remove(
     The edit is written in any case; where it misses a bound, the command says which and ends with 1.
     """
     options = UndoOptions(method, tuple(window or ()), repair, relearn, lora, compare)
-    chosen = _budget(budget)
+    chosen, limits = _budget(budget), _limits(method, target, off, kl)
     opened = with_groups(load_run(run), groups, say)
     logits_of(opened)
     rules = _rules(opened, skill or [], cluster)
-    limits = _limits(method, target, off, kl)
     how, batch = _how(opened, rules, options, chosen, basis, limits)
     names = tuple(rule.skill for rule in rules)
     plan = _plan(opened, names, limits, chosen, how, options)
