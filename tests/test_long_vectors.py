@@ -31,7 +31,7 @@ def exact(vector):
 
 
 def test_lengths_are_those_of_float64(vector, exact):
-    assert float(lengths(vector[None])) == pytest.approx(exact, rel=1e-6)
+    assert float(lengths(vector[None])) == pytest.approx(exact, rel=1e-5)
     assert lengths(vector[None, :0]).tolist() == [0.0]
     assert lengths(vector[None][:0]).shape == (0,)
 
@@ -48,7 +48,7 @@ def test_random_edits_have_the_norm_of_theirs(vector, exact, kind):
     moved = Movement(vector, torch.zeros(SIZE))
     edit = from_delta(moved.base, vector, "test")
     drawn = random_like(moved, edit, torch.Generator().manual_seed(0), kind=kind, space=SPACE)
-    assert float(drawn.delta().double().norm()) == pytest.approx(exact, rel=1e-6)
+    assert float(drawn.delta().double().norm()) == pytest.approx(exact, rel=1e-5)
 
 
 def test_norms_of_a_record(vector, exact):
@@ -56,5 +56,5 @@ def test_norms_of_a_record(vector, exact):
     zero, basis = torch.zeros(1), unlabelled("none", torch.zeros(0, SIZE))
     slopes = [CheckpointSlopes(zero, (torch.zeros(0, 1),), (zero,), (zero,))] * 2
     found = assemble(series, basis, 0, slopes)
-    assert found.step_norms.tolist() == pytest.approx([exact], rel=1e-6)
-    assert found.residual_norms.tolist() == pytest.approx([exact], rel=1e-6)
+    assert found.step_norms.tolist() == pytest.approx([exact], rel=1e-5)
+    assert found.residual_norms.tolist() == pytest.approx([exact], rel=1e-5)
