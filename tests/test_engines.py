@@ -63,7 +63,7 @@ def projected(out: Path, **overrides: object) -> tuple[dict[str, str], dict[str,
         "threads": 1,
         "vector_block": 5,
         "token_shard": 25,
-        "parameter_block": 4000,
+        "parameter_block": 8000,
         "batch_size": 25,
         **overrides,
     }
@@ -151,7 +151,7 @@ def test_ray_writes_the_same_bytes_though_workers_are_killed(smoke_run, tmp_path
     names = [path.name.rsplit("-", 1) for path in journal.iterdir()]
     tasks = [task for task, _ in names]
     # 11 checkpoints, 9 directions in blocks of 5, 50 sequences in shards of 25, blocks of whole tensors.
-    blocks = len(Blocks(parameters=4000).of(load_run(again, lambda text: None).task.space))
+    blocks = len(Blocks(parameters=8000).of(load_run(again, lambda text: None).task.space))
     assert blocks > 1
     assert len(set(tasks)) == 11 * 2 * 2 * blocks
     assert len(killed) == 2
