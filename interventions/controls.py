@@ -86,8 +86,8 @@ def _placed(moved: Tensor, space: ParameterSpace, generator: torch.Generator) ->
 
 def _ratio(wanted: Tensor, drawn: Tensor) -> float:
     """What drawn entries are multiplied with to get a wanted norm."""
-    size, own = lengths(torch.stack([wanted.reshape(-1), drawn.reshape(-1)])).tolist()
-    return float(size / max(own, 1e-30))
+    size, own = (float(lengths(each.reshape(1, -1))) for each in (wanted, drawn))
+    return size / max(own, 1e-30)
 
 
 def _with_spectrum(moved: Tensor, space: ParameterSpace, generator: torch.Generator) -> Float[Tensor, " N"]:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from polca_edit.allocation.directions import directions_at
+from polca_edit.allocation.directions import directions_at, displacement
 from polca_edit.allocation.progress import progress
 from polca_edit.basis.record import Basis, require_orthonormal
 from polca_edit.checkpoints.series import Checkpoints
@@ -242,11 +242,10 @@ def assemble(
     """One basis's record from the slopes at every checkpoint."""
     displacements, residual_norms, step_norms = [], [], []
     for index in range(len(checkpoints) - 1):
-        moved = checkpoints[index + 1] - checkpoints[index]
+        moved = displacement(checkpoints, index, 1)
         displacements.append(basis.along(moved))
-        residual_norm, step_norm = lengths(torch.stack([basis.remainder(moved), moved]))
-        residual_norms.append(residual_norm)
-        step_norms.append(step_norm)
+        residual_norms.append(lengths(basis.remainder(moved)[None])[0])
+        step_norms.append(lengths(moved[None])[0])
     dtype = slopes[0].losses.dtype
     return Projections(
         torch.tensor(checkpoints.steps),

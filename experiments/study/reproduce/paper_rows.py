@@ -28,8 +28,6 @@ from polca_edit.tokens import TokenSet
 
 #: The paper's clustering: 150 of 5,000 tokens, a fifteenth of them for density, raw trajectories.
 PUBLISHED_CLUSTERS = ClusterSettings(0.03, 1 / 15, algorithm="generic")
-#: Kind of a basis -> name of its trajectories in the published tables.
-FAMILIES = {"hessian": "polca"}
 #: Share of a cluster's carry tokens that must sit at the places that count.
 PLACES_RULE = 0.85
 
@@ -128,7 +126,7 @@ def families(given: Stored, *, plain: bool) -> Iterator[tuple[str, Trajectories]
         rules.append("second_order")
     for rule in rules:
         # Along eigenvectors Eq. 6 is the trapezoid rule up to third order (Eq. 13).
-        yield rule, along(p, rule, FAMILIES.get(given.kind, given.kind))
+        yield rule, along(p, rule, "polca" if hessian else given.kind)
 
 
 def along(projections: Projections, rule: Rule, name: str) -> Trajectories:
@@ -205,7 +203,6 @@ def family_rows(measured: Sequence[Stored]) -> Iterator[FamilyRow]:
 def factor_rows(given: Stored, spacings: Sequence[int] = (80, 120, 200)) -> Iterator[FamilyRow]:
     """The published setting, and each of its parts changed alone, by both orders of the allocation."""
     tokens, base = given.tokens, PUBLISHED_CLUSTERS
-    carry = counted_places(tokens)
     changes: Mapping[str, ClusterSettings] = {
         "as published": base,
         "trajectories scaled": replace(base, scaled=True),
@@ -223,7 +220,7 @@ def factor_rows(given: Stored, spacings: Sequence[int] = (80, 120, 200)) -> Iter
         own = along(given.projections, rule, rule)
         for name, settings in changes.items():
             yield signal_row(given, rule, own, settings, name=name)
-        yield signal_row(given, rule, own, base, counted=carry, least=0.0, name="any place counts")
+        yield signal_row(given, rule, own, base, least=0.0, name="any place counts")
         for place in ("100s", "10s"):
             at = tokens.skills[place]
             yield signal_row(given, rule, own, base, counted=at, name=f"{place} place alone counts")
