@@ -218,6 +218,7 @@ def test_thinned_projections_are_those_of_the_thinned_series(data):
     for rule in ("first_order", "trapezoid"):
         torch.testing.assert_close(allocate(mine, rule).values, allocate(direct, rule).values)
     assert bool(allocate(mine).residual.isnan().all())
+    assert torch.equal(spaced(full, 20).steps, mine.steps)
     uneven = replace(full, steps=torch.tensor([0, 10, 25, 30, 60, 65]))
     assert spaced(uneven, 15).steps.tolist() == [0, 25, 60, 65]
     assert torch.equal(spaced(uneven, 15).gradients, full.gradients[[0, 2, 4, 5]])
