@@ -27,7 +27,11 @@ check: $(VENV)/.installed
 
 test: $(VENV)/.installed check
 	@# what is imported is compiled once, not by every worker and every process that a test starts
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile \
+	  -m 'not timing and not shapes'
+	@# the rest with every array annotation checked, which doubles what a test takes
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile \
+	  -m 'not timing and shapes' --jaxtyping-packages=polca_edit,interventions,beartype.beartype
 
 clean:
 	rm -rf runs build *.egg-info

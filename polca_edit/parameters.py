@@ -178,15 +178,31 @@ class ParameterSpace:
             ValueError: if nothing matches.
         """
         mask = torch.zeros(self.size, dtype=torch.bool)
-        matched = {name for slot, name in self.aliases if any(name_matches(slot, p) for p in include)}
-        for name, (start, stop) in self.offsets.items():
-            mask[start:stop] = name in matched
-        if not mask.any():
+        for start, stop in self._matched(include):
+            mask[start:stop] = True
+        return mask
+
+    def count(self, include: Sequence[str]) -> int:
+        """How many parameters :meth:`mask` holds, without a vector of N entries.
+
+        >>> ParameterSpace(("a", "b"), ((2, 3), (4,)), (("a", "a"), ("b", "b"))).count(["b"])
+        4
+
+        Raises:
+            ValueError: if nothing matches.
+        """
+        return sum(stop - start for start, stop in self._matched(include))
+
+    def _matched(self, include: Sequence[str]) -> list[tuple[int, int]]:
+        """Where the parameters lie whose own or tied name matches a pattern."""
+        names = {name for slot, name in self.aliases if any(name_matches(slot, p) for p in include)}
+        matched = [place for name, place in self.offsets.items() if name in names]
+        if not any(start < stop for start, stop in matched):
             raise ValueError(
                 f"a parameter subset must match at least one parameter, got {list(include)}; "
                 f"names look like {list(self.names)[:3]}"
             )
-        return mask
+        return matched
 
     def flatten(
         self, tensors: Mapping[str, Tensor], *, dtype: torch.dtype | None = None

@@ -14,6 +14,59 @@ import pytest
 import torch
 from filelock import FileLock
 
+#: Files whose tests run with every array annotation checked against the arrays that come (``make test``
+#: runs them apart, with ``--jaxtyping-packages``): each piece of the two libraries, and one run from training
+#: to discovery. Checking the others too would double the time of the suite.
+SHAPES = [
+    "adjoint",
+    "agreement",
+    "allocation",
+    "axes",
+    "bases",
+    "basis",
+    "blocking",
+    "breakthroughs",
+    "checkpoints",
+    "clusters",
+    "comparators",
+    "controls",
+    "curvature",
+    "damage",
+    "edit_files",
+    "edits",
+    "features",
+    "labels",
+    "localise",
+    "long_vectors",
+    "membership",
+    "own_task",
+    "parameters",
+    "quadrature",
+    "recording",
+    "removal",
+    "remove_by_undoing",
+    "rotations",
+    "signatures",
+    "simpson",
+    "spacing",
+    "statistics",
+    "storage",
+    "store",
+    "subsets",
+    "text",
+    "timeline",
+    "tokens",
+    "training",
+    "undo",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests whose arrays are checked."""
+    for item in items:
+        if item.path.stem.removeprefix("test_") in SHAPES:
+            item.add_marker(pytest.mark.shapes)
+
 
 @pytest.fixture(autouse=True)
 def one_thread():

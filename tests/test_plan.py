@@ -26,6 +26,14 @@ from experiments.run.summary.write import write_summary
 
 #: d_model and layers: about 14,000, 54,000 and 160,000 parameters.
 SHAPES = {"small": (32, 1), "middle": (64, 1), "large": (80, 2)}
+#: Rows of half the bytes that lie in the MLP alone.
+SLIM = {
+    "basis_storage": "bfloat16",
+    "bases": [
+        {"kind": "hessian", "vectors": 4, "include": ["*mlp*"]},
+        {"kind": "trajectory", "vectors": 4, "include": ["*mlp*"]},
+    ],
+}
 
 
 def config(width: int, layers: int, **more: object) -> RunConfig:
@@ -85,7 +93,7 @@ def compared(tmp_path_factory):
     def of(size: str) -> tuple[planning.CostPlan, dict]:
         if size not in done:
             folder = tmp_path_factory.mktemp(size)
-            settings = config(*SHAPES[size])
+            settings = config(32, 1, **SLIM) if size == "slim" else config(*SHAPES[size])
             found = planning.make_plan(settings, folder)
             run = open_run(settings, folder / "run", say=lambda _: None)
             with pytest.MonkeyPatch.context() as patch:
@@ -98,6 +106,7 @@ def compared(tmp_path_factory):
                 "hvps": summary["analyses"]["hessian"]["basis"]["hvps"],
                 "bytes_read": counter.bytes_read,
                 "bytes_written": sum(f.stat().st_size for f in files),
+                "basis_bytes": sum(f.stat().st_size for f in files if f.parent.name == "basis"),
                 "seconds": summary["cost"]["seconds"],
             }
             done[size] = found, measured
@@ -106,11 +115,13 @@ def compared(tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize("size", ["small", pytest.param("large", marks=pytest.mark.timing)])
+@pytest.mark.parametrize("size", ["small", "slim", pytest.param("large", marks=pytest.mark.timing)])
 def test_passes_products_and_bytes_of_a_real_run(size, compared):
     found, measured = compared(size)
     for key in ("forward_sequences", "hvps", "bytes_read", "bytes_written"):
         assert getattr(found, key) == pytest.approx(measured[key], rel=0.25), key
+    written = sum(stage.bytes_written for stage in found.stages if stage.stage.startswith("basis:"))
+    assert written == pytest.approx(measured["basis_bytes"], rel=0.25)
     assert found.peak_bytes > found.parameters * 4 * 10
     assert found.curvature_route == "traced"
 
@@ -154,7 +165,7 @@ def test_padding(sequences, batch, expected):
 
 
 def sizes() -> costs.Sizes:
-    bases = (("hessian", 10, 10), ("trajectory", 10, 0))
+    bases = (costs.BasisSize("hessian", 10, 10), costs.BasisSize("trajectory", 10, 0))
     return costs.Sizes(1000, 20, 100, 8, 50, 200, 50, 50, 50, 2, bases, 3, 2, "jvp", False)
 
 
@@ -286,7 +297,10 @@ def test_what_fits_a_budget_is_said_and_fits():
     assert "set batch_size to 1 and vectors to {'hessian': " in said
     [said] = memory_warnings(large, replace(SPEEDS, batch_bytes=Rate(5e9, 0.0)), tight)
     assert said.endswith("raise --memory")
-    assert fewer_vectors(large, tight)[0].bases == (("hessian", 5, 5), ("trajectory", 5, 0))
+    assert fewer_vectors(large, tight)[0].bases == (
+        costs.BasisSize("hessian", 5, 5),
+        costs.BasisSize("trajectory", 5, 0),
+    )
 
 
 def test_batches_that_a_budget_cannot_hold_are_priced_for_every_product():

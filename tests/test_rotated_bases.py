@@ -163,7 +163,7 @@ def test_rotated_sections_take_the_settings_of_their_source() -> None:
     assert (turned.vectors, turned.tolerance, turned.label) == (7, 0.3, "hessian_fastica")
     assert parse_config(config.model_dump()) == config
     sizes = sizes_of(build_task(config), config, config.training.recorded)
-    assert [kind for kind, _, _ in sizes.bases] == ["hessian", ROTATED]
+    assert [basis.kind for basis in sizes.bases] == ["hessian", ROTATED]
     assert sizes.rows == 7 + 2
 
 

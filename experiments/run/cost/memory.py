@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from experiments.config import RunConfig
 from experiments.run.cost.rates import Speeds
-from experiments.run.cost.sizes import ROTATED, Sizes, products
+from experiments.run.cost.sizes import Sizes, products
 from experiments.run.cost.stages import linearised
 from experiments.run.memory import memory_shares
 from polca_edit.basis.streamed import HELD
@@ -26,23 +26,24 @@ def peak_bytes(sizes: Sizes, speeds: Speeds, config: RunConfig) -> int:
     vector, shares = sizes.parameters * config.itemsize, memory_shares(config, sizes.parameters)
     batch = speeds.batch_bytes.batch(min(config.batch_size, sizes.curvature))
     needs = []
-    for spec, (kind, vectors, taken) in zip(config.bases, sizes.bases, strict=True):
-        held = min(vectors * vector, shares.rows)
-        if kind == "hessian" and taken:
+    for spec, basis in zip(config.bases, sizes.bases, strict=True):
+        row = basis.columns_of(sizes.parameters) * config.itemsize
+        held = min(basis.vectors * row, shares.rows)
+        if basis.kind == "hessian" and basis.taken:
             most = _products_of_one(sizes, spec.tolerance, spec.max_products) * spec.per_checkpoint
             # As in stages.bases: with a budget, Krylov vectors that could exceed it lie in files.
-            deep = config.memory_gb is not None and 2 * spec.max_products * vector > shares.rows
-            krylov = 0 if deep else 2 * most * vector
+            deep = config.memory_gb is not None and 2 * spec.max_products * row > shares.rows
+            krylov = 0 if deep else 2 * most * row
             stay, streamed = linearised(sizes, speeds, shares.curvature)
             kept = (stay + min(1, streamed) + WORKING) * batch
-            needs.append(held + krylov + LANCZOS * vector + kept)
-        elif kind == "trajectory":
+            needs.append(held + krylov + LANCZOS * row + kept)
+        elif basis.kind == "trajectory":
             needs.append(held + (HELD + 2) * vector)
-    rows = sum(vectors for kind, vectors, _ in sizes.bases if kind != ROTATED)
+    stored = sum(basis.bytes_of(sizes.parameters) for basis in sizes.measured)
     directions = sizes.rows if shares.directions is None else min(shares.directions, sizes.rows)
     table = 2 * sizes.select_tokens * sizes.places * sizes.rows * config.itemsize
     # Stored rows are read through mapped pages, which the system gives back where a budget is enforced.
-    held = rows * vector if config.memory_gb is None else min(rows * vector, shares.rows)
+    held = stored if config.memory_gb is None else min(stored, shares.rows)
     needs.append(held + directions * vector + table + min(batch, shares.slopes))
     return round(speeds.base_bytes + ALWAYS * vector + max(needs))
 
@@ -55,17 +56,18 @@ def _products_of_one(sizes: Sizes, tolerance: float, most: int) -> int:
 
 def transient_bytes(sizes: Sizes, config: RunConfig) -> int:
     """The largest basis's finished parts, kept products and, where they are mapped, tables."""
-    vector, shares = sizes.parameters * config.itemsize, memory_shares(config, sizes.parameters)
+    shares = memory_shares(config, sizes.parameters)
     found = [0]
-    for spec, (kind, vectors, taken) in zip(config.bases, sizes.bases, strict=True):
-        rows = vectors * vector
+    for spec, basis in zip(config.bases, sizes.bases, strict=True):
+        row = basis.columns_of(sizes.parameters) * config.itemsize
+        rows = basis.vectors * row
         mapped = rows if rows > shares.rows else 0
-        if kind == "hessian" and taken:
+        if basis.kind == "hessian" and basis.taken:
             each = _products_of_one(sizes, spec.tolerance, spec.max_products) * spec.per_checkpoint
-            deep = config.memory_gb is not None and 2 * spec.max_products * vector > shares.rows
+            deep = config.memory_gb is not None and 2 * spec.max_products * row > shares.rows
             # A part holds its vectors and as many that follow.
-            found.append(2 * rows + mapped + each * vector * (3 if deep else 1))
-        elif kind == "trajectory":
+            found.append(2 * rows + mapped + each * row * (3 if deep else 1))
+        elif basis.kind == "trajectory":
             found.append(mapped)
     return max(found)
 
@@ -83,10 +85,11 @@ def memory_warnings(sizes: Sizes, speeds: Speeds, config: RunConfig) -> list[str
         tried = smaller_batch(*tried)
         if peak_bytes(tried[0], speeds, tried[1]) <= budget:
             return [f"{said}; set batch_size to {tried[1].batch_size}"]
-    while any(vectors > 1 for _, vectors, _ in tried[0].bases):
+    while any(basis.vectors > 1 for basis in tried[0].bases):
         tried = fewer_vectors(*tried)
         if peak_bytes(tried[0], speeds, tried[1]) <= budget:
-            counts = {spec.label: v for spec, (_, v, _) in zip(config.bases, tried[0].bases, strict=True)}
+            left = zip(config.bases, tried[0].bases, strict=True)
+            counts = {spec.label: basis.vectors for spec, basis in left}
             return [f"{said}; set batch_size to 1 and vectors to {counts}"]
     least = peak_bytes(tried[0], speeds, tried[1])
     return [f"{said} and no setting goes below {least / 1e9:.1f} GB; raise --memory"]
@@ -100,5 +103,4 @@ def smaller_batch(sizes: Sizes, config: RunConfig) -> tuple[Sizes, RunConfig]:
 
 def fewer_vectors(sizes: Sizes, config: RunConfig) -> tuple[Sizes, RunConfig]:
     """The same with half of the vectors."""
-    bases = tuple((kind, max(1, v // 2), min(taken, max(1, taken // 2))) for kind, v, taken in sizes.bases)
-    return replace(sizes, bases=bases), config
+    return replace(sizes, bases=tuple(basis.fewer(0.5, 1) for basis in sizes.bases)), config

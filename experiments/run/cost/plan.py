@@ -219,9 +219,7 @@ def make_plan(config: RunConfig, folder: Path, budget_seconds: float | None = No
             require_places(spec, len(steps))
         elif spec.steps is None and spec.kind in build.AT_SPACED_CHECKPOINTS:
             odd_checkpoints(series).spaced(-(-spec.vectors // spec.per_checkpoint))
-    sizes = sizes_of(task, config, steps)
-    if stand_in is not None:
-        sizes = replace(sizes, parameters=stand_in.space.size)
+    sizes = sizes_of(task, config, steps, None if stand_in is None else stand_in.space)
     memory_shares(config, sizes.parameters)  # a budget that the model alone exceeds is refused at once
     speeds, route = rehearse(task, config, sizes, folder)
     effect = smallest_effect(task, config, measured=stand_in is None)
@@ -261,10 +259,7 @@ def fit_budget(sizes: Sizes, speeds: Speeds, config: RunConfig, seconds: float) 
     """The largest share of vectors and tokens that fits a budget; training is not shortened."""
     training = sizes.steps * speeds.training_step
     for share in (1.0, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05):
-        bases = tuple(
-            (kind, max(2, round(v * share)), max(2, round(taken * share)) if taken else 0)
-            for kind, v, taken in sizes.bases
-        )
+        bases = tuple(basis.fewer(share, 2) for basis in sizes.bases)
         tried = replace(
             sizes,
             bases=bases,
@@ -274,7 +269,7 @@ def fit_budget(sizes: Sizes, speeds: Speeds, config: RunConfig, seconds: float) 
         )
         needed = sum(stage.seconds for stage in stage_costs(tried, speeds, config))
         if needed <= seconds:
-            vectors = {spec.label: v for spec, (_, v, _) in zip(config.bases, bases, strict=True)}
+            vectors = {spec.label: b.vectors for spec, b in zip(config.bases, bases, strict=True)}
             return Budget(True, needed, training, share, vectors, tried.select, tried.curvature)
     return Budget(False, needed, training)
 

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from experiments.config import RunConfig
 from experiments.tasks.task import Task
 from polca_edit.basis.streamed import HELD
+from polca_edit.parameters import ParameterSpace
 
 #: Lanczos products per basis checkpoint at tolerance 1e-2 with a warm start, and how many fewer the
 #: first takes (arithmetic runs of 9,706 to 401,162 parameters: 17, 33 and 87 products at 3, 5, 12).
@@ -22,6 +25,38 @@ LARGE, PRODUCTS_OF_LARGE = 5_000_000, 8.5
 FLOAT = 4
 #: Kind of a basis that is turned from another one's stored projections.
 ROTATED = "rotated"
+
+
+@dataclass(frozen=True)
+class BasisSize:
+    """What a basis takes, as far as its config says.
+
+    Attributes:
+        kind: how its directions are found; ``rotated`` where another basis is turned.
+        vectors: K.
+        taken: basis checkpoints, 0 for a kind that takes no Hessian.
+        columns: parameters that it may lie in; None for all N.
+        stored: bytes of a number in its stored rows.
+    """
+
+    kind: str
+    vectors: int
+    taken: int
+    columns: int | None = None
+    stored: int = FLOAT
+
+    def columns_of(self, parameters: int) -> int:
+        """Entries of a row."""
+        return parameters if self.columns is None else self.columns
+
+    def bytes_of(self, parameters: int) -> int:
+        """Of its stored rows."""
+        return self.vectors * self.columns_of(parameters) * self.stored
+
+    def fewer(self, share: float, least: int) -> BasisSize:
+        """The same with a share of vectors and basis checkpoints, none below ``least``."""
+        taken = max(least, round(self.taken * share)) if self.taken else 0
+        return replace(self, vectors=max(least, round(self.vectors * share)), taken=taken)
 
 
 @dataclass(frozen=True)
@@ -39,7 +74,7 @@ class Sizes:
         evaluate: sequences of the evaluate split.
         derivative_batch: sequences per derivative batch.
         states: optimiser states recorded.
-        bases: (kind, vectors, basis checkpoints) of each basis; a rotated one has kind ``rotated``.
+        bases: each basis.
         doses: damage doses per vector.
         draws: random directions per vector.
         route: how directional derivatives are taken.
@@ -58,7 +93,7 @@ class Sizes:
     evaluate: int
     derivative_batch: int
     states: int
-    bases: tuple[tuple[str, int, int], ...]
+    bases: tuple[BasisSize, ...]
     doses: int
     draws: int
     route: str
@@ -74,25 +109,48 @@ class Sizes:
     @property
     def vectors(self) -> int:
         """K over all bases."""
-        return sum(vectors for _, vectors, _ in self.bases)
+        return sum(basis.vectors for basis in self.bases)
 
     @property
     def rows(self) -> int:
         """Directions per checkpoint: vectors and two residual directions of every measured basis."""
-        return sum(vectors + 2 for kind, vectors, _ in self.bases if kind != ROTATED)
+        return sum(basis.vectors + 2 for basis in self.measured)
+
+    @property
+    def measured(self) -> tuple[BasisSize, ...]:
+        """The bases that are not turned from others."""
+        return tuple(basis for basis in self.bases if basis.kind != ROTATED)
 
 
-def sizes_of(task: Task, config: RunConfig, steps: Sequence[int]) -> Sizes:
-    """Sizes of a config; ``steps`` are its checkpoints."""
-    splits, t = task.splits, config.training
-    opened = config.checkpoints is not None
-    bases = []
+def basis_sizes(config: RunConfig, space: ParameterSpace) -> tuple[BasisSize, ...]:
+    """Sizes of the bases of a config in a model's parameters."""
+    kept = config.basis_storage
+    stored = config.itemsize if kept == "float32" else int(getattr(torch, kept).itemsize)
+    found = []
     for spec in config.bases:
         taken = len(spec.steps) if spec.steps is not None else -(-spec.vectors // spec.per_checkpoint)
         kind = ROTATED if spec.rotated else spec.kind
-        bases.append((kind, spec.vectors, taken if kind == "hessian" else 0))
+        columns = None if spec.include == ("*",) else space.count(spec.include)
+        found.append(BasisSize(kind, spec.vectors, taken if kind == "hessian" else 0, columns, stored))
+    return tuple(found)
+
+
+def sizes_of(
+    task: Task, config: RunConfig, steps: Sequence[int], space: ParameterSpace | None = None
+) -> Sizes:
+    """Sizes of a config.
+
+    Args:
+        task: its task.
+        config: the run.
+        steps: of its checkpoints.
+        space: the parameters of the run's own model, where a smaller one stands in for it in the task.
+    """
+    splits, t = task.splits, config.training
+    opened = config.checkpoints is not None
+    space = task.space if space is None else space
     return Sizes(
-        task.space.size,
+        space.size,
         len(steps),
         0 if opened else t.steps,
         t.batch_size,
@@ -102,7 +160,7 @@ def sizes_of(task: Task, config: RunConfig, steps: Sequence[int]) -> Sizes:
         splits.evaluate.sequences,
         config.batch_size,
         0 if opened else -(-t.steps // t.state_every),
-        tuple(bases),
+        basis_sizes(config, space),
         len({1.0, *config.damage.doses}),
         config.damage.random_draws,
         "jvp",

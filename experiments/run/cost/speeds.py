@@ -190,9 +190,9 @@ def _training_seconds(module: nn.Module, batch_loss: BatchLoss, steps: int = 4) 
 def _expected(config: RunConfig, sizes: Sizes) -> int | None:
     """Products that the run's first Hessian basis expects, None where there is none."""
     wanted = (
-        8 * spec.per_checkpoint * taken
-        for spec, (kind, _, taken) in zip(config.bases, sizes.bases, strict=True)
-        if kind == "hessian"
+        8 * spec.per_checkpoint * basis.taken
+        for spec, basis in zip(config.bases, sizes.bases, strict=True)
+        if basis.kind == "hessian"
     )
     return next(wanted, None)
 

@@ -9,6 +9,7 @@ from experiments.run.cost.rates import Speeds
 from experiments.run.cost.sizes import (
     FLOAT,
     ROTATED,
+    BasisSize,
     Sizes,
     padded,
     products,
@@ -73,11 +74,12 @@ def stage_costs(sizes: Sizes, speeds: Speeds, config: RunConfig) -> list[StageCo
         written = (s.checkpoints + 2 * s.states) * priced.weights
         seconds = s.steps * speeds.training_step + (s.checkpoints + 2 * s.states) * speeds.write
         stages.append(StageCost("train", s.steps * s.batch, 0, 0, written, seconds))
-    for spec, (kind, vectors, taken) in zip(config.bases, s.bases, strict=True):
-        stages.append(_basis_cost(priced, spec, kind, vectors, taken))
+    for spec, basis in zip(config.bases, s.bases, strict=True):
+        stages.append(_basis_cost(priced, spec, basis))
     stages.append(_projection_cost(priced, select))
     ends = 2 * priced.weights
-    for spec, (_, vectors, _) in zip(config.bases, s.bases, strict=True):
+    for spec, basis in zip(config.bases, s.bases, strict=True):
+        vectors = basis.vectors
         runs = 2 + vectors * (s.doses + s.draws)
         seconds = priced.passes(s.select, runs) + 2 * speeds.read
         seconds += vectors * (s.doses * PER_EDIT + s.draws * PER_DRAW) * speeds.vector
@@ -114,19 +116,21 @@ def _discovery_cost(priced: _Priced, select: int) -> list[StageCost]:
     return [*found, stage("timeline", 2 + 2 * (2 * pieces + 10))]
 
 
-def _basis_cost(priced: _Priced, spec: BasisConfig, kind: str, vectors: int, taken: int) -> StageCost:
+def _basis_cost(priced: _Priced, spec: BasisConfig, basis: BasisSize) -> StageCost:
     s, speeds = priced.sizes, priced.speeds
-    stored = vectors * s.parameters * s.itemsize
-    name = f"basis:{spec.label}"
+    kind, vectors, taken = basis.kind, basis.vectors, basis.taken
+    stored, name = basis.bytes_of(s.parameters), f"basis:{spec.label}"
+    # Additions of rows take a share of those of whole vectors.
+    row = speeds.vector * basis.columns_of(s.parameters) / s.parameters
     if kind == ROTATED:  # turned from stored projections, which it stores anew
         return StageCost(name, 0, 0, 0, stored + projected_bytes(s, vectors), 0.0)
     if kind == "random":
-        return StageCost(name, 0, 0, 0, stored, vectors * (PER_DRAW + vectors) * speeds.vector)
+        return StageCost(name, 0, 0, 0, stored, vectors * (PER_DRAW + vectors) * row)
     if kind == "trajectory":
         reads = reads_of(streamed_order(s.checkpoints))
         # The Gram matrix in float64, the rows, and their orthonormal turn, twice.
         turned = s.checkpoints**2 + s.checkpoints * vectors + 4 * vectors**2
-        seconds = reads * speeds.read + turned * speeds.vector + vectors * speeds.write
+        seconds = reads * speeds.read + turned * row + vectors * speeds.write
         return StageCost(name, 0, 0, reads * priced.weights, stored, seconds)
     if kind != "hessian":
         return StageCost(name, 0, 0, s.checkpoints * priced.weights, stored, s.checkpoints * speeds.read)
@@ -139,7 +143,7 @@ def _basis_cost(priced: _Priced, spec: BasisConfig, kind: str, vectors: int, tak
     one = speeds.linearise.batch(min(s.derivative_batch, s.curvature))
     additions = PER_KRYLOV * count / taken / 2 + PER_ROW * vectors / 2
     each = speeds.product.total(s.curvature, s.derivative_batch) + streamed * one
-    each += additions * speeds.vector + speeds.write
+    each += additions * row + speeds.write
     seconds = count * each + taken * (max(1, held) * one + speeds.read) + speeds.product_setup
     return StageCost(name, forward, count, taken * priced.weights, stored, seconds)
 
@@ -176,7 +180,7 @@ def _projection_cost(priced: _Priced, select: int) -> StageCost:
     else:
         forward = s.places * select * (blocks + s.rows)
     # One pass over the series for the slopes, one more per basis for the displacements.
-    measured = [vectors for kind, vectors, _ in s.bases if kind != ROTATED]
+    measured = [basis.vectors for basis in s.measured]
     reads = s.checkpoints * (1 + len(measured))
     stored = sum(projected_bytes(s, vectors) for vectors in measured)
     hvps = 0
