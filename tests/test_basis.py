@@ -12,6 +12,7 @@ from torch import nn
 
 from experiments.run.parts import Ledger, kept_products, mapped_rows
 from polca_edit.artifacts import load_record, save_record
+from polca_edit.basis import hessian as seeking
 from polca_edit.basis.hessian import (
     BasisCheckpoint,
     EigenSettings,
@@ -109,6 +110,56 @@ def test_hessian_basis_against_dense_eigenpairs(k, masked, generator):
     assert not basis.supervised
     if mask is not None:
         assert torch.equal(basis.rows[:, ~mask], torch.zeros_like(basis.rows[:, ~mask]))
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_vectors_sought_by_rounded_products_are_finished_by_exact_ones(k, generator, monkeypatch):
+    """With eight bits of a product left, the basis is still that of the dense Hessians."""
+    module, objective, tokens, checkpoints = curved_problem(generator)
+    expected, values = algorithm_one(dense_hessians(module, curved_loss, tokens, checkpoints), k)
+    rounded = []
+
+    def rounding(product):
+        rounded.append(0)
+
+        def coarse(vector):
+            rounded[-1] += 1
+            return product(vector).bfloat16().to(vector)
+
+        return coarse
+
+    monkeypatch.setattr(seeking, "in_fewer_bits", rounding)
+    basis = hessian_basis(
+        objective, checkpoints, tokens, 4 * k, EigenSettings(per_checkpoint=k, coarse=True, **TIGHT)
+    )
+    assert torch.allclose(basis.eigenvalues, values, rtol=1e-9, atol=1e-9)
+    assert_same_rows(basis.rows, expected, 1e-8)
+    assert float(basis.residuals.max()) < 1e-8
+    assert len(rounded) == 4
+    assert all(count >= k for count in rounded)
+    # Where a loose tolerance is met, a vector takes one exact product more than it took rounded ones.
+    loose = EigenSettings(per_checkpoint=k, tolerance=0.3, max_products=30, coarse=True)
+    before = objective.passes.hvp
+    hessian_basis(objective, checkpoints, tokens, 4 * k, loose)
+    assert (objective.passes.hvp - before) / tokens.sequences == sum(rounded[4:]) + 4 * k
+
+
+def test_products_in_fewer_bits_leave_the_setting_as_it_was():
+    seen = []
+
+    def product(vector):
+        seen.append(torch.get_float32_matmul_precision())
+        if vector.sum() < 0:
+            raise ArithmeticError
+        return vector
+
+    assert torch.get_float32_matmul_precision() == "highest"
+    coarse = seeking.in_fewer_bits(product)
+    coarse(torch.ones(1))
+    with pytest.raises(ArithmeticError):
+        coarse(-torch.ones(1))
+    product(torch.ones(1))
+    assert seen == ["medium", "medium", "highest"]
 
 
 def test_hessian_basis_of_a_tied_language_model(generator):

@@ -83,6 +83,11 @@ class RunConfig(Section):
         description="of the matrix products of slopes with basis vectors; bfloat16 is faster where the "
         "processor has units for it, and its error is measured at three checkpoints, printed and kept",
     )
+    curvature_products: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="of the matrix products by which Hessian eigenvectors are sought; with bfloat16 every "
+        "vector is then checked, and where needed finished, by products in full",
+    )
     memory_gb: float | None = Field(
         None, gt=0, description="memory of the whole run; vectors, batches and directions are cut to fit"
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from jaxtyping import Bool, Float
@@ -35,6 +35,8 @@ class EigenSettings:
         max_products: operator products per checkpoint at most; the residuals then say how far it got.
         seed: of the start vectors.
         mask: (N,) restrict vectors to these parameters; None for all.
+        coarse: whether vectors are sought by products in fewer bits first (:func:`in_fewer_bits`), from which
+            exact products go on until the residuals are small enough: one product a vector where they are.
 
     Operators, vectors and the rows that are stored then have those n entries alone.
     """
@@ -44,6 +46,7 @@ class EigenSettings:
     max_products: int = 60
     seed: int = 0
     mask: Bool[Tensor, " N"] | None = None
+    coarse: bool = False
 
     def generator(self) -> torch.Generator:
         """A fresh generator, so that a basis does not depend on which were built before it."""
@@ -199,6 +202,23 @@ def _algorithm_one(
     return parts
 
 
+def in_fewer_bits(product: Product) -> Product:
+    """The same product with its float32 matrix products taken in bfloat16, sums in float32.
+
+    On processors without units for it, and in float64, nothing changes.
+    """
+
+    def coarse(vector: Tensor) -> Tensor:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("medium")
+        try:
+            return product(vector)
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    return coarse
+
+
 def next_vectors(
     product: Product,
     theta: Float[Tensor, " N"],
@@ -231,17 +251,23 @@ def next_vectors(
         extra = len(start)
     size = sum(rows.numel() * rows.element_size() for rows in blocks)
     streamed = keeping.rows_in_memory is not None and size > keeping.rows_in_memory
-    pairs = projected_lanczos(
-        product,
-        like,
-        settings.per_checkpoint,
-        generator,
-        settings.lanczos(following=settings.per_checkpoint, noise=1e-3 if extra == 0 else 0.02),
+    seek = partial(
+        projected_lanczos,
+        like=like,
+        k=settings.per_checkpoint,
+        generator=generator,
         rows=blocks if streamed or not blocks else torch.cat(blocks).to(theta),
-        start=start,
         allocate=keeping.krylov,
     )
-    behind = pairs.following
+    lanczos = settings.lanczos(following=settings.per_checkpoint, noise=1e-3 if extra == 0 else 0.02)
+    behind = None
+    if settings.coarse:
+        found = seek(in_fewer_bits(product), settings=lanczos, start=start)
+        start, behind, extra = found.vectors, found.following, extra + found.products
+        lanczos = replace(lanczos, noise=0.0)
+    pairs = seek(product, settings=lanczos, start=start)
+    if pairs.following is not None and len(pairs.following):
+        behind = pairs.following
     if behind is not None and len(behind) == 0:
         behind = None
     return BasisCheckpoint(step, pairs.vectors, pairs.values, pairs.residuals, pairs.products + extra, behind)

@@ -22,6 +22,7 @@ from experiments.run.cost.rates import Rate, Speeds
 from experiments.run.cost.sizes import Sizes
 from experiments.run.machine import resident_bytes
 from experiments.tasks.task import BatchLoss, Task
+from polca_edit.basis.hessian import in_fewer_bits
 from polca_edit.checkpoints.files import read_weights, write_tensors
 from polca_edit.derivatives.objective import Objective
 from polca_edit.tokens import TokenSet
@@ -85,7 +86,8 @@ def rehearse(task: Task, config: RunConfig, sizes: Sizes, folder: Path) -> tuple
     start = _line(select, most, lambda some: slopes.seconds(some)[0])
     row = _line(select, most, lambda some: slopes.seconds(some)[1])
     route = objective.route_used or "jvp"
-    products = _Products(objective, theta, rows[0], _expected(config, sizes))
+    coarse = config.curvature_products != "float32"
+    products = _Products(objective, theta, rows[0], _expected(config, sizes), coarse)
     linearise, product, held = (
         _line(curvature, most, lambda some, part=part: products.cost(some)[part])  # type: ignore[misc]
         for part in range(3)
@@ -205,6 +207,7 @@ class _Products:
     theta: Tensor
     row: Tensor
     expected: int | None
+    coarse: bool
     setup: float = 0.0
 
     def __post_init__(self) -> None:
@@ -220,7 +223,8 @@ class _Products:
             later = _timed(lambda: self.objective.hessian(self.theta, tokens, expected=expected))
             product = self.objective.hessian(self.theta, tokens, expected=expected)
             cold = _timed(lambda: product(self.row))
-            warm = _fastest(lambda: product(self.row), 2)
+            usual = in_fewer_bits(product) if self.coarse else product
+            warm = _fastest(lambda: usual(self.row), 2)
             self.setup = max(self.setup, max(0.0, first - later) + max(0.0, cold - warm))
             self.known[tokens.sequences] = later, warm, float(self.objective.batch_bytes)
         return self.known[tokens.sequences]

@@ -136,6 +136,8 @@ def _basis_cost(priced: _Priced, spec: BasisConfig, basis: BasisSize) -> StageCo
         return StageCost(name, 0, 0, s.checkpoints * priced.weights, stored, s.checkpoints * speeds.read)
     curvature = padded(s.curvature, s.derivative_batch)
     count = products(kind, taken, spec.tolerance, spec.max_products, s.parameters)
+    # Vectors that were sought in fewer bits are checked by one product each.
+    count += vectors if priced.config.curvature_products != "float32" else 0
     # The choice of route is the objective's: a trace pays from four expected products on.
     traced = 8 * spec.per_checkpoint * taken * TRACE_BREAK_EVEN // 4 >= TRACE_BREAK_EVEN
     forward = min(s.curvature, s.derivative_batch) if traced else curvature * (taken + count)

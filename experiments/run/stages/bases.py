@@ -106,7 +106,14 @@ def build_basis(run: Run, spec: BasisConfig, checkpoints: Checkpoints, parts: Pa
     inputs = basis_inputs(
         run,
         source,
-        EigenSettings(spec.per_checkpoint, spec.tolerance, spec.max_products, run.config.seed, mask),
+        EigenSettings(
+            spec.per_checkpoint,
+            spec.tolerance,
+            spec.max_products,
+            run.config.seed,
+            mask,
+            run.config.curvature_products != "float32",
+        ),
     )
     if _on_disk(run, spec):
         keeping = Keeping(allocate=mapped_in(parts / "rows.bin", checkpoints.dtype))
