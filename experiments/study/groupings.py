@@ -145,31 +145,40 @@ class Ground:
 
 
 def ways(ground: Ground) -> Iterator[tuple[str, Callable[[], list[Labels]]]]:
-    """Name and clustering of every way; a partition per vector, or one in all."""
+    """Name and clustering of every way; a partition per vector, one in all, or none where it cannot be."""
     run = ground.run
     own = run.settings().clusters
     first = run.config.measured_bases()[0].label
-    stored = load_record(Projections, run.directory.projections(first))
     for spec in run.config.measured_bases():
-        projections = load_record(Projections, run.directory.projections(spec.label))
-        paths = allocate(projections, run.config.rule).projected_loss()
-        yield f"POLCA {spec.label}", partial(_trajectories, paths, own)
-        yield f"POLCA {spec.label}, paper's settings", partial(_trajectories, paths, PAPER)
-    yield "exact loss", lambda: _trajectories(exact_loss(stored).paths, own)
-    yield "exact loss, paper's settings", lambda: _trajectories(exact_loss(stored).paths, PAPER)
+        yield f"POLCA {spec.label}", partial(_attributed, run, spec.label, own)
+        yield f"POLCA {spec.label}, paper's settings", partial(_attributed, run, spec.label, PAPER)
+    yield "exact loss", lambda: _trajectories(exact_loss(_stored(run, first)).paths, own)
+    yield "exact loss, paper's settings", lambda: _trajectories(exact_loss(_stored(run, first)).paths, PAPER)
     no_fall = replace(own, drop_rising_tokens=False, drop_rising_vectors=False)
-    yield f"Fisher {first}", lambda: _trajectories(fisher(stored).paths, no_fall)
+    yield f"Fisher {first}", lambda: _trajectories(fisher(_stored(run, first)).paths, no_fall)
     size = ground.split.tokens.count * ground.split.loss.space.size * ground.split.theta.element_size()
-    if size <= GRADIENT_BYTES:
-        yield "gradients, spectral (quanta)", lambda: [quanta(ground)]
-    else:
-        most = f"{GRADIENT_BYTES / 1e9:.0f} GB"
-        say(f"  token gradients are left out: they would take {size / 1e9:.0f} GB, more than {most}")
+    most = f"{GRADIENT_BYTES / 1e9:.0f} GB"
+    large = f"  token gradients are left out: they would take {size / 1e9:.0f} GB, more than {most}"
+    fitting = size <= GRADIENT_BYTES
+    yield "gradients, spectral (quanta)", lambda: [quanta(ground)] if fitting else _left_out(large)
     yield "random perturbations (loss kernel)", lambda: [loss_kernel(ground)]
     for name in signature_names(run.config):
         yield f"undoing {name}", partial(_found, run, name)
     yield "undoing a random span", lambda: [undoing(ground, "random", random_span(ground))]
     yield "undoing loss_weighted", lambda: [undoing(ground, "loss_weighted", weighted(ground))]
+
+
+def _left_out(reason: str) -> list[Labels]:
+    say(reason)
+    return []
+
+
+def _stored(run: Run, label: str) -> Projections:
+    return load_record(Projections, run.directory.projections(label))
+
+
+def _attributed(run: Run, label: str, settings: ClusterSettings) -> list[Labels]:
+    return _trajectories(allocate(_stored(run, label), run.config.rule).projected_loss(), settings)
 
 
 def _found(run: Run, name: str) -> list[Labels]:
@@ -238,7 +247,7 @@ def grouping_rows(run: Run, only: Sequence[str] = ()) -> list[GroupingRow]:
     """Every way in one run, or those whose names begin with one of ``only``.
 
     Raises:
-        ValueError: where no way's name begins so.
+        ValueError: where no way's name begins so, or none of those can be taken.
     """
     split = evaluated(run, run.task.splits.select)
     skills = token_groups(split.tokens)
@@ -255,6 +264,8 @@ def grouping_rows(run: Run, only: Sequence[str] = ()) -> list[GroupingRow]:
             continue
         started = time.perf_counter()
         partitions = make()
+        if not partitions:
+            continue
         used = [labels for labels in partitions if (labels != OUTLIER).any()]
         rows.append(
             GroupingRow(
@@ -268,6 +279,10 @@ def grouping_rows(run: Run, only: Sequence[str] = ()) -> list[GroupingRow]:
             )
         )
         say(f"  seed {run.config.seed}: {way}, {rows[-1].groups} groups, {rows[-1].seconds:.0f} s")
+    if not rows and any(way.startswith(tuple(only)) for way in known):
+        raise ValueError(
+            f"a way must fit into memory, {list(only)} does not in run {run.directory.path}; leave it out"
+        )
     if not rows:
         raise ValueError(f"--only must begin the name of a way, one of {known}, got {list(only)}; correct it")
     return rows
