@@ -40,7 +40,7 @@ EQUAL, ADAPTIVE, PLANNED = "equal", "adaptive", "planned"
 WAYS = (EQUAL, ADAPTIVE, PLANNED)
 COUNTS = (26, 51, 101, 201)
 #: The rule of :mod:`polca_edit.checkpoints.spacing`, raised when it chooses otherwise.
-CHOICE = 1
+CHOICE = 2
 
 
 @dataclass(frozen=True)
