@@ -24,6 +24,7 @@ from interventions.discovery.axis_nulls import AxisNull, free_edit, ranked, stat
 from interventions.discovery.search import AxisTarget, DirectionLibrary
 from interventions.discovery.when_where import paths, when_and_where
 from interventions.localise import components
+from polca_edit.allocation.progress import progress
 from polca_edit.artifacts import load_record
 from polca_edit.basis.record import Basis, unlabelled
 
@@ -145,7 +146,8 @@ def _followed(
     )
     parts = components(run.task.space)
     made = []
-    for number, (aim, axis) in enumerate(zip(aims, axes, strict=True)):
+    pairs = list(zip(aims, axes, strict=True))
+    for number, (aim, axis) in enumerate(progress(pairs, f"axes in {label}: when and where")):
         started = time.perf_counter()
         effect = measured(axis, unseen, aim.unseen)
         local = narrowed(aim.search, kept)

@@ -31,6 +31,7 @@ from interventions.discovery.search import (
     pooled_search,
 )
 from interventions.edits import Edit, project_out
+from polca_edit.allocation.progress import progress
 from polca_edit.basis.record import Basis, unlabelled
 from polca_edit.seeds import generator_for
 
@@ -216,7 +217,7 @@ def find_axes(
     alone = Scores(targets, library.room.numpy(), settings.weights)
     units, _ = pooled_search(library, alone, replace(settings.search, rounds=settings.further))
     found = []
-    for number, target in enumerate(targets):
+    for number, target in enumerate(progress(targets, "axes")):
         own = Scores([target], library.room.numpy(), settings.weights)
         axes: list[Tensor] = [refined(library, own, units[number], settings)]
         for _ in range(1, settings.rank):

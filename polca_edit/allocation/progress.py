@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from typing import Any, TypeVar, cast
 
 from tqdm import tqdm
@@ -56,5 +56,7 @@ def progress(
             "file": _Lines(sys.stderr),
             "bar_format": "{desc}: {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left",
         }
+        if total is None and not isinstance(items, Sized):
+            kind["bar_format"] = "{desc}: {n_fmt}, {elapsed} gone"
     bar = tqdm(items, desc=task, total=total, initial=initial, unit=unit, leave=False, **kind)
     return cast("tqdm[Item]", bar)
