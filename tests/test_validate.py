@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
@@ -349,6 +350,26 @@ def test_the_verb_writes_every_row_and_reads_finished_runs_back(tmp_path, monkey
     monkeypatch.setattr(kept, "measure_case", None)
     verb.validate(case=["small"], seeds=1, basis=["none"], json_=file, out=out)
     assert json.loads(file.read_text())["cases"] == result["cases"]
+    # What another version of the library measured is measured anew, though its training is kept.
+    monkeypatch.setattr(kept, "package_source", lambda package: f"another {package.__name__}")
+    with pytest.raises(TypeError, match="not callable"):
+        verb.validate(case=["small"], seeds=1, basis=["none"], json_=file, out=out)
+
+
+def test_the_key_of_a_package_changes_with_every_file_of_it(tmp_path):
+    (tmp_path / "inner").mkdir()
+    top, inner = tmp_path / "__init__.py", tmp_path / "inner" / "part.py"
+    top.write_text("")
+    inner.write_text("A = 1")
+    package = ModuleType("package")
+    package.__file__ = str(top)
+    keys = [kept.package_source(package)]
+    for file, text in ((inner, "A = 2"), (top, "B = 1"), (tmp_path / "more.py", "")):
+        file.write_text(text)
+        keys.append(kept.package_source(package))
+    inner.rename(tmp_path / "part.py")
+    keys.append(kept.package_source(package))
+    assert len(set(keys)) == 5
 
 
 def test_an_unknown_case_is_refused(tmp_path):
