@@ -29,8 +29,8 @@ from experiments.run.machine import hardware, peak_rss_bytes, resident_bytes, ve
 from experiments.study.pythia.shapes import few_scored, last_folder
 from experiments.study.results import show, write_with_tables
 from polca_edit.artifacts import to_plain
+from polca_edit.basis.hessian import EigenSettings, next_vectors
 from polca_edit.checkpoints.huggingface_models import load_causal_lm
-from polca_edit.derivatives.lanczos import LanczosSettings, projected_lanczos
 from polca_edit.derivatives.objective import Objective
 from polca_edit.derivatives.routes import Route
 from polca_edit.tokens import TokenSet, next_token_loss
@@ -83,14 +83,16 @@ class ScoredLogits(nn.Module):
         return logits[self.scored]
 
 
-def ours(model: nn.Module, tokens: TokenSet, batch: int, route: Route = "auto") -> Found:
-    """Projected Lanczos on the objective's product."""
+def ours(
+    model: nn.Module, tokens: TokenSet, batch: int, route: Route = "auto", coarse: bool = False
+) -> Found:
+    """Projected Lanczos on the objective's product, as a basis checkpoint takes it."""
     loss = Objective(model, next_token_loss, batch_size=batch, route=route)
     theta = loss.space.read(model)
-    settings = LanczosSettings(TOLERANCE, MOST)
+    settings = EigenSettings(1, TOLERANCE, MOST, coarse=coarse)
     draw = torch.Generator().manual_seed(0)
-    pairs = projected_lanczos(loss.hessian(theta, tokens, expected=10), theta, 1, draw, settings)
-    return float(pairs.values[0]), pairs.vectors[0], pairs.products
+    found = next_vectors(loss.hessian(theta, tokens, expected=10), theta, [], 0, draw, settings)
+    return float(found.eigenvalues[0]), found.rows[0], found.products
 
 
 def _batches(tokens: TokenSet, batch: int) -> list[tuple[Tensor, Tensor]]:
@@ -150,6 +152,7 @@ def by_eigenthings(model: nn.Module, tokens: TokenSet, batch: int) -> Found:
 PROGRAMS: dict[str, Callable[[nn.Module, TokenSet, int], Found]] = {
     "polca-edit": ours,
     "polca-edit, reverse mode twice": partial(ours, route="double_backward"),
+    "polca-edit, reverse mode twice, sought in bfloat16": partial(ours, route="double_backward", coarse=True),
     "curvlinops and eigsh": by_curvlinops,
     "hessian-eigenthings": by_eigenthings,
 }

@@ -19,6 +19,8 @@ from polca_edit.derivatives.lanczos import Allocate, gram
 HELD = 4
 #: Columns of which a float64 copy is made at a time.
 WIDTH = 1 << 18
+#: The same for products, where both copies fit into a processor's cache: by half faster.
+PRODUCT_WIDTH = 1 << 15
 
 
 def displacements(
@@ -60,7 +62,7 @@ def displacement_gram(
 def _inner(left: Float[Tensor, " n"], right: Float[Tensor, " n"]) -> Tensor:
     """<left, right> in float64, with a float64 copy of a few columns at a time."""
     total = torch.zeros((), dtype=torch.float64, device=left.device)
-    for mine, other in zip(left.split(WIDTH), right.split(WIDTH), strict=True):
+    for mine, other in zip(left.split(PRODUCT_WIDTH), right.split(PRODUCT_WIDTH), strict=True):
         total += mine.double() @ other.double()
     return total.cpu()
 
