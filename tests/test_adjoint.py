@@ -222,8 +222,30 @@ def test_slopes_by_products_in_fewer_bits(generator):
     error = float((found - exact).double().norm() / exact.double().norm())
     assert 1e-5 < error < 2**-7  # eight bits, and not the exact numbers once more
     assert slope_rounding(objective, theta, rows, tokens, torch.bfloat16) == pytest.approx(error, rel=0.5)
-    plain = Objective(module, next_token_loss, space, route="jvp")
-    assert slope_rounding(plain, theta, rows, tokens, torch.bfloat16) == 0
+
+
+@pytest.mark.parametrize("route", ["traced", "jvp", "double_backward"])
+def test_on_other_routes_a_row_goes_through_products_in_fewer_bits_and_losses_do_not(
+    route, generator, monkeypatch
+):
+    module = small()
+    space, tokens = ParameterSpace.from_module(module), few_scored(generator)
+    theta, rows = space.read(module), torch.randn(4, space.size, generator=generator)
+    objective, seen = Objective(module, next_token_loss, space, route=route), []
+    losses, exact = objective.directional(theta, rows, tokens)
+    real = Objective._tangents
+
+    def noted(*given):
+        seen.append(torch.get_float32_matmul_precision())
+        return real(*given)
+
+    monkeypatch.setattr(Objective, "_tangents", noted)
+    same, found = objective.directional(theta, rows, tokens, products=torch.bfloat16)
+    assert torch.equal(losses, same)
+    assert set(seen) == {"medium"}
+    assert torch.get_float32_matmul_precision() == "highest"
+    # Zero where the processor has no units for it, or takes none for shapes so small.
+    assert float((found - exact).double().norm() / exact.double().norm()) < 2**-6
 
 
 def test_route_is_chosen_by_scored_tokens(generator):

@@ -19,6 +19,7 @@ from polca_edit.basis.subsets import Subset, taken
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.derivatives.lanczos import Allocate, LanczosSettings, projected_lanczos
 from polca_edit.derivatives.objective import Objective
+from polca_edit.derivatives.precision import matrix_products
 from polca_edit.tokens import TokenSet
 
 #: v (n,) -> A v (n,); n = N, or the number of entries that vectors may use.
@@ -203,18 +204,11 @@ def _algorithm_one(
 
 
 def in_fewer_bits(product: Product) -> Product:
-    """The same product with its float32 matrix products taken in bfloat16, sums in float32.
-
-    On processors without units for it, and in float64, nothing changes.
-    """
+    """The same product with its matrix products taken in bfloat16."""
 
     def coarse(vector: Tensor) -> Tensor:
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("medium")
-        try:
+        with matrix_products(torch.bfloat16):
             return product(vector)
-        finally:
-            torch.set_float32_matmul_precision(before)
 
     return coarse
 

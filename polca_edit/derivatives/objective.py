@@ -24,6 +24,7 @@ from polca_edit.derivatives.adjoint import AdjointRoute, AdjointUnavailable
 from polca_edit.derivatives.batches import Batch, LossAtSlots, slot_weights
 from polca_edit.derivatives.curvature import BatchedProducts
 from polca_edit.derivatives.passes import PassCount as PassCount
+from polca_edit.derivatives.precision import matrix_products
 from polca_edit.derivatives.routes import TRACE_BREAK_EVEN, Route, Routes
 from polca_edit.derivatives.settled import require_settled
 from polca_edit.derivatives.tracing import PointFunction, PointLinearization
@@ -189,9 +190,10 @@ class Objective:
             rows: directions; those that lie in a few tensors are differentiated through these alone.
             tokens: where.
             expected: number of vectors this objective will see in all, for the choice of route.
-            products: type of the adjoint route's matrix products with rows, whose sums stay in the type of
-                theta; default that of theta. :func:`~polca_edit.derivatives.rounding.slope_rounding`
-                measures what fewer bits cost. Other routes have no such products and take no notice.
+            products: type of the matrix products of slopes, whose sums stay in the type of theta; default
+                that of theta. On the adjoint route those with rows, on others all that a row goes through.
+                Losses are exact in any case. :func:`~polca_edit.derivatives.rounding.slope_rounding`
+                measures what fewer bits cost.
         """
         given = Directions.of(rows)
         planned = expected if expected is not None else len(given)
@@ -213,9 +215,10 @@ class Objective:
                 for moving, group in zip(chosen, given.groups, strict=True):
                     linear = self._linear_losses(route, weights, batch.given, moving)
                     losses = linear.values[0][kept].cpu()
-                    found = [
-                        linear(self._tangents(moving, v, theta.dtype))[0][kept].cpu() for v in group.rows
-                    ]
+                    with matrix_products(products):
+                        found = [
+                            linear(self._tangents(moving, v, theta.dtype))[0][kept].cpu() for v in group.rows
+                        ]
                     parts.append(torch.stack(found) if found else losses.new_zeros(0, len(losses)))
                 values.append(losses)
                 slopes.append(given.joined(parts, losses))

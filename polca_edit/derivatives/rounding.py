@@ -25,7 +25,7 @@ def slope_rounding(
 ) -> float:
     """Error of slopes whose matrix products are taken in fewer bits, relative to those in full.
 
-    Zero where the objective's route has no such products. Costs the slopes of a few sequences, twice.
+    Zero where the processor has no units for them. Costs the slopes of a few sequences, twice.
 
     >>> module = torch.nn.Linear(3, 1, bias=False)
     >>> tokens = TokenSet(torch.randn(4, 3), torch.ones(4, 1, dtype=torch.bool), torch.zeros(4))
