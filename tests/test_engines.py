@@ -108,23 +108,18 @@ def test_local_run_resumes_inside_projections(smoke_run, tmp_path, monkeypatch):
 
 
 def kill_workers(journal: Path, stop: threading.Event, killed: list[int]) -> None:
-    """SIGKILL the second worker inside its first task, and one more once ten tasks were begun."""
-    while not stop.is_set():
+    """SIGKILL the second worker inside its first task."""
+    while not stop.is_set() and not killed:
         entries = sorted(journal.iterdir(), key=lambda path: path.stat().st_mtime_ns)
         pids = list(dict.fromkeys(int(path.name.rsplit("-", 1)[1]) for path in entries))
-        if not killed and len(pids) >= 2:
+        if len(pids) >= 2:
             os.kill(pids[1], signal.SIGKILL)
             killed.append(pids[1])
-        elif len(killed) == 1 and len(entries) >= 10:
-            last = int(entries[-1].name.rsplit("-", 1)[1])
-            if last != killed[0]:
-                os.kill(last, signal.SIGKILL)
-                killed.append(last)
         time.sleep(0.002)
 
 
 @pytest.mark.timeout(300)
-def test_ray_writes_the_same_bytes_though_workers_are_killed(smoke_run, tmp_path, monkeypatch):
+def test_ray_writes_the_same_bytes_though_a_worker_is_killed(smoke_run, tmp_path, monkeypatch):
     ray = pytest.importorskip("ray", reason="the optional extra 'ray' is not installed")
     from ray.cluster_utils import Cluster
 
@@ -154,7 +149,7 @@ def test_ray_writes_the_same_bytes_though_workers_are_killed(smoke_run, tmp_path
     blocks = len(Blocks(parameters=8000).of(load_run(again, lambda text: None).task.space))
     assert blocks > 1
     assert len(set(tasks)) == 11 * 2 * 2 * blocks
-    assert len(killed) == 2
+    assert len(killed) == 1
     lost = {task for task, pid in names if int(pid) == killed[0]}
     assert lost
     assert all(tasks.count(task) >= 2 for task in lost)

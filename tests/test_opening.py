@@ -108,6 +108,8 @@ def test_english_from_a_text_file(tmp_path):
         "text.vocabulary=300",
         "training={steps: 30, batch_size: 4, learning_rate: 0.01, warmup: 5, record_every: 2}",
         "bases=[{kind: hessian, vectors: 5, max_products: 8}, {kind: trajectory, vectors: 5}]",
+        "damage={random_draws: 1, doses: [0.5]}",
+        "discover={edits: 8, windows: 4}",
     ]
     settings = [part for setting in tiny for part in ("--set", setting)]
     invoke("english", "--preset", "demo", "--text", str(text), "--out", str(out), *settings)

@@ -207,7 +207,7 @@ class _Products:
     theta: Tensor
     row: Tensor
     expected: int | None
-    coarse: bool
+    coarse: bool = False
     setup: float = 0.0
 
     def __post_init__(self) -> None:
