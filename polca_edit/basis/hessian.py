@@ -19,7 +19,7 @@ from polca_edit.basis.subsets import Subset, taken
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.derivatives.lanczos import Allocate, LanczosSettings, projected_lanczos
 from polca_edit.derivatives.objective import Objective
-from polca_edit.derivatives.precision import matrix_products
+from polca_edit.derivatives.routes import matrix_products
 from polca_edit.tokens import TokenSet
 
 #: v (n,) -> A v (n,); n = N, or the number of entries that vectors may use.

@@ -24,8 +24,7 @@ from polca_edit.derivatives.adjoint import AdjointRoute, AdjointUnavailable
 from polca_edit.derivatives.batches import Batch, LossAtSlots, slot_weights
 from polca_edit.derivatives.curvature import BatchedProducts
 from polca_edit.derivatives.passes import PassCount as PassCount
-from polca_edit.derivatives.precision import matrix_products
-from polca_edit.derivatives.routes import TRACE_BREAK_EVEN, Route, Routes
+from polca_edit.derivatives.routes import TRACE_BREAK_EVEN, Route, Routes, matrix_products
 from polca_edit.derivatives.settled import require_settled
 from polca_edit.derivatives.tracing import PointFunction, PointLinearization
 from polca_edit.parameters import ParameterSpace, call_with

@@ -7,7 +7,8 @@ Forward mode traced once (``traced``) or vector by vector (``jvp``); reverse mod
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -28,6 +29,30 @@ Route = Literal["auto", "adjoint", "traced", "jvp", "double_backward"]
 
 #: A trace costs about 70 forward passes and saves about one per vector.
 TRACE_BREAK_EVEN = 64
+
+
+@contextmanager
+def matrix_products(products: torch.dtype | None) -> Iterator[None]:
+    """Take matrix products of float32 tensors in bfloat16, with sums in float32; for other types do nothing.
+
+    It is torch's own setting for the whole process, put back at the end. On processors without units for
+    bfloat16, and for tensors in float64, nothing changes.
+
+    >>> with matrix_products(torch.bfloat16):
+    ...     torch.get_float32_matmul_precision()
+    'medium'
+    >>> torch.get_float32_matmul_precision()
+    'highest'
+    """
+    if products != torch.bfloat16:
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def lacks_forward_mode(error: Exception) -> bool:
