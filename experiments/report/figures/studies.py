@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,25 +89,29 @@ Recorded = tuple[str, int, int, float]
 
 @styled()
 def recording_figure(points: Sequence[Recorded]) -> Figure:
-    """Error per token against the number of checkpoints: one line a way and seed."""
+    """Error per token against the number of checkpoints: a pale line a way and seed, their mean strong."""
     figure = new_figure(3.4, 6)
     axes = figure.subplots()
     hues = colours(list(dict.fromkeys(way for way, *_ in points)))
     seeds = sorted({seed for _, seed, *_ in points})
-    for way, seed in dict.fromkeys((way, seed) for way, seed, *_ in points):
-        line = sorted((count, error) for name, own, count, error in points if (name, own) == (way, seed))
-        first = seed == seeds[0]
+    counts = sorted({count for _, _, count, _ in points})
+    for way, hue in hues.items():
+        errors = {(seed, count): error for name, seed, count, error in points if name == way}
+        if len(seeds) > 1:
+            for seed in seeds:
+                own = [count for count in counts if (seed, count) in errors]
+                axes.plot(own, [errors[seed, count] for count in own], color=hue, lw=0.7, alpha=0.4)
+        measured = [[errors[seed, count] for seed in seeds if (seed, count) in errors] for count in counts]
         axes.plot(
-            [count for count, _ in line],
-            [error for _, error in line],
-            "o-" if first else "s--",
-            color=hues[way],
-            label=way if len(seeds) == 1 else f"{way}, seed {seed}",
+            [count for count, some in zip(counts, measured, strict=True) if some],
+            [statistics.fmean(some) for some in measured if some],
+            "o-",
+            color=hue,
+            label=way if len(seeds) == 1 else f"{way}, mean of {len(seeds)} seeds",
             markersize=4,
-            lw=1.2,
+            lw=1.6,
         )
     axes.set(xscale="log", xlabel="checkpoints kept", ylabel="quadrature error per token")
-    counts = sorted({count for _, _, count, _ in points})
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.minorticks_off()
     axes.set_ylim(bottom=0)
