@@ -25,13 +25,17 @@ check: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test: $(VENV)/.installed check
-	@# what is imported is compiled once, not by every worker and every process that a test starts
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile \
-	  -m 'not timing and not shapes'
-	@# the rest with every array annotation checked, which doubles what a test takes
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile \
-	  -m 'not timing and shapes' --jaxtyping-packages=polca_edit,interventions,beartype.beartype
+test: $(VENV)/.installed
+	$(BIN)/ruff check .
+	@# Types are checked beside the tests: mypy uses one core, and what imports is compiled once, not by every
+	@# worker and every process that a test starts. The second pass has every array annotation checked, which
+	@# doubles what a test takes.
+	@set -e; export PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1; \
+	$(BIN)/mypy & types=$$!; \
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not timing and not shapes'; \
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not timing and shapes' \
+	  --jaxtyping-packages=polca_edit,interventions,beartype.beartype; \
+	wait $$types
 
 clean:
 	rm -rf runs build *.egg-info
