@@ -6,6 +6,7 @@ import ast
 from pathlib import Path
 
 import pytest
+from conftest import SHAPES
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("polca_edit", "interventions", "experiments")
@@ -244,3 +245,8 @@ def test_bounds_are_seen():
     assert [wide(f) for f in functions(tree)] == [True, False]
     verb = ast.parse(f"def v({many}, j: Annotated[int, typer.Option()] = 1): ...")
     assert [wide(f) for f in functions(verb)] == [False]
+
+
+def test_every_file_whose_annotations_are_checked_is_there():
+    """A name without a file would be a check that is never made."""
+    assert [name for name in SHAPES if not (Path(__file__).parent / f"test_{name}.py").exists()] == []

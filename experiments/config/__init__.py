@@ -197,6 +197,11 @@ class RunConfig(Section):
         """Bytes of a number in vectors and tables."""
         return 8 if self.precision == "float64" else 4
 
+    @property
+    def sought_coarsely(self) -> bool:
+        """Whether Hessian vectors are sought by products in fewer bits first."""
+        return self.curvature_products != "float32"
+
     def measured_bases(self) -> tuple[BasisConfig, ...]:
         """Bases that are projected; the others are turned from them."""
         return tuple(basis for basis in self.bases if not basis.rotated)

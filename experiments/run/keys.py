@@ -127,7 +127,7 @@ def basis_key(config: RunConfig, contents: str, spec: BasisConfig) -> str:
     # Only where they differ: keys of bases of all weights, stored in full, stay as they are.
     more = ["entries alone"] if spec.include != ("*",) else []
     more += [config.basis_storage] if config.basis_storage != "float32" else []
-    if config.curvature_products != "float32":
+    if config.sought_coarsely:
         more.append(f"sought in {config.curvature_products}")
     return key_of("basis", own, data_key(config, contents), *more)
 

@@ -257,7 +257,7 @@ def require_parts(config: RunConfig, task: Task) -> None:
     """
     for spec in config.bases:
         if spec.include != ("*",):
-            task.space.mask(spec.include)
+            task.space.count(spec.include)
 
 
 def _compare_own(config: RunConfig, directory: RunDirectory, task: Task, say: Say, *, write: bool) -> None:

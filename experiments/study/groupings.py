@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated
 
@@ -149,13 +149,25 @@ def ways(ground: Ground) -> Iterator[tuple[str, Callable[[], list[Labels]]]]:
     run = ground.run
     own = run.settings().clusters
     first = run.config.measured_bases()[0].label
+
+    @cache
+    def stored(label: str) -> Projections:
+        return load_record(Projections, run.directory.projections(label))
+
+    @cache
+    def attributed(label: str) -> Tensor:
+        return allocate(stored(label), run.config.rule).projected_loss()
+
+    def polca(label: str, settings: ClusterSettings) -> list[Labels]:
+        return _trajectories(attributed(label), settings)
+
     for spec in run.config.measured_bases():
-        yield f"POLCA {spec.label}", partial(_attributed, run, spec.label, own)
-        yield f"POLCA {spec.label}, paper's settings", partial(_attributed, run, spec.label, PAPER)
-    yield "exact loss", lambda: _trajectories(exact_loss(_stored(run, first)).paths, own)
-    yield "exact loss, paper's settings", lambda: _trajectories(exact_loss(_stored(run, first)).paths, PAPER)
+        yield f"POLCA {spec.label}", partial(polca, spec.label, own)
+        yield f"POLCA {spec.label}, paper's settings", partial(polca, spec.label, PAPER)
+    yield "exact loss", lambda: _trajectories(exact_loss(stored(first)).paths, own)
+    yield "exact loss, paper's settings", lambda: _trajectories(exact_loss(stored(first)).paths, PAPER)
     no_fall = replace(own, drop_rising_tokens=False, drop_rising_vectors=False)
-    yield f"Fisher {first}", lambda: _trajectories(fisher(_stored(run, first)).paths, no_fall)
+    yield f"Fisher {first}", lambda: _trajectories(fisher(stored(first)).paths, no_fall)
     size = ground.split.tokens.count * ground.split.loss.space.size * ground.split.theta.element_size()
     most = f"{GRADIENT_BYTES / 1e9:.0f} GB"
     large = f"  token gradients are left out: they would take {size / 1e9:.0f} GB, more than {most}"
@@ -171,14 +183,6 @@ def ways(ground: Ground) -> Iterator[tuple[str, Callable[[], list[Labels]]]]:
 def _left_out(reason: str) -> list[Labels]:
     say(reason)
     return []
-
-
-def _stored(run: Run, label: str) -> Projections:
-    return load_record(Projections, run.directory.projections(label))
-
-
-def _attributed(run: Run, label: str, settings: ClusterSettings) -> list[Labels]:
-    return _trajectories(allocate(_stored(run, label), run.config.rule).projected_loss(), settings)
 
 
 def _found(run: Run, name: str) -> list[Labels]:

@@ -205,12 +205,7 @@ def _algorithm_one(
 
 def in_fewer_bits(product: Product) -> Product:
     """The same product with its matrix products taken in bfloat16."""
-
-    def coarse(vector: Tensor) -> Tensor:
-        with matrix_products(torch.bfloat16):
-            return product(vector)
-
-    return coarse
+    return matrix_products(torch.bfloat16)(product)
 
 
 def next_vectors(
@@ -254,16 +249,14 @@ def next_vectors(
         allocate=keeping.krylov,
     )
     lanczos = settings.lanczos(following=settings.per_checkpoint, noise=1e-3 if extra == 0 else 0.02)
-    behind = None
+    sought = None
     if settings.coarse:
         found = seek(in_fewer_bits(product), settings=lanczos, start=start)
-        start, behind, extra = found.vectors, found.following, extra + found.products
+        start, sought, extra = found.vectors, found.following, extra + found.products
         lanczos = replace(lanczos, noise=0.0)
     pairs = seek(product, settings=lanczos, start=start)
-    if pairs.following is not None and len(pairs.following):
-        behind = pairs.following
-    if behind is not None and len(behind) == 0:
-        behind = None
+    # One exact product a vector leaves no Ritz vectors behind it; those it was sought with stand for them.
+    behind = next((some for some in (pairs.following, sought) if some is not None and len(some)), None)
     return BasisCheckpoint(step, pairs.vectors, pairs.values, pairs.residuals, pairs.products + extra, behind)
 
 

@@ -130,8 +130,8 @@ def basis_sizes(config: RunConfig, space: ParameterSpace) -> tuple[BasisSize, ..
     for spec in config.bases:
         taken = len(spec.steps) if spec.steps is not None else -(-spec.vectors // spec.per_checkpoint)
         kind = ROTATED if spec.rotated else spec.kind
-        columns = None if spec.include == ("*",) else space.count(spec.include)
-        found.append(BasisSize(kind, spec.vectors, taken if kind == "hessian" else 0, columns, stored))
+        taken = taken if kind == "hessian" else 0
+        found.append(BasisSize(kind, spec.vectors, taken, space.count(spec.include), stored))
     return tuple(found)
 
 

@@ -86,8 +86,7 @@ def rehearse(task: Task, config: RunConfig, sizes: Sizes, folder: Path) -> tuple
     start = _line(select, most, lambda some: slopes.seconds(some)[0])
     row = _line(select, most, lambda some: slopes.seconds(some)[1])
     route = objective.route_used or "jvp"
-    coarse = config.curvature_products != "float32"
-    products = _Products(objective, theta, rows[0], _expected(config, sizes), coarse)
+    products = _Products(objective, theta, rows[0], _expected(config, sizes), config.sought_coarsely)
     linearise, product, held = (
         _line(curvature, most, lambda some, part=part: products.cost(some)[part])  # type: ignore[misc]
         for part in range(3)

@@ -137,7 +137,7 @@ def _basis_cost(priced: _Priced, spec: BasisConfig, basis: BasisSize) -> StageCo
     curvature = padded(s.curvature, s.derivative_batch)
     count = products(kind, taken, spec.tolerance, spec.max_products, s.parameters)
     # Vectors that were sought in fewer bits are checked by one product each.
-    count += vectors if priced.config.curvature_products != "float32" else 0
+    count += vectors if priced.config.sought_coarsely else 0
     # The choice of route is the objective's: a trace pays from four expected products on.
     traced = 8 * spec.per_checkpoint * taken * TRACE_BREAK_EVEN // 4 >= TRACE_BREAK_EVEN
     forward = min(s.curvature, s.derivative_batch) if traced else curvature * (taken + count)

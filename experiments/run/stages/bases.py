@@ -112,7 +112,7 @@ def build_basis(run: Run, spec: BasisConfig, checkpoints: Checkpoints, parts: Pa
             spec.max_products,
             run.config.seed,
             mask,
-            run.config.curvature_products != "float32",
+            run.config.sought_coarsely,
         ),
     )
     if _on_disk(run, spec):
@@ -143,9 +143,7 @@ def basis_inputs(run: Run, checkpoints: Checkpoints, settings: EigenSettings) ->
 
 def row_bytes(run: Run, spec: BasisConfig) -> int:
     """What a row of a basis takes: the entries it may have, not all weights."""
-    space = run.task.space
-    width = space.size if spec.include == ("*",) else int(space.mask(spec.include).sum())
-    return width * run.config.itemsize
+    return run.task.space.count(spec.include) * run.config.itemsize
 
 
 def _on_disk(run: Run, spec: BasisConfig) -> bool:
