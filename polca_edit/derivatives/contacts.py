@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 Kind = Literal["linear", "conv1d", "norm", "embedding"]
 
-#: Bytes of the block in which per-token gradients are formed; it should stay in cache.
-CACHE_BLOCK = 1 << 21
+#: Bytes of the block in which per-token gradients are formed, which should stay in cache, and how many rows of
+#: ranks and weight it has at least: a matrix product of fewer is slow.
+CACHE_BLOCK, LEAST_ROWS = 1 << 21, 64
 #: Measured cost of forming and reading a per-token gradient entry, in multiples of a multiply-add; where the
 #: products are in fewer bits they cost less and the forming does not.
-FORMING_PENALTY, FORMING_PENALTY_IN_FEWER_BITS = 1.7, 6.0
+FORMING_PENALTY, FORMING_PENALTY_IN_FEWER_BITS = 1.5, 6.0
 
 
 @dataclass(frozen=True)
@@ -135,20 +136,25 @@ def _by_token_gradients(
 ) -> Float[Tensor, "B R K"]:
     """The same through the per-token gradients left' right, formed in blocks of sequences and weight rows.
 
-    The layout is that of the weight, so that neither the blocks nor the vectors are ever copied.
+    The layout is that of the weight, so that neither the blocks nor the vectors are ever copied. Inputs that
+    all ranks share are multiplied with the cotangents of all of them at once.
     """
     batch, ranks = len(left), max(left.shape[1], right.shape[1])
     count, depth, width = vectors.shape
-    many = max(1, 64 // ranks)
-    block = max(1, CACHE_BLOCK // (many * ranks * width * vectors.element_size()))
+    many = max(1, LEAST_ROWS // ranks)
+    block = CACHE_BLOCK // (many * ranks * width * vectors.element_size())
+    block = max(block, -(-LEAST_ROWS // ranks))
     result = left.new_zeros(batch * ranks, count)
     left, right = left.to(vectors.dtype), right.to(vectors.dtype)
     for row in range(0, depth, block):
-        directions = vectors[:, row : row + block].flatten(1).T
+        directions, turned = vectors[:, row : row + block].flatten(1).T, left[..., row : row + block].mT
         for first in range(0, batch, many):
             some = slice(first, min(batch, first + many))
-            formed = torch.matmul(left[some, ..., row : row + block].transpose(2, 3), right[some])
-            formed = formed.flatten(0, 1).flatten(1)
+            if right.shape[1] == 1:
+                formed = torch.bmm(turned[some].flatten(1, 2), right[some, 0])
+            else:
+                formed = torch.matmul(turned[some], right[some])
+            formed = formed.view(-1, len(directions))
             own = result[some.start * ranks : some.stop * ranks]
             if formed.dtype == own.dtype:
                 own.addmm_(formed, directions)
