@@ -31,12 +31,14 @@ MODELS = {
     "Mixtral": tiny.mixtral,
 }
 
-#: Architecture -> routes of slopes along one vector and along four, and of one product with the Hessian.
+#: Architecture -> routes of slopes along one vector and along four, and of many products with the Hessian;
+#: few of them are taken by reverse mode twice in any.
+USUAL = ("jvp", "adjoint", "traced")
 ROUTES = {
-    "tied GPT-2": ("jvp", "adjoint", "jvp"),
-    "GPTNeoX": ("jvp", "adjoint", "jvp"),
-    "Qwen 2": ("jvp", "adjoint", "jvp"),
-    "OPT, projected": ("jvp", "jvp", "jvp"),
+    "tied GPT-2": USUAL,
+    "GPTNeoX": USUAL,
+    "Qwen 2": USUAL,
+    "OPT, projected": ("jvp", "jvp", "traced"),
     "Bloom": ("double_backward", "adjoint", "double_backward"),
     "Mixtral": ("double_backward", "adjoint", "double_backward"),
 }
@@ -90,9 +92,11 @@ def test_the_route_that_was_taken_is_named_and_a_dearer_one_has_a_reason(name):
     for count in (1, 4):
         loss.directional(theta, rows[:count], tokens)
         taken.append(loss.route_used)
-    loss.hessian(theta, tokens, expected=1)(rows[0])
+    image = loss.hessian(theta, tokens, expected=1)(rows[0])
+    assert loss.curvature_route == "double_backward"
+    assert (loss.hessian(theta, tokens, expected=64)(rows[0]) - image).abs().max() < 1e-4 * image.abs().max()
     assert (*taken, loss.curvature_route) == ROUTES[name]
-    assert bool(loss.route_note) == (ROUTES[name] != ("jvp", "adjoint", "jvp"))
+    assert bool(loss.route_note) == (ROUTES[name] != USUAL)
 
 
 def test_derivatives_agree_on_every_route():
@@ -138,6 +142,19 @@ def test_a_branch_on_weights_is_not_traced_and_that_is_said():
     slopes = loss.directional(-theta, torch.ones(1, 15), tokens)[1]
     assert slopes.unique().tolist() == [-2.0]  # the branch of these weights, not of the module's own
     assert loss.route_used == "jvp"
+    assert "branches on values" in loss.route_note
+
+
+def test_many_products_of_a_branching_model_are_taken_by_reverse_mode():
+    loss = Objective(Branching(), lambda m, ids: m(ids).square().mean(2))
+    tokens = TokenSet(torch.arange(6).view(2, 3), torch.ones(2, 3, dtype=torch.bool), torch.arange(2))
+    theta = loss.space.read(loss.module)
+    vector = torch.arange(15.0)
+    # A third of the slots shows each row; the loss of a slot is the mean of 5 squares, of -w not doubled.
+    for at, factor in ((theta, 4.0), (-theta, 1.0)):
+        product = loss.hessian(at, tokens, expected=64)
+        torch.testing.assert_close(product(vector), 2 * factor / 15 * vector)
+        assert loss.curvature_route == "double_backward"
     assert "branches on values" in loss.route_note
 
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 Kind = Literal["linear", "conv1d", "norm", "embedding"]
 
-#: Bytes of the block in which per-token gradients are formed, which should stay in cache, and how many rows of
-#: ranks and weight it has at least: a matrix product of fewer is slow.
+#: Bytes of the block in which per-token gradients are formed, which should stay in cache, and how many rows
+#: (of ranks and weight) it has at least: a matrix product of fewer is slow.
 CACHE_BLOCK, LEAST_ROWS = 1 << 21, 64
 #: Measured cost of forming and reading a per-token gradient entry, in multiples of a multiply-add; where the
 #: products are in fewer bits they cost less and the forming does not.

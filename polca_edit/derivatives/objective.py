@@ -339,9 +339,10 @@ class Objective:
     ) -> Callable[[Tensor], Tensor]:
         """The product v -> H v for the mean (or weighted) token loss at theta.
 
-        The gradient is linearised once per batch; each product then costs about five forward
-        passes. Linearised batches stay in memory as long as the returned function lives, those beyond
-        ``curvature_budget`` are linearised anew for every product.
+        The gradient is linearised once per batch, by reverse mode twice or, where many products are wanted,
+        traced; each product then costs about five forward passes. Linearised batches stay in memory as long
+        as the returned function lives, those beyond ``curvature_budget`` are linearised anew for every
+        product.
 
         Args:
             theta: weights.
@@ -363,8 +364,9 @@ class Objective:
         def linearise(batch: Batch, each: Tensor) -> PointLinearization:
             inputs = [*fixed, *batch.given, each]
             with torch.no_grad():
-                return self._routes.curvature(loss, expected, moving, inputs, chosen.name)
+                return self._routes.curvature(loss, passes, moving, inputs, chosen.name)
 
+        passes = expected * len(batches)
         makers = [partial(linearise, b, w) for b, w in zip(batches, token_weights, strict=True)]
         maps = BatchedProducts(makers, self.curvature_budget)
         self.streamed_batches, self.batch_bytes = maps.streamed, maps.kept_bytes
@@ -373,7 +375,7 @@ class Objective:
             with torch.no_grad():
                 result = chosen.entries(maps(self._tangents(chosen, vector, theta.dtype)))
             self.passes.hvp += tokens.sequences
-            self.curvature_route = self._routes.taken(self._routes.for_curvature(expected))
+            self.curvature_route = self._routes.taken(self._routes.for_curvature(passes))
             return result.to(vector.device)
 
         return product

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from experiments.config import RunConfig
+from experiments.config import BasisConfig, RunConfig
 from experiments.tasks.task import Task
 from polca_edit.basis.streamed import HELD
 from polca_edit.parameters import ParameterSpace
@@ -184,6 +184,12 @@ def products(kind: str, checkpoints: int, tolerance: float, most: int, parameter
     usual = PRODUCTS_OF_LARGE if parameters >= LARGE else PRODUCTS_PER_CHECKPOINT
     each = min(usual + extra, most + 1)
     return max(checkpoints, round(each * checkpoints - min(FIRST_CHECKPOINT_FEWER, each - 1)))
+
+
+def curvature_batches(spec: BasisConfig, basis: BasisSize, sizes: Sizes) -> int:
+    """Batches that a Hessian basis expects through all its products, by which it chooses their route."""
+    each = -(-sizes.curvature // min(sizes.curvature, sizes.derivative_batch))
+    return PRODUCTS_PER_CHECKPOINT * spec.per_checkpoint * basis.taken * each
 
 
 #: Checkpoints that an open series keeps.

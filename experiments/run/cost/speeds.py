@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from experiments.config import RunConfig
 from experiments.run.cost.rates import Rate, Speeds
-from experiments.run.cost.sizes import Sizes
+from experiments.run.cost.sizes import Sizes, curvature_batches
 from experiments.run.machine import resident_bytes
 from experiments.tasks.task import BatchLoss, Task
 from polca_edit.basis.hessian import in_fewer_bits
@@ -189,9 +189,9 @@ def _training_seconds(module: nn.Module, batch_loss: BatchLoss, steps: int = 4) 
 
 
 def _expected(config: RunConfig, sizes: Sizes) -> int | None:
-    """Products that the run's first Hessian basis expects, None where there is none."""
+    """Products of one batch that the run's first Hessian basis expects, None where there is none."""
     wanted = (
-        8 * spec.per_checkpoint * basis.taken
+        curvature_batches(spec, basis, sizes)
         for spec, basis in zip(config.bases, sizes.bases, strict=True)
         if basis.kind == "hessian"
     )

@@ -11,6 +11,7 @@ from experiments.run.cost.sizes import (
     ROTATED,
     BasisSize,
     Sizes,
+    curvature_batches,
     padded,
     products,
     reads_of,
@@ -138,10 +139,12 @@ def _basis_cost(priced: _Priced, spec: BasisConfig, basis: BasisSize) -> StageCo
     count = products(kind, taken, spec.tolerance, spec.max_products, s.parameters)
     # Vectors that were sought in fewer bits are checked by one product each.
     count += vectors if priced.config.sought_coarsely else 0
-    # The choice of route is the objective's: a trace pays from four expected products on.
-    traced = 8 * spec.per_checkpoint * taken * TRACE_BREAK_EVEN // 4 >= TRACE_BREAK_EVEN
-    forward = min(s.curvature, s.derivative_batch) if traced else curvature * (taken + count)
+    # The choice of route is the objective's, by the batches of all products that it expects.
+    traced = curvature_batches(spec, basis, s) >= TRACE_BREAK_EVEN
     held, streamed = linearised(s, speeds, memory_shares(priced.config, s.parameters).curvature)
+    # Reverse mode goes through the model once a linearisation, a trace once in all.
+    share = streamed / (held + streamed)
+    forward = min(s.curvature, s.derivative_batch) if traced else round(curvature * (taken + share * count))
     one = speeds.linearise.batch(min(s.derivative_batch, s.curvature))
     additions = PER_KRYLOV * count / taken / 2 + PER_ROW * vectors / 2
     each = speeds.product.total(s.curvature, s.derivative_batch) + streamed * one
