@@ -189,9 +189,12 @@ def test_both_orders_of_products(ranks, length, count, generator, monkeypatch):
 
     given, delta, vectors = random(70, length, 5), random(70, ranks, length, 7), random(count, 5, 7)
     wanted = torch.einsum("xrlo,xli,kio->xrk", delta, given, vectors)
-    torch.testing.assert_close(linear_share(given, delta, vectors, transposed=False), wanted)
+    torch.testing.assert_close(linear_share(given, delta, [vectors], transposed=False), wanted)
     turned = vectors.transpose(1, 2).contiguous()
-    torch.testing.assert_close(linear_share(given, delta, turned, transposed=True), wanted)
+    torch.testing.assert_close(linear_share(given, delta, [turned], transposed=True), wanted)
+    # Directions that lie in several tables, some of which are columns of wider ones.
+    tables = [turned[:1], torch.cat([turned, turned], 2)[1:, :, :5]]
+    torch.testing.assert_close(linear_share(given, delta, tables, transposed=True), wanted)
 
 
 @pytest.mark.parametrize(("ranks", "length", "count"), [(1, 40, 30), (4, 5, 6)])
@@ -203,7 +206,7 @@ def test_products_in_fewer_bits_are_those_of_rounded_factors(ranks, length, coun
 
     given, delta, vectors = whole(6, length, 5), whole(6, ranks, length, 7), whole(count, 5, 7)
     wanted = torch.einsum("xrlo,xli,kio->xrk", delta, given, vectors)
-    found = linear_share(given, delta, vectors.bfloat16(), transposed=False)
+    found = linear_share(given, delta, [vectors.bfloat16()], transposed=False)
     assert found.dtype == torch.float32
     if length == 5:  # V a is at most 80, which eight bits hold
         assert torch.equal(found, wanted)

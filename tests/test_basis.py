@@ -28,7 +28,7 @@ from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.derivatives.lanczos import orthonormalise
 from polca_edit.derivatives.objective import Objective
 from polca_edit.parameters import ParameterSpace
-from polca_edit.tokens import next_token_loss
+from polca_edit.tokens import TokenSet, next_token_loss
 
 TIGHT = {"tolerance": 1e-10, "max_products": 400}
 
@@ -50,8 +50,6 @@ def curved_loss(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
 
 
 def curved_problem(generator: torch.Generator) -> tuple[Curved, Objective, object, Checkpoints]:
-    from polca_edit.tokens import TokenSet
-
     module = Curved()
     inputs = torch.randn(7, 3, 5, generator=generator, dtype=torch.float64)
     scored = torch.ones(7, 3, dtype=torch.bool)
@@ -61,6 +59,27 @@ def curved_problem(generator: torch.Generator) -> tuple[Curved, Objective, objec
     thetas = [torch.randn(space.size, generator=generator, dtype=torch.float64) for _ in range(4)]
     objective = Objective(module, curved_loss, space, batch_size=4, route="double_backward")
     return module, objective, tokens, open_checkpoints(thetas, space, steps=[0, 10, 20, 30])
+
+
+class Straight(nn.Module):
+    """Linear in one weight, quadratic in the second; the third is never used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.curved, self.unused = (nn.Parameter(torch.ones(n)) for n in (3, 2, 1))
+
+
+@pytest.mark.parametrize("route", ["auto", "double_backward", "traced", "jvp"])
+def test_products_of_a_model_that_is_linear_in_some_weights(route):
+    tokens = TokenSet(torch.randn(4, 3), torch.ones(4, 1, dtype=torch.bool), torch.arange(4))
+    losses = {
+        (0.0, 0.0, 0.0, 2.0, 2.0, 0.0): lambda m, x: (x @ m.linear + m.curved.square().sum())[:, None],
+        (0.0,) * 6: lambda m, x: (x @ m.linear)[:, None],
+    }
+    for diagonal, token_loss in losses.items():
+        loss, vector = Objective(Straight(), token_loss, route=route), torch.arange(1.0, 7.0)
+        found = loss.hessian(loss.space.read(loss.module), tokens)(vector)
+        torch.testing.assert_close(found, torch.tensor(diagonal) * vector)
 
 
 def algorithm_one(

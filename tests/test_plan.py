@@ -261,18 +261,19 @@ def test_a_memory_budget_is_shared_out_and_what_exceeds_it_is_said():
     large = costs.Sizes(50_000_000, 20, 0, 8, 50, 200, 50, 50, 50, 0, sizes().bases, 3, 2, "jvp", False)
     free, vector = config(32, 1), 200_000_000
     tight = free.model_copy(update={"memory_gb": parse_memory("5GB")})
-    assert memory_shares(tight, 50_000_000).directions == 6  # half of what is left after 12 vectors
-    assert memory_shares(tight, 50_000_000).rows == 1_300_000_000
-    assert memory_shares(free, 50_000_000).directions is None
+    assert memory_shares(tight, 50_000_000).rows == 1_600_000_000
+    assert memory_shares(tight, 50_000_000).displacements == 4
+    least = tight.model_copy(update={"memory_gb": 2.3})
+    assert memory_shares(least, 50_000_000).displacements == 2
     with pytest.raises(
-        ValueError, match=r"16 vectors of 50,000,000 weights, 3.2 GB, got 3 GB; raise --memory"
+        ValueError, match=r"11 vectors of 50,000,000 weights, 2.2 GB, got 2 GB; raise --memory"
     ):
-        memory_shares(free.model_copy(update={"memory_gb": 3.0}), 50_000_000)
+        memory_shares(free.model_copy(update={"memory_gb": 2.0}), 50_000_000)
     with pytest.raises(ValueError, match="16GB or 800MB, got 'much'"):
         parse_memory("much")
-    # Twenty rows and twenty-four directions at once, against six directions and the rows' share.
+    # Ten rows and sixteen Krylov vectors and images, against the rows' share: the others are mapped.
     saved = peak_bytes(large, SPEEDS, free) - peak_bytes(large, SPEEDS, tight)
-    assert saved == 44 * vector - (6 * vector + 1_300_000_000)
+    assert saved == 26 * vector - 1_600_000_000
     assert peak_bytes(large, SPEEDS, tight) < 5_000_000_000 < peak_bytes(large, SPEEDS, free)
     assert transient_bytes(large, tight) > transient_bytes(large, free)
     assert memory_warnings(large, SPEEDS, tight) == []

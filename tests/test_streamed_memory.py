@@ -90,17 +90,21 @@ def test_streamed_gram_and_coefficients_against_all_displacements_at_once():
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_directions_of_a_block_are_all_that_is_made(size):
+def test_rows_of_bases_are_taken_where_they_lie_and_residuals_alone_are_made(size):
     series = walk(size, 5)
-    basis = trajectory_basis(series, 4)
-    theta, found = directions_at(series, [basis, basis], 2)
+    basis, other = trajectory_basis(series, 4), trajectory_basis(series, 3)
+    theta, found = directions_at(series, [basis, other], 2)
     rows = found.whole(size)
-    for first in range(0, 12, 3):
-        part = directions_at(series, [basis, basis], 2, range(first, first + 3))[1]
+    assert torch.equal(rows[:4], basis.rows)
+    assert torch.equal(rows[6:9], other.rows)
+    assert torch.equal(rows[5], basis.remainder(series[3] - series[2]))
+    for first in range(0, 11, 3):
+        part = directions_at(series, [basis, other], 2, range(first, min(11, first + 3)))[1]
         assert torch.equal(part.whole(size), rows[first : first + 3])
-    assert len(rows) == 12
-    few = peak_vectors(lambda: directions_at(series, [basis, basis], 2, range(3)), size)
-    assert few < 3 + 2 < peak_vectors(lambda: directions_at(series, [basis, basis], 2), size)
+    own = {group.rows.untyped_storage().data_ptr() for group in found.groups}
+    assert {basis.entries.untyped_storage().data_ptr(), other.entries.untyped_storage().data_ptr()} < own
+    assert peak_vectors(lambda: directions_at(series, [basis, other], 2, range(3)), size) < 1
+    assert 4 <= peak_vectors(lambda: directions_at(series, [basis, other], 2), size) < 4 + 4 < len(rows)
     assert torch.equal(theta, series[2])
 
 

@@ -17,7 +17,6 @@ from typing import Any, Protocol
 
 import torch
 
-from experiments.run.memory import memory_shares
 from experiments.run.pieces import (
     Along,
     Blocks,
@@ -62,8 +61,7 @@ def slope_engine(
         wanted: indices that will be asked for, in that order; others are kept already.
     """
     config = run.config
-    size = run.task.space.size
-    blocks = Blocks(memory_shares(config, size).directions, config.token_shard, config.parameter_block)
+    blocks = Blocks(config.vector_block, config.token_shard, config.parameter_block)
     given = Measured(run.objective, checkpoints, bases, tokens, products_of(config))
     if config.engine == "local":
         yield lambda index: local_slopes(given, index, blocks)

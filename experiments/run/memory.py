@@ -10,10 +10,12 @@ import re
 from dataclasses import dataclass
 
 from experiments.config import RunConfig
+from polca_edit.basis.streamed import HELD
 
 #: Vectors of N entries that are needed however small the budget is: three cached checkpoints, the model,
-#: its weights in their own storage, tangents, a gradient, a product and what Lanczos takes it from.
-FIXED_VECTORS = 12
+#: its weights in their own storage, tangents, a gradient, a product and what Lanczos takes it from; and how
+#: many more there must be room for.
+FIXED_VECTORS, LEAST_VECTORS = 9, 2
 UNITS = {"": 1e9, "MB": 1e6, "GB": 1e9, "TB": 1e12, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -25,13 +27,13 @@ class MemoryShares:
         rows: earlier vectors held while a basis is built, and Krylov vectors; above it they lie on disk.
         curvature: linearised batches of a Hessian; above it they are linearised anew.
         slopes: what the adjoint route keeps of a batch.
-        directions: directions taken at once at a checkpoint, in number; None for all.
+        displacements: displacements held while those of a trajectory are multiplied, in number.
     """
 
     rows: int
     curvature: int = 4 << 30
     slopes: int = 1 << 30
-    directions: int | None = None
+    displacements: int = HELD
 
 
 def memory_shares(config: RunConfig, parameters: int) -> MemoryShares:
@@ -42,18 +44,17 @@ def memory_shares(config: RunConfig, parameters: int) -> MemoryShares:
     """
     rows = round(config.basis_memory_gb * 1e9)
     if config.memory_gb is None:
-        return MemoryShares(rows, directions=config.vector_block)
+        return MemoryShares(rows)
     budget, vector = round(config.memory_gb * 1e9), config.itemsize * parameters
     left = budget - FIXED_VECTORS * vector
-    if left < 4 * vector:
+    least = FIXED_VECTORS + LEAST_VECTORS
+    if left < LEAST_VECTORS * vector:
         raise ValueError(
-            f"a memory budget must hold {FIXED_VECTORS + 4} vectors of {parameters:,} weights, "
-            f"{(FIXED_VECTORS + 4) * vector / 1e9:.1f} GB, got {config.memory_gb:g} GB; raise --memory"
+            f"a memory budget must hold {least} vectors of {parameters:,} weights, "
+            f"{least * vector / 1e9:.1f} GB, got {config.memory_gb:g} GB; raise --memory"
         )
-    block = max(1, left // 2 // vector)
-    if config.vector_block is not None:
-        block = min(block, config.vector_block)
-    return MemoryShares(min(rows, left // 2), left // 3, min(1 << 30, left // 3), block)
+    held = max(1, min(HELD, left // vector))
+    return MemoryShares(min(rows, left // 2), left // 3, min(1 << 30, left // 3), held)
 
 
 def parse_memory(text: str | None) -> float | None:

@@ -24,6 +24,9 @@ def directions_at(
 ) -> tuple[Float[Tensor, " N"], Directions]:
     """Weights at one checkpoint and the directions wanted there: per basis its rows and two residuals.
 
+    The rows of a basis are a group of their own and are not copied, unless they are cut off by a block or
+    stored in fewer bits; memory is made for residuals.
+
     Args:
         checkpoints: the series.
         bases: whose directions.
@@ -43,16 +46,24 @@ def directions_at(
     theta = checkpoints[index]
     sources = [(number, own) for number, basis in enumerate(bases) for own in range(len(basis) + 2)]
     chosen = range(len(sources)) if chosen is None else chosen
-    numbers: dict[Subset | None, list[int]] = {}
+    # One group of residuals, and one a basis: rows of several cannot be one table without a copy.
+    members: dict[tuple[int | None, Subset | None], list[int]] = {}
     for place in chosen:
         number, own = sources[place]
-        numbers.setdefault(_inside(bases[number], own, block), []).append(place)
+        whose = number if own < len(bases[number]) else None
+        members.setdefault((whose, _inside(bases[number], own, block)), []).append(place)
     groups = []
-    for inside, members in numbers.items():
+    for (whose, inside), own_places in members.items():
         if inside is not None and not inside.ranges:
             continue  # a basis without an entry in this block
-        rows = theta.new_empty(len(members), theta.numel() if inside is None else inside.count)
-        for row, place in zip(rows, members, strict=True):
+        places = tuple(place - chosen.start for place in own_places)
+        owns = [sources[place][1] for place in own_places]
+        if whose is not None and block is None:
+            rows = bases[whose].entries[owns[0] : owns[-1] + 1].to(theta.dtype)
+            groups.append(Group(inside, places, rows))
+            continue
+        rows = theta.new_empty(len(owns), theta.numel() if inside is None else inside.count)
+        for row, place in zip(rows, own_places, strict=True):
             number, own = sources[place]
             basis, side = bases[number], own - len(bases[number])
             if side < 0:
@@ -62,7 +73,7 @@ def directions_at(
             else:
                 moved = block.take(displacement(checkpoints, index, side))
                 _copy_remainder(row, basis, block, moved, along[number][side])
-        groups.append(Group(inside, tuple(place - chosen.start for place in members), rows))
+        groups.append(Group(inside, places, rows))
     if not groups:
         groups.append(Group(None, (), theta.new_empty(0, theta.numel())))
     return theta, Directions(len(chosen), tuple(groups))
@@ -112,14 +123,10 @@ def displacement(checkpoints: Checkpoints, index: int, side: int) -> Float[Tenso
 
 def with_remainders(bases: Sequence[Basis], moved: Float[Tensor, " N"]) -> Directions:
     """The rows of every basis, each followed by what the basis leaves of a displacement."""
-    numbers: dict[Subset | None, list[int]] = {}
-    rows: dict[Subset | None, list[Tensor]] = {}
-    first = 0
+    groups, ends, first = [], [], 0
     for basis in bases:
-        numbers.setdefault(basis.inside, []).extend(range(first, first + len(basis)))
-        rows.setdefault(basis.inside, []).append(basis.wide())
+        groups.append(Group(basis.inside, tuple(range(first, first + len(basis))), basis.wide()))
         first += len(basis) + 1
-        numbers.setdefault(None, []).append(first - 1)
-        rows.setdefault(None, []).append(basis.remainder(moved)[None])
-    groups = [Group(inside, tuple(numbers[inside]), torch.cat(parts)) for inside, parts in rows.items()]
+        ends.append(first - 1)
+    groups.append(Group(None, tuple(ends), torch.stack([basis.remainder(moved) for basis in bases])))
     return Directions(first, tuple(groups))

@@ -31,7 +31,8 @@ class BasisInputs:
         settings: accuracy, seed, mask and vectors per checkpoint.
         outputs: logits of the scored slots, for Gauss-Newton.
         second_moments: step -> Adam's second moments, None where no optimiser state was kept.
-        keeping: hooks for resuming and streaming, used by ``hessian``; ``trajectory`` uses ``allocate``.
+        keeping: hooks for resuming and streaming, used by ``hessian``; ``trajectory`` uses ``allocate`` and
+            ``displacements``.
     """
 
     objective: Objective
@@ -137,8 +138,10 @@ def _adam(given: BasisInputs, count: int) -> Basis:
 
 
 def _trajectory(given: BasisInputs, count: int) -> Basis:
-    allocate = given.keeping.allocate
-    return path.trajectory_basis(given.checkpoints, count, mask=given.settings.mask, allocate=allocate)
+    keeping, mask = given.keeping, given.settings.mask
+    return path.trajectory_basis(
+        given.checkpoints, count, mask=mask, allocate=keeping.allocate, held=keeping.displacements
+    )
 
 
 def _gradients(given: BasisInputs) -> Tensor:

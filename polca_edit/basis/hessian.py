@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from polca_edit.basis.record import Basis, confined
+from polca_edit.basis.streamed import HELD
 from polca_edit.basis.subsets import Subset, taken
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.derivatives.lanczos import Allocate, LanczosSettings, projected_lanczos
@@ -92,6 +93,7 @@ class Keeping:
             they are taken block by block from where the parts hold them. None: no limit.
         allocate: makes the (K, n) tensor of the joined rows; None joins in memory.
         krylov: makes the tables of one checkpoint's Krylov vectors; None keeps them in memory.
+        displacements: of a trajectory, held at once (:func:`~polca_edit.basis.path.trajectory_basis`).
     """
 
     finished: Sequence[BasisCheckpoint] = ()
@@ -100,6 +102,7 @@ class Keeping:
     rows_in_memory: int | None = None
     allocate: Allocate | None = None
     krylov: Allocate | None = None
+    displacements: int = HELD
 
 
 def hessian_basis(
@@ -189,6 +192,7 @@ def _algorithm_one(
     """The parts so far and those of the checkpoints still to come."""
     for index in order:
         theta, product = checkpoints[index], product_at(index)
+        checkpoints.forget()  # each is read once, and Lanczos needs the room
         if keeping.products is not None:
             product = keeping.products(index, product)
         step, generator = checkpoints.steps[index], generator_at(index)

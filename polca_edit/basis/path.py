@@ -11,7 +11,7 @@ from torch import Tensor
 
 from polca_edit.allocation.progress import progress
 from polca_edit.basis.record import Basis, unlabelled
-from polca_edit.basis.streamed import combined, displacement_gram, displacements
+from polca_edit.basis.streamed import HELD, combined, displacement_gram, displacements
 from polca_edit.basis.subsets import Subset, taken
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.derivatives.lanczos import Allocate, inner_products, lengths, orthonormalise, remove_rows
@@ -30,6 +30,7 @@ def trajectory_basis(
     *,
     mask: Bool[Tensor, " N"] | None = None,
     allocate: Allocate | None = None,
+    held: int = HELD,
 ) -> Basis:
     """Right singular vectors of the rows theta_t - theta_0, from the T x T Gram matrix.
 
@@ -41,11 +42,12 @@ def trajectory_basis(
         count: K.
         mask: restrict vectors to these parameters.
         allocate: makes the (K, n) table of the rows, for example in a mapped file; None: in memory.
+        held: displacements in memory at once; the series is read about T / (2 ``held``) times.
 
     Raises:
         ValueError: if the movement has fewer independent directions than asked for.
     """
-    values, vectors = torch.linalg.eigh(displacement_gram(checkpoints, mask))
+    values, vectors = torch.linalg.eigh(displacement_gram(checkpoints, mask, held))
     order = torch.argsort(values, descending=True)[:count]
     values = values[order]
     if len(values) < count or float(values[-1]) <= 1e-12 * float(values[0]):

@@ -303,12 +303,14 @@ class NamedDirections:
 
     Attributes:
         count: R, how many there are.
-        rows: canonical name -> (k, *shape) those that move the tensor; tensors that none moves are absent.
-        places: canonical name -> (k,) their numbers among all; None: all of them move every tensor.
+        rows: canonical name -> tables (k_i, *shape) of those that move the tensor, one a group, so that rows
+            which lie apart are not copied together; tensors that none moves are absent.
+        places: canonical name -> (k,) their numbers among all, group after group; None: all of them move
+            every tensor, in order.
     """
 
     count: int
-    rows: Mapping[str, Tensor]
+    rows: Mapping[str, tuple[Tensor, ...]]
     places: Mapping[str, Int[Tensor, " k"]] | None = None
 
     @classmethod
@@ -316,18 +318,24 @@ class NamedDirections:
         cls, given: Directions, space: ParameterSpace, placed: Callable[[Tensor], Tensor]
     ) -> NamedDirections:
         """From groups of rows, each moved to where it is wanted by ``placed``."""
-        if len(given.groups) == 1 and given.groups[0].inside is None:
-            return cls(given.count, space.unflatten(placed(given.groups[0].rows)))
-        rows: dict[str, list[Tensor]] = {}
-        places: dict[str, list[int]] = {}
+        rows: dict[str, tuple[Tensor, ...]] = {}
+        numbers: dict[str, tuple[int, ...]] = {}
         for group in given.groups:
-            chosen = Chosen(space, group.inside)
-            for name, part in zip(chosen.names, chosen.tangents(placed(group.rows)), strict=True):
-                rows.setdefault(name, []).append(part)
-                places.setdefault(name, []).extend(group.places)
+            near = placed(group.rows)
+            if group.inside is None:
+                named = space.unflatten(near)
+            else:
+                chosen = Chosen(space, group.inside)
+                named = dict(zip(chosen.names, chosen.tangents(near), strict=True))
+            for name, part in named.items():
+                rows[name] = (*rows.get(name, ()), part)
+                numbers[name] = (*numbers.get(name, ()), *group.places)
+        everything = tuple(range(given.count))
+        if len(numbers) == len(space.names) and all(own == everything for own in numbers.values()):
+            return cls(given.count, rows)
         device = next(part.device for parts in rows.values() for part in parts)
         return cls(
             given.count,
-            {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in rows.items()},
-            {name: torch.tensor(numbers, device=device) for name, numbers in places.items()},
+            rows,
+            {name: torch.tensor(own, device=device) for name, own in numbers.items()},
         )

@@ -61,6 +61,10 @@ class Checkpoints:
             self._cache[index] = theta
         return self._cache[index]
 
+    def forget(self) -> None:
+        """Let go of the weights that were read last; they are read anew where they are asked for."""
+        self._cache.clear()
+
     def subset(self, indices: Sequence[int]) -> Checkpoints:
         """The checkpoints at the given increasing indices."""
         chosen = list(indices)

@@ -21,7 +21,7 @@ and if those do not fit, the route declares itself unavailable.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,7 +31,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from polca_edit.basis.subsets import NamedDirections
-from polca_edit.derivatives.contacts import Contact, Kind, contact_shares, kind_of
+from polca_edit.derivatives.contacts import Contact, Kind, contact_shares, kind_of, pointwise_share
 from polca_edit.derivatives.heads import SlotLoss, at_slots
 from polca_edit.derivatives.operations import Operation, WatchedOperations
 from polca_edit.parameters import ParameterSpace, call_with
@@ -246,7 +246,7 @@ class AdjointRoute:
     def _shares(
         self,
         values: Mapping[str, Tensor],
-        rows: Mapping[str, Tensor],
+        rows: Mapping[str, Sequence[Tensor]],
         inputs: Tensor,
         slots: Int[Tensor, "B R"],
     ) -> tuple[Tensor, Iterator[tuple[str, Tensor]]]:
@@ -263,7 +263,7 @@ class AdjointRoute:
                 else:
                     yield from contact_shares(contact, delta, rows, skip)
             for name, gradient in explicit.items():
-                yield name, gradient @ rows[name].flatten(1).T.to(gradient)
+                yield name, pointwise_share(gradient, rows[name])
 
         return losses, shares()
 
@@ -352,7 +352,7 @@ class AdjointRoute:
             name: torch.randn(1, *value.shape, generator=generator, dtype=torch.float64).to(value)
             for name, value in values.items()
         }
-        _, shares = self._shares(values, rows, inputs, slots)
+        _, shares = self._shares(values, {name: (row,) for name, row in rows.items()}, inputs, slots)
         found, watched = dict.fromkeys(values, 0.0), set()
         for name, share in shares:
             watched.add(name)

@@ -60,18 +60,21 @@ def kind_of(module: nn.Module) -> Kind | None:
 
 
 def contact_shares(
-    contact: Contact, delta: Float[Tensor, "B R L out"], rows: Mapping[str, Tensor], skip: Sequence[str] = ()
+    contact: Contact,
+    delta: Float[Tensor, "B R L out"],
+    rows: Mapping[str, Sequence[Tensor]],
+    skip: Sequence[str] = (),
 ) -> Iterator[tuple[str, Tensor]]:
     """The shares (B, R, K) of one call's weight and bias in <row, grad loss>.
 
     Args:
         contact: the call.
         delta: cotangents of its output.
-        rows: canonical name -> (K, ...) directions.
+        rows: canonical name -> tables (K_i, ...) of directions, K in all.
         skip: parameters treated elsewhere.
     """
     if contact.bias is not None and contact.bias not in skip:
-        yield contact.bias, delta.sum(2) @ rows[contact.bias].T.to(delta)
+        yield contact.bias, pointwise_share(delta.sum(2), rows[contact.bias])
     if contact.weight is None or contact.weight in skip:
         return
     given, vectors = contact.given, rows[contact.weight]
@@ -79,27 +82,33 @@ def contact_shares(
     if len(used) < delta.shape[2]:
         given, delta = given[:, used], delta[:, :, used]
     if contact.kind == "norm":
-        yield contact.weight, (delta * given[:, None]).sum(2) @ vectors.T.to(delta)
+        yield contact.weight, pointwise_share((delta * given[:, None]).sum(2), vectors)
     elif contact.kind == "embedding":
         yield contact.weight, embedding_share(given, delta, vectors)
     else:
         yield contact.weight, linear_share(given, delta, vectors, transposed=contact.kind == "linear")
 
 
+def pointwise_share(gradients: Float[Tensor, "B R n"], vectors: Sequence[Tensor]) -> Float[Tensor, "B R K"]:
+    """Per-token gradients times tables (K_i, ...) of n entries a row."""
+    return torch.cat([gradients @ table.flatten(1).T.to(gradients) for table in vectors], 2)
+
+
 def embedding_share(
-    given: Int[Tensor, "B L"], delta: Float[Tensor, "B R L out"], vectors: Float[Tensor, "K words out"]
+    given: Int[Tensor, "B L"], delta: Float[Tensor, "B R L out"], vectors: Sequence[Tensor]
 ) -> Float[Tensor, "B R K"]:
-    """sum_l delta[x, r, l] . V[given[x, l]], vector by vector."""
+    """sum_l delta[x, r, l] . V[given[x, l]], vector by vector of tables (K_i, words, out)."""
     batch, ranks = delta.shape[:2]
     flat = delta.reshape(batch, ranks, -1)
-    parts = [torch.bmm(flat, vector[given].reshape(batch, -1, 1).to(flat)) for vector in vectors]
+    each = (vector for table in vectors for vector in table)
+    parts = [torch.bmm(flat, vector[given].reshape(batch, -1, 1).to(flat)) for vector in each]
     return torch.cat(parts, 2)
 
 
 def linear_share(
     given: Float[Tensor, "B L in"],
     delta: Float[Tensor, "B R L out"],
-    vectors: Float[Tensor, "K p q"],
+    vectors: Sequence[Tensor],
     *,
     transposed: bool,
 ) -> Float[Tensor, "B R K"]:
@@ -108,31 +117,31 @@ def linear_share(
     Args:
         given: inputs of the map.
         delta: cotangents of its outputs.
-        vectors: (K, in, out), or (K, out, in) where ``transposed``; products are taken in their type.
+        vectors: tables (K_i, in, out), or (K_i, out, in) where ``transposed``, K rows in all; products are
+            taken in their type.
         transposed: how the weight is laid out.
     """
     batch, ranks, length, width = delta.shape
-    count = len(vectors)
+    count, kind = sum(map(len, vectors)), vectors[0].dtype
     if length == 0:
         return delta.new_zeros(batch, ranks, count)
-    fewer = vectors.dtype != delta.dtype
-    penalty = FORMING_PENALTY_IN_FEWER_BITS if fewer else FORMING_PENALTY
+    penalty = FORMING_PENALTY if kind == delta.dtype else FORMING_PENALTY_IN_FEWER_BITS
     if penalty * ranks * (length + count) < count * length:
         pair = (delta, given[:, None]) if transposed else (given[:, None], delta)
         return _by_token_gradients(*pair, vectors)
-    turned = vectors.transpose(1, 2) if transposed else vectors
     block = max(1, 4 * CACHE_BLOCK // (batch * length * width * delta.element_size()))
     flat, parts = delta.reshape(batch, ranks, length * width), []
-    given = given.to(vectors.dtype)
-    for some in torch.split(turned, block):
-        pushed = torch.matmul(given.reshape(1, batch * length, -1), some)
+    given = given.to(kind)
+    for some in (some for table in vectors for some in torch.split(table, block)):
+        turned = some.mT if transposed else some
+        pushed = torch.matmul(given.reshape(1, batch * length, -1), turned)
         pushed = pushed.view(len(some), batch, length * width).to(delta.dtype)
         parts.append(torch.bmm(flat, pushed.permute(1, 2, 0)))
     return torch.cat(parts, 2)
 
 
 def _by_token_gradients(
-    left: Float[Tensor, "B R1 L p"], right: Float[Tensor, "B R2 L q"], vectors: Float[Tensor, "K p q"]
+    left: Float[Tensor, "B R1 L p"], right: Float[Tensor, "B R2 L q"], vectors: Sequence[Tensor]
 ) -> Float[Tensor, "B R K"]:
     """The same through the per-token gradients left' right, formed in blocks of sequences and weight rows.
 
@@ -140,24 +149,26 @@ def _by_token_gradients(
     all ranks share are multiplied with the cotangents of all of them at once.
     """
     batch, ranks = len(left), max(left.shape[1], right.shape[1])
-    count, depth, width = vectors.shape
-    many = max(1, LEAST_ROWS // ranks)
-    block = CACHE_BLOCK // (many * ranks * width * vectors.element_size())
+    _, depth, width = vectors[0].shape
+    kind, many = vectors[0].dtype, max(1, LEAST_ROWS // ranks)
+    block = CACHE_BLOCK // (many * ranks * width * vectors[0].element_size())
     block = max(block, -(-LEAST_ROWS // ranks))
-    result = left.new_zeros(batch * ranks, count)
-    left, right = left.to(vectors.dtype), right.to(vectors.dtype)
+    results = [left.new_zeros(batch * ranks, len(table)) for table in vectors]
+    left, right = left.to(kind), right.to(kind)
     for row in range(0, depth, block):
-        directions, turned = vectors[:, row : row + block].flatten(1).T, left[..., row : row + block].mT
+        turned = left[..., row : row + block].mT
         for first in range(0, batch, many):
             some = slice(first, min(batch, first + many))
             if right.shape[1] == 1:
                 formed = torch.bmm(turned[some].flatten(1, 2), right[some, 0])
             else:
                 formed = torch.matmul(turned[some], right[some])
-            formed = formed.view(-1, len(directions))
-            own = result[some.start * ranks : some.stop * ranks]
-            if formed.dtype == own.dtype:
-                own.addmm_(formed, directions)
-            else:
-                own += formed @ directions
-    return result.view(batch, ranks, count)
+            formed = formed.view((some.stop - some.start) * ranks, -1)
+            for result, table in zip(results, vectors, strict=True):
+                directions = table[:, row : row + block].flatten(1).T
+                own = result[some.start * ranks : some.stop * ranks]
+                if formed.dtype == own.dtype:
+                    own.addmm_(formed, directions)
+                else:
+                    own += formed @ directions
+    return torch.cat(results, 1).view(batch, ranks, -1)

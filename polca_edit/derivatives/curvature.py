@@ -36,8 +36,14 @@ class BatchedProducts:
         """(N,) the flat sum over batches."""
         total: Tensor | None = None
         for linear in self._maps():
-            part = torch.cat([each.reshape(-1) for each in linear(tangents)])
-            total = part if total is None else total.add_(part)
+            parts = linear(tangents)
+            if total is None:
+                total = torch.cat([each.reshape(-1) for each in parts])
+            else:
+                sizes = [each.numel() for each in parts]
+                for mine, each in zip(total.split(sizes), parts, strict=True):
+                    mine.add_(each.reshape(-1))
+            del parts
         assert total is not None
         return total
 

@@ -210,9 +210,10 @@ class Objective:
         chosen = [Chosen(self.space, group.inside) for group in given.groups]
         with torch.no_grad():
             for batch in self._batches(tokens):
-                kept, parts = batch.kept, []
+                kept, parts, last = batch.kept, [], None
                 for moving, group in zip(chosen, given.groups, strict=True):
-                    linear = self._linear_losses(route, weights, batch.given, moving)
+                    if last != moving.flags:  # groups of the same tensors share what is linearised
+                        linear, last = self._linear_losses(route, weights, batch.given, moving), moving.flags
                     losses = linear.values[0][kept].cpu()
                     with matrix_products(products):
                         found = [

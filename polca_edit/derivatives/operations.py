@@ -12,7 +12,7 @@ alone, and the route finds by its check that the parameter needs explicit gradie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +23,10 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from polca_edit.derivatives.contacts import embedding_share, linear_share
+from polca_edit.derivatives.contacts import embedding_share, linear_share, pointwise_share
 
-#: (delta (B, R, ...), directions (K, ...)) -> (B, R, K).
-Share = Callable[[Tensor, Tensor], Tensor]
+#: (delta (B, R, ...), tables (K_i, ...) of directions, K in all) -> (B, R, K).
+Share = Callable[[Tensor, Sequence[Tensor]], Tensor]
 #: What turns a direction of a parameter into one of a view of it.
 View = Callable[[Tensor], Tensor]
 
@@ -60,11 +60,12 @@ class Tracked:
     name: str
     views: tuple[View, ...] = ()
 
-    def of(self, rows: Tensor) -> Tensor:
-        """Directions (K, ...) of the parameter as directions of the view."""
+    def of(self, tables: Sequence[Tensor]) -> list[Tensor]:
+        """Tables (K_i, ...) of directions of the parameter as directions of the view."""
+        found = list(tables)
         for view in self.views:
-            rows = torch.vmap(view)(rows)
-        return rows
+            found = [torch.vmap(view)(rows) for rows in found]
+        return found
 
 
 #: Reordering, cutting out and scaling: linear in their first argument, and often done before a product.
@@ -216,7 +217,7 @@ def _pointwise(own: Tracked, weight: Tensor, factor: Tensor | None, found: Tenso
     shape = weight.shape
     kept = None if factor is None else factor.detach().expand(found.shape)
 
-    def share(delta: Tensor, rows: Tensor) -> Tensor:
+    def share(delta: Tensor, rows: Sequence[Tensor]) -> Tensor:
         product = delta if kept is None else delta * kept[:, None]
         lead = product.shape[:2]
         axes = len(shape) - (product.ndim - 2)  # minus how many axes the parameter lacks
@@ -224,7 +225,7 @@ def _pointwise(own: Tracked, weight: Tensor, factor: Tensor | None, found: Tenso
         summed = [i + 2 for i, size in enumerate(aligned) if size == 1 and product.shape[i + 2] != 1]
         if summed:
             product = product.sum(summed, keepdim=True)
-        return product.reshape(*lead, -1) @ own.of(rows).flatten(1).T.to(product)
+        return pointwise_share(product.reshape(*lead, -1), own.of(rows))
 
     return [(own.name, share)]
 
@@ -235,9 +236,8 @@ def _indexed(own: Tracked, index: Tensor, found: Tensor) -> list[tuple[str, Shar
         return []
     flat = index.reshape(len(index), -1)
 
-    def share(delta: Tensor, rows: Tensor) -> Tensor:
-        vectors = own.of(rows)
-        words = vectors.flatten(2) if vectors.ndim > 2 else vectors[:, :, None]
+    def share(delta: Tensor, rows: Sequence[Tensor]) -> Tensor:
+        words = [v.flatten(2) if v.ndim > 2 else v[:, :, None] for v in own.of(rows)]
         return embedding_share(flat, delta.reshape(*delta.shape[:2], flat.shape[1], -1), words)
 
     return [(own.name, share)]
@@ -319,14 +319,14 @@ def _einsum(equation: str, operands: list[Any], found: Tensor, tracked: Any) -> 
 
     pushed = arranged(given, theirs[1:], 1, groups, places, inner)
 
-    def share(delta: Tensor, rows: Tensor) -> Tensor:
+    def share(delta: Tensor, rows: Sequence[Tensor]) -> Tensor:
         turned = arranged(delta, out[1:], 2, groups, places, outer)
-        vectors = arranged(own.of(rows), mine, 1, groups, inner, outer)
-        if vectors.shape[2:] == (1, 1):
-            return (turned * pushed[:, None]).sum((3, 4)) @ vectors.flatten(1).T.to(turned)
+        vectors = [arranged(table, mine, 1, groups, inner, outer) for table in own.of(rows)]
+        if vectors[0].shape[2:] == (1, 1):
+            return pointwise_share((turned * pushed[:, None]).sum((3, 4)), vectors)
         parts = [
-            linear_share(pushed[:, g], turned[:, :, g], vectors[:, g], transposed=False)
-            for g in range(vectors.shape[1])
+            linear_share(pushed[:, g], turned[:, :, g], [v[:, g] for v in vectors], transposed=False)
+            for g in range(vectors[0].shape[1])
         ]
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 

@@ -215,6 +215,8 @@ class Routes:
             with torch.enable_grad():
                 leaves = [p if p.requires_grad else p.detach().requires_grad_() for p in point]
                 total = loss(leaves, given)
+                if not total.requires_grad:  # no parameter is used
+                    return [torch.zeros_like(leaf) for leaf in leaves]
                 return torch.autograd.grad(total, leaves, create_graph=True, materialize_grads=True)
 
         def reverse() -> PointLinearization:

@@ -46,7 +46,7 @@ class PointLinearization:
     """The linear map at one point, with the outputs there.
 
     Attributes:
-        values: outputs.
+        values: outputs; empty for products with a Hessian by reverse mode.
         residuals: what the tangent part reads besides tangents.
         tangent: (residuals, tangents) -> output tangents.
         kept_bytes: memory that lives as long as this record, weights and inputs apart.
@@ -363,7 +363,11 @@ def double_backward(
 def symmetric_products(
     gradient: PointFunction, weights: list[Tensor], inputs: list[Tensor]
 ) -> PointLinearization:
-    """Hessian-vector products as the gradient of <gradient, v>, which is H'v = Hv."""
+    """Hessian-vector products as the gradient of <gradient, v>, which is H'v = Hv.
+
+    Of the gradient only its place in the graph is kept, not its numbers, so ``values`` is empty. Entries
+    that are constant in the weights have no such place and add nothing.
+    """
     leaves, saved = [w.detach().requires_grad_() for w in weights], []
 
     def note(tensor: Tensor) -> Tensor:
@@ -374,11 +378,19 @@ def symmetric_products(
         grads = tuple(gradient(leaves, inputs))
     owned = {tensor.untyped_storage().data_ptr() for tensor in [*leaves, *inputs]}
     kept = sum(size for place, size in dict(saved).items() if place not in owned)
+    edges = {n: torch.autograd.graph.get_gradient_edge(g) for n, g in enumerate(grads) if g.requires_grad}
+    del grads
 
     def tangent(*tangents: Tensor) -> tuple[Tensor, ...]:
+        if not edges:
+            return tuple(torch.zeros_like(leaf) for leaf in leaves)
         with torch.enable_grad():
             return torch.autograd.grad(
-                grads, leaves, list(tangents), retain_graph=True, materialize_grads=True
+                list(edges.values()),
+                leaves,
+                [tangents[n] for n in edges],
+                retain_graph=True,
+                materialize_grads=True,
             )
 
-    return PointLinearization(grads, (), tangent, kept)
+    return PointLinearization((), (), tangent, kept)

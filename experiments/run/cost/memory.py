@@ -9,7 +9,6 @@ from experiments.run.cost.rates import Speeds
 from experiments.run.cost.sizes import Sizes, products
 from experiments.run.cost.stages import linearised
 from experiments.run.memory import memory_shares
-from polca_edit.basis.streamed import HELD
 
 #: Cached checkpoints, weights in their own storage, tangents, a gradient, a product: at any stage.
 ALWAYS = 8
@@ -38,9 +37,13 @@ def peak_bytes(sizes: Sizes, speeds: Speeds, config: RunConfig) -> int:
             kept = (stay + min(1, streamed) + WORKING) * batch
             needs.append(held + krylov + LANCZOS * row + kept)
         elif basis.kind == "trajectory":
-            needs.append(held + (HELD + 2) * vector)
+            needs.append(held + (shares.displacements + 2) * vector)
     stored = sum(basis.bytes_of(sizes.parameters) for basis in sizes.measured)
-    directions = sizes.rows if shares.directions is None else min(shares.directions, sizes.rows)
+    # Rows of bases are taken where they lie, unless they are stored in fewer bits; residuals are made.
+    directions = 2 * len(sizes.measured)
+    if config.basis_storage != "float32":
+        directions += sum(basis.vectors for basis in sizes.measured)
+    directions = min(directions, config.vector_block or directions)
     table = 2 * sizes.select_tokens * sizes.places * sizes.rows * config.itemsize
     # Stored rows are read through mapped pages, which the system gives back where a budget is enforced.
     held = stored if config.memory_gb is None else min(stored, shares.rows)

@@ -196,13 +196,13 @@ def curvature_batches(spec: BasisConfig, basis: BasisSize, sizes: Sizes) -> int:
 CACHED = 3
 
 
-def streamed_order(checkpoints: int) -> Iterator[int]:
+def streamed_order(checkpoints: int, held: int = HELD) -> Iterator[int]:
     """Indices in the order in which a trajectory basis reads them: its Gram matrix, then its rows.
 
     >>> list(streamed_order(3))
     [0, 1, 2, 0, 1, 2]
     """
-    for start in range(0, checkpoints - 1, HELD):
+    for start in range(0, checkpoints - 1, held):
         yield from (0, *range(start + 1, checkpoints))
     yield from range(checkpoints)
 

@@ -128,7 +128,8 @@ def _basis_cost(priced: _Priced, spec: BasisConfig, basis: BasisSize) -> StageCo
     if kind == "random":
         return StageCost(name, 0, 0, 0, stored, vectors * (PER_DRAW + vectors) * row)
     if kind == "trajectory":
-        reads = reads_of(streamed_order(s.checkpoints))
+        held = memory_shares(priced.config, s.parameters).displacements
+        reads = reads_of(streamed_order(s.checkpoints, held))
         # The Gram matrix in float64, the rows, and their orthonormal turn, twice.
         turned = s.checkpoints**2 + s.checkpoints * vectors + 4 * vectors**2
         seconds = reads * speeds.read + turned * row + vectors * speeds.write
@@ -176,7 +177,7 @@ def projected_bytes(s: Sizes, vectors: int) -> int:
 
 def _projection_cost(priced: _Priced, select: int) -> StageCost:
     s, speeds = priced.sizes, priced.speeds
-    block = memory_shares(priced.config, s.parameters).directions or s.rows
+    block = priced.config.vector_block or s.rows
     blocks = -(-s.rows // min(block, s.rows))
     if s.route == "adjoint":
         forward = s.places * s.select * blocks

@@ -115,9 +115,9 @@ def build_basis(run: Run, spec: BasisConfig, checkpoints: Checkpoints, parts: Pa
             run.config.sought_coarsely,
         ),
     )
-    if _on_disk(run, spec):
-        keeping = Keeping(allocate=mapped_in(parts / "rows.bin", checkpoints.dtype))
-        inputs = dataclasses.replace(inputs, keeping=keeping)
+    on_disk = mapped_in(parts / "rows.bin", checkpoints.dtype) if _on_disk(run, spec) else None
+    held = memory_shares(run.config, run.task.space.size).displacements
+    inputs = dataclasses.replace(inputs, keeping=Keeping(allocate=on_disk, displacements=held))
     if spec.kind != "hessian":
         return build.build_basis(spec.kind, inputs, spec.vectors, storage=storage)
     chosen = basis_checkpoints(run, checkpoints, spec)
