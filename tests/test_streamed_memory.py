@@ -26,6 +26,7 @@ SIZES = (50_000, 100_000, 200_000)
 def narrow_blocks(monkeypatch):
     """Blocks of columns do not grow with N; at these small sizes they must be narrow to count as little."""
     monkeypatch.setattr(streamed, "WIDTH", 4096)
+    monkeypatch.setattr(streamed, "PRODUCT_ENTRIES", 4096)
 
 
 def peak_vectors(work: Callable[[], object], size: int) -> float:

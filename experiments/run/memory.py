@@ -16,6 +16,8 @@ from polca_edit.basis.streamed import HELD
 #: its weights in their own storage, tangents, a gradient, a product and what Lanczos takes it from; and how
 #: many more there must be room for.
 FIXED_VECTORS, LEAST_VECTORS = 9, 2
+#: Bytes that displacements may take where there is no budget.
+DISPLACEMENTS = 1 << 30
 UNITS = {"": 1e9, "MB": 1e6, "GB": 1e9, "TB": 1e12, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -27,7 +29,8 @@ class MemoryShares:
         rows: earlier vectors held while a basis is built, and Krylov vectors; above it they lie on disk.
         curvature: linearised batches of a Hessian; above it they are linearised anew.
         slopes: what the adjoint route keeps of a batch.
-        displacements: displacements held while those of a trajectory are multiplied, in number.
+        displacements: displacements held while those of a trajectory are multiplied, in number: the more,
+            the fewer times the series is read.
     """
 
     rows: int
@@ -43,9 +46,11 @@ def memory_shares(config: RunConfig, parameters: int) -> MemoryShares:
         ValueError: for a budget that the model alone exceeds.
     """
     rows = round(config.basis_memory_gb * 1e9)
+    vector = config.itemsize * parameters
+    most = max(HELD, DISPLACEMENTS // vector)
     if config.memory_gb is None:
-        return MemoryShares(rows)
-    budget, vector = round(config.memory_gb * 1e9), config.itemsize * parameters
+        return MemoryShares(rows, displacements=most)
+    budget = round(config.memory_gb * 1e9)
     left = budget - FIXED_VECTORS * vector
     least = FIXED_VECTORS + LEAST_VECTORS
     if left < LEAST_VECTORS * vector:
@@ -53,7 +58,7 @@ def memory_shares(config: RunConfig, parameters: int) -> MemoryShares:
             f"a memory budget must hold {least} vectors of {parameters:,} weights, "
             f"{least * vector / 1e9:.1f} GB, got {config.memory_gb:g} GB; raise --memory"
         )
-    held = max(1, min(HELD, left // vector))
+    held = max(1, min(most, left // vector))
     return MemoryShares(min(rows, left // 2), left // 3, min(1 << 30, left // 3), held)
 
 

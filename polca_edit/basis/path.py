@@ -56,7 +56,7 @@ def trajectory_basis(
             f"got {int((values > 1e-12 * values.max()).sum())}; use fewer vectors"
         )
     wanted = vectors[:, order].T / values.sqrt()[:, None]
-    found, coefficients = combined(checkpoints, wanted, mask, allocate)
+    found, coefficients = combined(checkpoints, wanted, mask, allocate, held)
     inside = None if mask is None else Subset.of_mask(mask)
     return replace(unlabelled("trajectory", found, inside), eigenvalues=values, coefficients=coefficients)
 

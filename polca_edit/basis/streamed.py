@@ -6,7 +6,7 @@ them is a K x (T-1) coefficient matrix, and their rows are added up in one more 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Bool, Float
@@ -19,8 +19,8 @@ from polca_edit.derivatives.lanczos import Allocate, gram
 HELD = 4
 #: Columns of which a float64 copy is made at a time.
 WIDTH = 1 << 18
-#: The same for products, where both copies fit into a processor's cache: by half faster.
-PRODUCT_WIDTH = 1 << 15
+#: Entries of all copies that products take at a time, so that they fit into a processor's cache.
+PRODUCT_ENTRIES = 1 << 17
 
 
 def displacements(
@@ -50,20 +50,29 @@ def displacement_gram(
     products = torch.zeros(count, count, dtype=torch.float64)
     for start in range(0, count, held):
         group: list[Tensor] = []
+        stop = min(count, start + held)
         for index, moved in displacements(checkpoints, mask, start + 1):
             row = index - 1
-            if len(group) < held:
+            if row < stop:
                 group.append(moved)
-            for place, other in enumerate(group):
-                products[row, start + place] = products[start + place, row] = _inner(moved, other)
+                if row == stop - 1:
+                    products[start:stop, start:stop] = _inner(group, group)
+            else:
+                products[start:stop, row] = _inner(group, [moved])[:, 0]
+                products[row, start:stop] = products[start:stop, row]
     return products
 
 
-def _inner(left: Float[Tensor, " n"], right: Float[Tensor, " n"]) -> Tensor:
-    """<left, right> in float64, with a float64 copy of a few columns at a time."""
-    total = torch.zeros((), dtype=torch.float64, device=left.device)
-    for mine, other in zip(left.split(PRODUCT_WIDTH), right.split(PRODUCT_WIDTH), strict=True):
-        total += mine.double() @ other.double()
+def _inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> Float[Tensor, "a b"]:
+    """<left_i, right_j> in float64, with a float64 copy of a few columns at a time."""
+    total = torch.zeros(len(left), len(right), dtype=torch.float64, device=left[0].device)
+    width = max(1, PRODUCT_ENTRIES // (len(left) + len(right)))
+    for start in range(0, len(left[0]), width):
+        mine = torch.stack([each[start : start + width] for each in left]).double()
+        other = (
+            mine if right is left else torch.stack([each[start : start + width] for each in right]).double()
+        )
+        total.addmm_(mine, other.T)
     return total.cpu()
 
 
@@ -72,31 +81,50 @@ def combined(
     coefficients: Float[Tensor, "K Tm1"],
     mask: Bool[Tensor, " N"] | None = None,
     allocate: Allocate | None = None,
+    held: int = HELD,
 ) -> tuple[Float[Tensor, "K n"], Float[Tensor, "K Tm1"]]:
     """Orthonormal rows spanning coefficients times displacements, and the coefficients that give them.
 
     The rows are made orthonormal where they lie, block by block of columns (Cholesky twice, which is
-    Gram-Schmidt in the given order), so that nothing of their size is made beside them.
+    Gram-Schmidt in the given order), so that nothing of their size is made beside them. A table in a mapped
+    file may not fit into memory, so it is gone through seldom: once for every ``held`` displacements, twice
+    for the turns.
 
     Args:
         checkpoints: the series, read once.
         coefficients: (K, T-1), float64.
         mask: parameters that count; rows have their number of columns.
         allocate: makes the (K, n) table, for example in a mapped file; None makes it in memory.
+        held: displacements in memory.
     """
     size = checkpoints.space.size if mask is None else int(mask.sum())
     rows: Tensor | None = None
+    group: dict[int, Tensor] = {}
+    total = torch.zeros(len(coefficients), len(coefficients), dtype=torch.float64)
     for index, moved in displacements(checkpoints, mask):
+        group[index - 1] = moved
+        last = index == len(checkpoints) - 1
+        if len(group) < held and not last:
+            continue
+        first = rows is None
         if rows is None:
-            make = moved.new_empty if allocate is None else allocate
-            rows = make(len(coefficients), size).zero_()
-        share = coefficients[:, index - 1].to(rows)
-        for columns, part in zip(rows.split(WIDTH, dim=1), moved.split(WIDTH), strict=True):
-            columns.addr_(share, part.to(rows))
+            rows = (moved.new_empty if allocate is None else allocate)(len(coefficients), size)
+            total = total.to(rows.device)
+        share = coefficients[:, list(group)].to(rows)
+        for start in range(0, size, WIDTH):
+            columns = rows[:, start : start + WIDTH]
+            parts = torch.stack([each[start : start + WIDTH] for each in group.values()]).to(rows)
+            columns.addmm_(share, parts, beta=0 if first else 1)
+            if last:
+                total += gram(columns)
+        group.clear()
     assert rows is not None
-    for _ in range(2):
-        turn = torch.linalg.inv(torch.linalg.cholesky(gram(rows, WIDTH)))
+    for again in (True, False):
+        turn = torch.linalg.inv(torch.linalg.cholesky(total))
+        total = torch.zeros_like(total)
         for columns in rows.split(WIDTH, dim=1):
             columns.copy_(turn.to(columns) @ columns)
+            if again:
+                total += gram(columns)
         coefficients = turn.to(coefficients) @ coefficients
     return rows, coefficients

@@ -60,8 +60,8 @@ class Amount:
 AMOUNTS = {
     "full": Amount(),
     "small": Amount("small", vectors=3, select=16, curvature=16, edits=20),
-    # Every vector and checkpoint, so all the memory, of few tokens: what a laptop holds, seen in an hour.
-    "thin": Amount("thin", steps_between=1, select=4, curvature=4, edits=10),
+    # Every stage and checkpoint, few vectors and tokens: which memory the weights alone ask for.
+    "thin": Amount("thin", steps_between=1, vectors=3, select=4, curvature=4, edits=10),
 }
 
 
