@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -65,14 +66,8 @@ def directions_at(
         rows = theta.new_empty(len(owns), theta.numel() if inside is None else inside.count)
         for row, place in zip(rows, own_places, strict=True):
             number, own = sources[place]
-            basis, side = bases[number], own - len(bases[number])
-            if side < 0:
-                row.copy_(_entries(basis, own, inside))
-            elif block is None or along is None:
-                row.copy_(taken(basis.remainder(displacement(checkpoints, index, side)), inside))
-            else:
-                moved = block.take(displacement(checkpoints, index, side))
-                _copy_remainder(row, basis, block, moved, along[number][side])
+            cut = None if block is None or along is None else (block, along[number])
+            _copy_direction(row, bases[number], own, inside, partial(displacement, checkpoints, index), cut)
         groups.append(Group(inside, places, rows))
     if not groups:
         groups.append(Group(None, (), theta.new_empty(0, theta.numel())))
@@ -90,6 +85,33 @@ def _entries(basis: Basis, own: int, inside: Subset | None) -> Float[Tensor, " n
     """Entries of one row in a part of those that the basis holds."""
     row = basis.entries[own]
     return row if inside is None else inside.take(row, basis.inside)
+
+
+def _copy_direction(
+    row: Float[Tensor, " n"],
+    basis: Basis,
+    own: int,
+    inside: Subset | None,
+    moved: Callable[[int], Tensor],
+    cut: tuple[Subset, Float[Tensor, "2 _"]] | None,
+) -> None:
+    """A direction of a basis inside some entries, written into ``row``.
+
+    Args:
+        row: where to.
+        basis: whose.
+        own: number of the vector, or of the residual behind them.
+        inside: entries; None for all.
+        moved: side -> displacement on that side of the checkpoint.
+        cut: block of parameters and the displacements' coordinates, where there is one.
+    """
+    side = own - len(basis)
+    if side < 0:
+        row.copy_(_entries(basis, own, inside))
+    elif cut is None:
+        row.copy_(taken(basis.remainder(moved(side)), inside))
+    else:
+        _copy_remainder(row, basis, cut[0], cut[0].take(moved(side)), cut[1][side])
 
 
 def _copy_remainder(
