@@ -213,13 +213,17 @@ class Chosen:
             if runs:
                 yield runs, size, shape
 
-    def tangents(self, entries: Float[Tensor, "*lead n"]) -> list[Tensor]:
-        """Per chosen tensor (..., *shape) of the entries, each in its own storage, zero where none is."""
+    def tangents(self, entries: Float[Tensor, "*lead n"], *, apart: bool = True) -> list[Tensor]:
+        """Per chosen tensor (..., *shape) of the entries, zero where none is.
+
+        Each is in its own storage, or with ``apart=False`` a view where the tensor has all its entries.
+        """
         lead, found = entries.shape[:-1], []
         for runs, size, shape in self._chosen():
             if runs[0][:2] == (0, size):
                 first = runs[0][2]
-                part = entries[..., first : first + size].clone(memory_format=torch.contiguous_format)
+                part = entries[..., first : first + size]
+                part = part.clone(memory_format=torch.contiguous_format) if apart else part
             else:
                 part = entries.new_zeros(*lead, size)
                 for start, stop, first in runs:

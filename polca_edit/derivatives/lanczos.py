@@ -260,7 +260,8 @@ def _images(
     product: Callable[[Tensor], Tensor], block: Float[Tensor, "k N"], rows: Rows | None
 ) -> Float[Tensor, "k N"]:
     """Pi A v for every row v of a block."""
-    new = torch.cat([remove_rows(product(vector).to(block)[None], rows, 1) for vector in block])
+    found = [remove_rows(product(vector).to(block)[None], rows, 1) for vector in block]
+    new = found[0] if len(found) == 1 else torch.cat(found)
     if not torch.isfinite(new).all():
         raise ValueError("operator products must be finite, got NaN or infinity; are the weights damaged?")
     return new

@@ -227,9 +227,11 @@ class Objective:
         self.passes.tangent += tokens.sequences * len(given)
         return torch.cat(values), torch.cat(slopes, dim=1)
 
-    def _tangents(self, chosen: Chosen, entries: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    def _tangents(
+        self, chosen: Chosen, entries: Tensor, dtype: torch.dtype, apart: bool = True
+    ) -> list[Tensor]:
         """Tangents of the chosen tensors on the module's device."""
-        return chosen.tangents(self.placed(entries, dtype))
+        return chosen.tangents(self.placed(entries, dtype), apart=apart)
 
     def wants_adjoint(self, count: int, tokens: TokenSet, planned: int) -> bool:
         """Whether the adjoint route was asked for, or is the cheapest and not known to fail."""
@@ -346,35 +348,37 @@ class Objective:
         product.
 
         Args:
-            theta: weights.
+            theta: weights; they must stay as they are while the product is used.
             tokens: the sample the loss is averaged over.
             weights: optional (M,) weights of the token losses.
             expected: number of products wanted, for the choice of route.
             inside: entries between which the Hessian is wanted: vectors and products have those alone.
                 Tensors with no such entry are not differentiated.
         """
-        chosen = Chosen(self.space, inside)
-        moving, fixed = chosen.parted(self.weights(theta))
-        batches, token_weights = self._weighted(tokens, weights, theta.dtype)
-        first = len(fixed)
+        chosen, dtype = Chosen(self.space, inside), theta.dtype
+        batches, token_weights = self._weighted(tokens, weights, dtype)
+        passes = expected * len(batches)
+        # Reverse mode can do with views of theta; forward mode would make tangents of its length.
+        reverse = self._routes.for_curvature(passes) == "double_backward"
+        views = list(self.space.unflatten(self.placed(theta)).values()) if reverse else self.weights(theta)
+        moving, fixed = chosen.parted(views)
 
         def loss(point: Sequence[Tensor], given: Sequence[Tensor]) -> Tensor:
-            whole = chosen.merged(point, given[:first])
-            return (self._losses(whole, *given[first:-1]) * given[-1]).sum()
+            whole = chosen.merged(point, given[: len(fixed)])
+            return (self._losses(whole, *given[len(fixed) : -1]) * given[-1]).sum()
 
         def linearise(batch: Batch, each: Tensor) -> PointLinearization:
             inputs = [*fixed, *batch.given, each]
             with torch.no_grad():
                 return self._routes.curvature(loss, passes, moving, inputs, chosen.name)
 
-        passes = expected * len(batches)
         makers = [partial(linearise, b, w) for b, w in zip(batches, token_weights, strict=True)]
         maps = BatchedProducts(makers, self.curvature_budget)
         self.streamed_batches, self.batch_bytes = maps.streamed, maps.kept_bytes
 
         def product(vector: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
             with torch.no_grad():
-                result = chosen.entries(maps(self._tangents(chosen, vector, theta.dtype)))
+                result = chosen.entries(maps(self._tangents(chosen, vector, dtype, not reverse)))
             self.passes.hvp += tokens.sequences
             self.curvature_route = self._routes.taken(self._routes.for_curvature(passes))
             return result.to(vector.device)
