@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from experiments.config import BasisConfig, RunConfig, dump_config, load_config
 from experiments.run import keys
 from experiments.run.contents import Contents
+from experiments.run.machine import give_back_freed_memory
 from experiments.run.store import RunDirectory, require_place
 from experiments.tasks import own_task
 from experiments.tasks.source import own_source
@@ -218,6 +219,8 @@ def _opened(
 ) -> Run:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    if config.memory_gb is not None:
+        give_back_freed_memory()
     given = config.checkpoints
     if given is not None and not Path(given.directory).exists():
         raise ValueError(f"checkpoints must exist, '{given.directory}' does not; check the path")

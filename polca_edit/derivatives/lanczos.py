@@ -138,13 +138,13 @@ def orthonormalise(vectors: Float[Tensor, "k N"]) -> Float[Tensor, "r N"]:
     """Orthonormal rows spanning the given rows; numerically dependent ones are dropped."""
     kept: list[Tensor] = []
     for vector in vectors:
-        size = float(vector.double().norm())
+        size = float(lengths(vector[None])[0])
         if size == 0.0:
             continue
         vector = vector / size
         if kept:
             vector = remove_rows(vector[None], torch.stack(kept))[0]
-        length = float(vector.double().norm())
+        length = float(lengths(vector[None])[0])
         if length > 100 * torch.finfo(vector.dtype).eps:
             kept.append(vector / length)
     return torch.stack(kept) if kept else vectors[:0]
