@@ -203,7 +203,7 @@ def _algorithm_one(
         if keeping.on_checkpoint is not None:
             parts[-1] = keeping.on_checkpoint(part) or part
         # What the next checkpoint linearises does not lie beside what this one did.
-        del product
+        del product, theta, part
     return parts
 
 
