@@ -89,7 +89,7 @@ def give_back_freed_memory() -> None:
     """Have freed blocks of a megabyte and more go back to the system at once, where the C library is glibc.
 
     Left to itself it raises that size up to 32 MB as blocks are freed. Weights of a layer are smaller, and
-    come to lie in a heap whose holes stay the process's: two gigabytes at 160 million parameters.
+    come to lie in a heap whose holes stay the process's.
     """
     try:
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MAPPED_FROM)
