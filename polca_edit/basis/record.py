@@ -16,7 +16,7 @@ from torch import Tensor
 
 from polca_edit.basis.subsets import Subset, taken
 from polca_edit.checkpoints.series import Checkpoints
-from polca_edit.derivatives.lanczos import coordinates, gram, inner_products, orthonormalise
+from polca_edit.derivatives.lanczos import coordinates, gram, lengths, orthonormalise
 
 NO_ORIGIN = -1
 
@@ -215,19 +215,14 @@ def capture(basis: Basis, checkpoints: Checkpoints) -> tuple[float, float]:
     """
     total = checkpoints[-1] - checkpoints[0]
     inside = _within(basis, total).double().square().sum()
-    net = float(inside / _square(total).clamp_min(1e-300))
+    net = float(inside / lengths(total[None])[0].square().clamp_min(1e-300))
     shares = []
     for index in range(len(checkpoints) - 1):
         step = checkpoints[index + 1] - checkpoints[index]
-        size = float(_square(step))
+        size = float(lengths(step[None])[0].square())
         if size > 0:
             shares.append(float(_within(basis, step).double().square().sum()) / size)
     return net, sum(shares) / len(shares) if shares else 0.0
-
-
-def _square(moved: Float[Tensor, " N"]) -> Tensor:
-    """Squared norm in float64, without a float64 copy."""
-    return inner_products(moved[None], moved[None])[0, 0]
 
 
 def _within(basis: Basis, moved: Float[Tensor, " N"]) -> Float[Tensor, " K"]:

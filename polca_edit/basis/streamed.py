@@ -6,7 +6,7 @@ them is a K x (T-1) coefficient matrix, and their rows are added up in one more 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from jaxtyping import Bool, Float
@@ -68,12 +68,15 @@ def _inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> Float[Tensor, "a 
     total = torch.zeros(len(left), len(right), dtype=torch.float64, device=left[0].device)
     width = max(1, PRODUCT_ENTRIES // (len(left) + len(right)))
     for start in range(0, len(left[0]), width):
-        mine = torch.stack([each[start : start + width] for each in left]).double()
-        other = (
-            mine if right is left else torch.stack([each[start : start + width] for each in right]).double()
-        )
+        mine = _columns(left, start, width).double()
+        other = mine if right is left else _columns(right, start, width).double()
         total.addmm_(mine, other.T)
     return total.cpu()
+
+
+def _columns(vectors: Iterable[Tensor], start: int, width: int) -> Float[Tensor, "k w"]:
+    """Some entries of vectors that lie apart, as one table."""
+    return torch.stack([each[start : start + width] for each in vectors])
 
 
 def combined(
@@ -113,7 +116,7 @@ def combined(
         share = coefficients[:, list(group)].to(rows)
         for start in range(0, size, WIDTH):
             columns = rows[:, start : start + WIDTH]
-            parts = torch.stack([each[start : start + WIDTH] for each in group.values()]).to(rows)
+            parts = _columns(group.values(), start, WIDTH).to(rows)
             columns.addmm_(share, parts, beta=0 if first else 1)
             if last:
                 total += gram(columns)

@@ -43,7 +43,7 @@ class BatchedProducts:
                 sizes = [each.numel() for each in parts]
                 for mine, each in zip(total.split(sizes), parts, strict=True):
                     mine.add_(each.reshape(-1))
-            del parts
+            del parts  # gradients of this batch do not lie beside those of the next
         assert total is not None
         return total
 

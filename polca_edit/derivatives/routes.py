@@ -80,11 +80,16 @@ class Routes:
     untraceable: bool = False
     traces: dict[tuple[object, ...], Linearization] = field(default_factory=dict, repr=False)
 
+    @property
+    def free(self) -> bool:
+        """Whether the caller leaves the choice of these routes open (``adjoint`` is one of slopes alone)."""
+        return self.wanted in ("auto", "adjoint")
+
     def choose(self, expected: int) -> Route:
         """The forward route for a number of vectors."""
         if self.reverse_only:
             return "double_backward"
-        if self.wanted not in ("auto", "adjoint"):
+        if not self.free:
             return self.wanted
         return "traced" if expected >= TRACE_BREAK_EVEN else "jvp"
 
@@ -94,7 +99,7 @@ class Routes:
         A traced product of a batch saves a sixth to a quarter of one by reverse mode twice (Pythia shape of
         14 million, four sequences), and the trace costs as much as about twenty.
         """
-        if self.wanted not in ("auto", "adjoint"):
+        if not self.free:
             return self.choose(expected)
         few = expected < TRACE_BREAK_EVEN
         return "double_backward" if few or self.reverse_only or self.untraceable else "traced"
@@ -225,7 +230,6 @@ class Routes:
         route = self.for_curvature(expected)
         if route == "double_backward":
             return reverse()
-        cheaper = self.wanted in ("auto", "adjoint")
         return self._forward(
-            f"gradient{chosen}", gradient, route, weights, inputs, reverse, cheaper_reverse=cheaper
+            f"gradient{chosen}", gradient, route, weights, inputs, reverse, cheaper_reverse=self.free
         )
