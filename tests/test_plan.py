@@ -254,6 +254,14 @@ def test_more_vectors_than_checkpoints_are_refused_as_a_run_refuses_them(tmp_pat
         planning.make_plan(settings, tmp_path)
 
 
+@pytest.mark.parametrize(("taken", "forward"), [(10, 50), (2, 2 * 50)])
+def test_a_trace_goes_through_the_model_once_and_reverse_mode_at_every_basis_checkpoint(taken, forward):
+    """Eighty batches are expected, or sixteen; no linearised batch is made anew."""
+    given = replace(sizes(), bases=(costs.BasisSize("hessian", taken, taken), sizes().bases[1]))
+    stages = {s.stage: s for s in stage_costs(given, SPEEDS, config(32, 1))}
+    assert stages["basis:hessian"].forward == forward
+
+
 def test_a_memory_budget_is_shared_out_and_what_exceeds_it_is_said():
     from experiments.run.cost.memory import memory_warnings, peak_bytes, transient_bytes
     from experiments.run.memory import memory_shares, parse_memory
