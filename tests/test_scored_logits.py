@@ -118,8 +118,28 @@ def test_derivatives_agree_on_every_route():
             # transformers takes this model's softmax in float32 whatever its weights are.
             apart = (loss.hessian(theta, tokens)(rows[0]) - image).abs().max()
             assert float(apart) < 1e-6 * float(image.abs().max())
-            # jvp keeps nothing, so there is nothing to stream.
-            assert loss.streamed_batches == (3 if budget == 0 and loss.curvature_route != "jvp" else 0)
+            # jvp keeps nothing, so there is nothing to stream; without room every sequence goes alone.
+            assert loss.streamed_batches == (5 if budget == 0 and loss.curvature_route != "jvp" else 0)
+
+
+def test_products_keep_to_their_budget_by_route_and_size_of_batches():
+    """Traced where all traces fit; else by reverse mode, in batches of which two fit."""
+    torch.manual_seed(1)
+    module, tokens = tiny.neox(attn_implementation="eager").double().eval(), few_scored()
+    module.config.use_cache = False
+    free = Objective(module, next_token_loss, batch_size=5)
+    theta = free.space.read(module)
+    image, one = free.hessian(theta, tokens, expected=64)(theta), free.curvature_work(theta, tokens)
+    assert (free.curvature_route, one.size, one.fits) == ("traced", 5, True)
+    wanted = {4.1: (2, "double_backward"), 2.1: (1, "double_backward"), 0.1: (1, "double_backward")}
+    for budget, (size, route) in wanted.items():
+        tight = Objective(module, next_token_loss, batch_size=5)
+        tight.curvature_budget = int(budget * one.sequence_bytes)
+        found = tight.hessian(theta, tokens, expected=64)(theta)
+        assert float((found - image).abs().max()) < 1e-6 * float(image.abs().max())
+        assert (tight.curvature_route, tight.curvature_work(theta, tokens).size) == (route, size)
+        assert tight.batch_bytes <= max(tight.curvature_budget / 2, one.sequence_bytes) * 1.01
+        assert free.batch_bytes > 3 * tight.batch_bytes
 
 
 class Branching(nn.Module):

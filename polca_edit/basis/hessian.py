@@ -249,7 +249,7 @@ def next_vectors(
         like=like,
         k=settings.per_checkpoint,
         generator=generator,
-        rows=blocks if streamed or not blocks else torch.cat(blocks).to(theta),
+        rows=blocks if streamed or len(blocks) < 2 else torch.cat(blocks).to(theta),
         allocate=keeping.krylov,
     )
     lanczos = settings.lanczos(following=settings.per_checkpoint, noise=1e-3 if extra == 0 else 0.02)

@@ -100,7 +100,7 @@ def gauss_newton_product(
     def product(vector: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
         tangents = objective.weights(vector, theta.dtype)
         total = objective.placed(torch.zeros_like(theta))
-        for inputs, scored, _ in objective.batches(tokens):
+        for inputs, scored in objective.batches(tokens):
             with torch.no_grad():
                 linear = objective.linear("outputs", function, parts, [inputs])
                 cotangents = curved(linear.values[0], linear(tangents)[0], scored)

@@ -92,14 +92,17 @@ def remove_rows(vectors: Float[Tensor, "k N"], rows: Rows | None, times: int = 2
 
     Rows given in blocks are visited one block at a time, so only one needs to be in memory.
     """
-    if rows is None:
-        return vectors
-    blocks = [rows] if isinstance(rows, Tensor) else rows
+    return vectors if rows is None else take_rows_off(vectors.clone(), rows, times)
+
+
+def take_rows_off(vectors: Float[Tensor, "k N"], rows: Rows | None, times: int = 2) -> Float[Tensor, "k N"]:
+    """The same in place, for vectors that nobody else holds."""
+    blocks = [] if rows is None else [rows] if isinstance(rows, Tensor) else rows
     for _ in range(times):
         for block in blocks:
             if len(block):
                 near = block.to(vectors)
-                vectors = torch.addmm(vectors, inner_products(vectors, near).to(vectors), near, alpha=-1)
+                vectors.addmm_(inner_products(vectors, near).to(vectors), near, alpha=-1)
     return vectors
 
 
@@ -110,16 +113,16 @@ Allocate = Callable[[int, int], Tensor]
 class _Stack:
     """Rows in blocks as they came; none is ever copied, and each may lie in a mapped file."""
 
-    def __init__(self, allocate: Allocate | None, *blocks: Tensor) -> None:
+    def __init__(self, allocate: Allocate | None) -> None:
         self.blocks: list[Tensor] = []
         self._allocate = allocate
-        for block in blocks:
-            self.append(block)
 
-    def append(self, rows: Float[Tensor, "k N"]) -> None:
+    def append(self, rows: Float[Tensor, "k N"]) -> Float[Tensor, "k N"]:
+        """The rows as they are kept."""
         if self._allocate is not None:
             rows = self._allocate(*rows.shape).copy_(rows)
         self.blocks.append(rows)
+        return rows
 
     def against(self, new: Float[Tensor, "k N"]) -> Float[Tensor, "n k"]:
         """<row_i, new_j> in float64."""
@@ -136,18 +139,17 @@ class _Stack:
 
 def orthonormalise(vectors: Float[Tensor, "k N"]) -> Float[Tensor, "r N"]:
     """Orthonormal rows spanning the given rows; numerically dependent ones are dropped."""
-    kept: list[Tensor] = []
+    kept, count = torch.empty_like(vectors), 0
     for vector in vectors:
         size = float(lengths(vector[None])[0])
         if size == 0.0:
             continue
-        vector = vector / size
-        if kept:
-            vector = remove_rows(vector[None], torch.stack(kept))[0]
-        length = float(lengths(vector[None])[0])
+        row = kept[count : count + 1].copy_(vector).div_(size)
+        length = float(lengths(take_rows_off(row, kept[:count]))[0])
         if length > 100 * torch.finfo(vector.dtype).eps:
-            kept.append(vector / length)
-    return torch.stack(kept) if kept else vectors[:0]
+            row.div_(length)
+            count += 1
+    return kept if count == len(vectors) else kept[:count].clone()
 
 
 @dataclass(frozen=True)
@@ -194,8 +196,8 @@ def projected_lanczos(
         ValueError: if fewer than k dimensions remain after projection, or a product is not finite.
     """
     settings, left = settings or LanczosSettings(), _room(like, rows, k)
-    block = _first_block(like, k, generator, rows, start, settings.noise)
-    basis, images, used = _Stack(allocate, block), _Stack(allocate), 0
+    basis, images, used = _Stack(allocate), _Stack(allocate), 0
+    block = basis.append(_first_block(like, k, generator, rows, start, settings.noise))
     projected = torch.zeros(0, 0, dtype=torch.float64, device=block.device)
     while True:
         new = _images(product, block, rows)
@@ -207,24 +209,36 @@ def projected_lanczos(
         values, chosen = ritz[ranked[:k]], coefficients[:, ranked[:k]].to(block)
         # What the new images add to the Krylov space; the older ones lie in it, so the residual of a
         # Ritz vector is this times its share of the new rows. The rows come off in the same two turns.
-        outside = remove_rows(remove_rows(remove_rows(new, basis.blocks, 1), rows, 1), basis.blocks, 1)
+        outside = new if allocate is not None else new.clone()  # copied to its table, or held as an image
+        for some in (basis.blocks, rows, basis.blocks):
+            take_rows_off(outside, some, 1)
         foreseen = lengths(chosen[-len(new) :].T @ outside)
-        block = orthonormalise(remove_rows(outside, rows, 1))
+        block = orthonormalise(take_rows_off(outside, rows, 1))
+        del new, outside  # a product and the vectors of the end need their room
         full = len(projected) >= left or len(block) == 0
         last = full or used + len(block) > settings.max_products
         if not last and (len(values) < k or bool((foreseen > settings.tolerance * values.abs()).any())):
-            basis.append(block)
+            block = basis.append(block)
             continue
         vectors = basis.combined(chosen)
-        remainder = images.combined(chosen).sub_(values[:, None].to(block) * vectors)
-        residuals = lengths(remainder) / values.abs().clamp_min(1e-30)
+        residuals = _residuals(images.combined(chosen), vectors, values)
         done = len(values) == k and bool((residuals <= settings.tolerance).all())
         if done or last:
             next_ones = basis.combined(coefficients[:, ranked[k : k + settings.following]].to(block))
             break
-        basis.append(block)
-    vectors = orthonormalise(remove_rows(vectors, rows))
+        block = basis.append(block)
+    del block
+    vectors = orthonormalise(take_rows_off(vectors, rows))
     return Eigenpairs(values.cpu(), vectors, residuals.cpu(), used, done or full, next_ones)
+
+
+def _residuals(
+    images: Float[Tensor, "k N"], vectors: Float[Tensor, "k N"], values: Float[Tensor, " k"]
+) -> Float[Tensor, " k"]:
+    """||A v - value v|| / |value| from images A v, which are used up."""
+    for image, vector, value in zip(images, vectors, values.tolist(), strict=True):
+        image.sub_(vector, alpha=value)
+    return lengths(images) / values.abs().clamp_min(1e-30)
 
 
 def _room(like: Float[Tensor, " N"], rows: Rows | None, k: int) -> int:
@@ -247,13 +261,14 @@ def _first_block(
     block = torch.randn(k, like.numel(), generator=generator, dtype=like.dtype).to(like.device)
     if start is not None and len(start):
         warm = remove_rows(start[:k].to(block), rows)
-        norms = lengths(warm).to(warm)[:, None]
-        useful = norms[:, 0] > 1e-6 * lengths(start[:k]).to(norms)
-        # A little noise keeps directions reachable that are exactly orthogonal to the warm start.
-        drawn = block[: len(warm)] / lengths(block[: len(warm)]).to(block)[:, None]
-        started = warm / norms.clamp_min(1e-30) + noise * drawn
-        block[: len(warm)] = torch.where(useful[:, None], started, drawn)
-    return orthonormalise(remove_rows(block, rows))
+        norms, before = lengths(warm).tolist(), lengths(start[:k]).tolist()
+        for drawn, row, norm, whole in zip(block, warm, norms, before, strict=False):
+            drawn.div_(float(lengths(drawn[None])[0]))
+            if norm > 1e-6 * whole:
+                # A little noise keeps directions reachable that are exactly orthogonal to the warm start.
+                drawn.mul_(noise).add_(row, alpha=1 / norm)
+        del warm
+    return orthonormalise(take_rows_off(block, rows))
 
 
 def _images(

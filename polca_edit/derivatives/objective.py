@@ -22,18 +22,13 @@ from torch import Tensor, nn
 from polca_edit.basis.subsets import Chosen, Directions, NamedDirections, Subset, taken
 from polca_edit.derivatives.adjoint import AdjointRoute, AdjointUnavailable
 from polca_edit.derivatives.batches import Batch, LossAtSlots, slot_weights
-from polca_edit.derivatives.curvature import BatchedProducts
+from polca_edit.derivatives.curvature import BatchedProducts, CurvatureWork, linearised_batches
 from polca_edit.derivatives.passes import PassCount as PassCount
-from polca_edit.derivatives.routes import TRACE_BREAK_EVEN, Route, Routes, matrix_products
+from polca_edit.derivatives.routes import Route, Routes, matrix_products
 from polca_edit.derivatives.settled import require_settled
 from polca_edit.derivatives.tracing import PointFunction, PointLinearization
 from polca_edit.parameters import ParameterSpace, call_with
 from polca_edit.tokens import TokenLossFunction, TokenSet, scored_slots
-
-#: Forward passes per vector by route (measured on the two arithmetic shapes, docs/results).
-PASSES_PER_VECTOR = {"adjoint": 1.0, "traced": 1.9, "jvp": 3.0}
-#: Forward passes per scored token of a sequence that the adjoint route needs before any vector.
-PASSES_PER_COTANGENT = 1.25
 
 
 class Objective:
@@ -55,7 +50,7 @@ class Objective:
         route: how derivatives are computed; ``auto`` picks by the number of vectors.
         compiled: pass traced tangent parts through ``torch.compile``.
         memory_budget: bytes for what the adjoint route keeps of a batch; batches shrink to fit.
-        curvature_budget: bytes for linearised batches of a Hessian; those beyond it are streamed.
+        curvature_budget: bytes for linearised batches of a Hessian; batches shrink to fit, and are streamed.
         route_used: the route the last :meth:`directional` call really went, ``None`` before the first.
         curvature_route: the same of the last Hessian-vector product.
         streamed_batches: batches of the last Hessian that did not fit ``curvature_budget``.
@@ -102,6 +97,7 @@ class Objective:
         self._adjoint: AdjointRoute | None = None
         self._adjoint_note = ""
         self._settled = False
+        self._sequence_bytes: dict[tuple[object, ...], int] = {}
 
     @property
     def route_note(self) -> str:
@@ -120,28 +116,29 @@ class Objective:
         """A tensor on the module's device. Nothing else in the library moves a tensor there."""
         return tensor.to(self.device, dtype or tensor.dtype)
 
-    def weights(self, flat: Float[Tensor, " N"], dtype: torch.dtype | None = None) -> list[Tensor]:
-        """Parameters in canonical order on the module's device, each with its own storage.
+    def weights(
+        self, flat: Float[Tensor, " N"], dtype: torch.dtype | None = None, *, apart: bool = True
+    ) -> list[Tensor]:
+        """Parameters in canonical order on the module's device, each with its own storage where ``apart``.
 
         A view into one long vector would make every forward-mode tangent as long as the vector.
         """
-        return [value.clone() for value in self.space.unflatten(self.placed(flat, dtype)).values()]
+        values = self.space.unflatten(self.placed(flat, dtype)).values()
+        return [value.clone() if apart else value for value in values]
 
-    def batches(self, tokens: TokenSet) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """(inputs, scored, rows) on the module's device, rows not; the last batch may be shorter."""
-        return [
-            (self.placed(tokens.inputs[rows]), self.placed(tokens.scored[rows]), rows)
-            for rows in tokens.batches(self.batch_size)
-        ]
+    def batches(self, tokens: TokenSet) -> list[tuple[Tensor, Tensor]]:
+        """(inputs, scored) on the module's device; the last batch may be shorter."""
+        rows = tokens.batches(self.batch_size)
+        return [(self.placed(tokens.inputs[some]), self.placed(tokens.scored[some])) for some in rows]
 
-    def _batches(self, tokens: TokenSet) -> list[Batch]:
+    def _batches(self, tokens: TokenSet, most: int | None = None) -> list[Batch]:
         """Batches of equal shapes, with the scored slots alone where the loss can be asked for them."""
         if not self._settled:
             require_settled(self.module, self.token_loss, self.placed(tokens.inputs[:2]))
             self._settled = True
         else:
             require_settled(self.module, self.token_loss, None)
-        return self._loss.batches(self.module, tokens, self.batch_size, self.placed)
+        return self._loss.batches(self.module, tokens, most or self.batch_size, self.placed)
 
     def evaluate(self, function: Callable[..., Tensor], weights: Sequence[Tensor], *inputs: Tensor) -> Tensor:
         """``function(module, *inputs)`` at other weights, from :meth:`weights`."""
@@ -239,10 +236,7 @@ class Objective:
             return self.route == "adjoint"
         if self._adjoint_note or count == 0:
             return False
-        ranks = int(tokens.scored.sum(1).max())
-        adjoint = 1.0 + PASSES_PER_COTANGENT * ranks + PASSES_PER_VECTOR["adjoint"] * count
-        other = "traced" if planned >= TRACE_BREAK_EVEN else "jvp"
-        return adjoint < PASSES_PER_VECTOR[other] * count
+        return self._routes.adjoint_pays(int(tokens.scored.sum(1).max()), count, planned)
 
     def _directional_adjoint(
         self, theta: Float[Tensor, " N"], given: Directions, tokens: TokenSet, products: torch.dtype
@@ -323,13 +317,30 @@ class Objective:
         return float(total), gradient.to(theta)
 
     def _weighted(
-        self, tokens: TokenSet, weights: Tensor | None, dtype: torch.dtype
+        self, tokens: TokenSet, weights: Tensor | None, dtype: torch.dtype, most: int | None = None
     ) -> tuple[list[Batch], list[Tensor]]:
         """Batches, and per batch the weight of each slot's loss, zero where nothing is scored."""
         if weights is None:
             weights = torch.full((tokens.count,), 1.0 / tokens.count, dtype=dtype)
-        batches = self._batches(tokens)
+        batches = self._batches(tokens, most)
         return batches, slot_weights(batches, weights.to(dtype), self.placed)
+
+    def curvature_work(
+        self, theta: Float[Tensor, " N"], tokens: TokenSet, *, inside: Subset | None = None
+    ) -> CurvatureWork:
+        """The batches in which products with a sample's Hessian keep to ``curvature_budget``.
+
+        What a sequence takes is measured by reverse mode, once a shape, on one with the most scored slots.
+        """
+        chosen, scored = Chosen(self.space, inside), tokens.scored.sum(1)
+        key = (theta.dtype, chosen.name, tuple(tokens.inputs.shape[1:]), int(scored.max()))
+        if key not in self._sequence_bytes:
+            [batch], [each] = self._weighted(tokens.select(scored.argmax()[None]), None, theta.dtype)
+            at, reverse = partial(self.weights, theta), Routes("double_backward")
+            linearise = linearised_batches(self._losses, reverse, chosen, at, 0)
+            self._sequence_bytes[key] = linearise(batch, each).kept_bytes
+        most, held, traced = self.batch_size, self._sequence_bytes[key], self.route == "traced"
+        return CurvatureWork.of(tokens.sequences, most, held, self.curvature_budget, traced)
 
     def hessian(
         self,
@@ -342,10 +353,10 @@ class Objective:
     ) -> Callable[[Tensor], Tensor]:
         """The product v -> H v for the mean (or weighted) token loss at theta.
 
-        The gradient is linearised once per batch, by reverse mode twice or, where many products are wanted,
-        traced; each product then costs about five forward passes. Linearised batches stay in memory as long
-        as the returned function lives, those beyond ``curvature_budget`` are linearised anew for every
-        product.
+        The gradient is linearised once per batch, by reverse mode twice or, where many products are wanted
+        and all traces fit ``curvature_budget``, traced; each product then costs about five forward passes.
+        Linearised batches stay in memory as long as the returned function lives, those beyond the budget are
+        linearised anew for every product.
 
         Args:
             theta: weights; they must stay as they are while the product is used.
@@ -355,23 +366,12 @@ class Objective:
             inside: entries between which the Hessian is wanted: vectors and products have those alone.
                 Tensors with no such entry are not differentiated.
         """
-        chosen, dtype = Chosen(self.space, inside), theta.dtype
-        batches, token_weights = self._weighted(tokens, weights, dtype)
-        passes = expected * len(batches)
-        # Reverse mode can do with views of theta; forward mode would make tangents of its length.
+        chosen, dtype, at = Chosen(self.space, inside), theta.dtype, partial(self.weights, theta)
+        work = self.curvature_work(theta, tokens, inside=inside)
+        batches, token_weights = self._weighted(tokens, weights, dtype, work.size)
+        passes = work.passes(expected)
         reverse = self._routes.for_curvature(passes) == "double_backward"
-        views = list(self.space.unflatten(self.placed(theta)).values()) if reverse else self.weights(theta)
-        moving, fixed = chosen.parted(views)
-
-        def loss(point: Sequence[Tensor], given: Sequence[Tensor]) -> Tensor:
-            whole = chosen.merged(point, given[: len(fixed)])
-            return (self._losses(whole, *given[len(fixed) : -1]) * given[-1]).sum()
-
-        def linearise(batch: Batch, each: Tensor) -> PointLinearization:
-            inputs = [*fixed, *batch.given, each]
-            with torch.no_grad():
-                return self._routes.curvature(loss, passes, moving, inputs, chosen.name)
-
+        linearise = linearised_batches(self._losses, self._routes, chosen, at, passes)
         makers = [partial(linearise, b, w) for b, w in zip(batches, token_weights, strict=True)]
         maps = BatchedProducts(makers, self.curvature_budget)
         self.streamed_batches, self.batch_bytes = maps.streamed, maps.kept_bytes

@@ -6,24 +6,22 @@ from dataclasses import replace
 
 from experiments.config import RunConfig
 from experiments.run.cost.rates import Speeds
-from experiments.run.cost.sizes import Sizes, products
+from experiments.run.cost.sizes import Sizes, curvature_work, expected_products, products
 from experiments.run.cost.stages import linearised
 from experiments.run.memory import memory_shares
+from polca_edit.derivatives.curvature import UNDER_WAY
+from polca_edit.derivatives.routes import TRACE_BREAK_EVEN
 
-#: Cached checkpoints, weights in their own storage, tangents, a gradient, a product: at any stage.
-ALWAYS = 8
-#: Beside Krylov vectors and images: the new block, what is left of it, candidates, the warm start.
-LANCZOS = 6
-#: Linearised batches' worth of memory beside those that stay: values of a product under way, and the
-#: batches of one checkpoint while the next is linearised (runs at a Pythia shape of 14 million: 3.7 and
-#: 5.0 batches in all where one stays and none or some are streamed).
-WORKING = 3
+#: Vectors of N entries beside the model's own: three cached checkpoints and a displacement in slopes and in
+#: a trajectory basis; in a Hessian basis the weights, the warm start and, one after the other, a product with
+#: its gradient and block, or what Lanczos makes of its image. A trace has its own weights and tangents too.
+STREAMED, LANCZOS, TRACED = 4, 6, 2
 
 
 def peak_bytes(sizes: Sizes, speeds: Speeds, config: RunConfig) -> int:
     """The largest stage: building a basis, or taking slopes along all rows."""
     vector, shares = sizes.parameters * config.itemsize, memory_shares(config, sizes.parameters)
-    batch = speeds.batch_bytes.batch(min(config.batch_size, sizes.curvature))
+    work = curvature_work(sizes, speeds.sequence_bytes, shares.curvature)
     needs = []
     for spec, basis in zip(config.bases, sizes.bases, strict=True):
         row = basis.columns_of(sizes.parameters) * config.itemsize
@@ -34,10 +32,12 @@ def peak_bytes(sizes: Sizes, speeds: Speeds, config: RunConfig) -> int:
             deep = config.memory_gb is not None and 2 * spec.max_products * row > shares.rows
             krylov = 0 if deep else 2 * most * row
             stay, streamed = linearised(sizes, speeds, shares.curvature)
-            kept = (stay + min(1, streamed) + WORKING) * batch
-            needs.append(held + krylov + LANCZOS * row + kept)
+            kept = (stay + min(1, streamed) + UNDER_WAY) * speeds.batch_bytes.batch(work.size)
+            traced = work.passes(expected_products(spec, basis)) >= TRACE_BREAK_EVEN
+            beside = vector + (LANCZOS - 1) * row + (TRACED * vector if traced else 0)
+            needs.append(held + krylov + beside + kept)
         elif basis.kind == "trajectory":
-            needs.append(held + (shares.displacements + 2) * vector)
+            needs.append(held + (STREAMED + shares.displacements + 2) * vector)
     stored = sum(basis.bytes_of(sizes.parameters) for basis in sizes.measured)
     # Rows of bases are taken where they lie, unless they are stored in fewer bits; residuals are made.
     directions = 2 * len(sizes.measured)
@@ -47,8 +47,10 @@ def peak_bytes(sizes: Sizes, speeds: Speeds, config: RunConfig) -> int:
     table = 2 * sizes.select_tokens * sizes.places * sizes.rows * config.itemsize
     # Stored rows are read through mapped pages, which the system gives back where a budget is enforced.
     held = stored if config.memory_gb is None else min(stored, shares.rows)
-    needs.append(held + directions * vector + table + min(batch, shares.slopes))
-    return round(speeds.base_bytes + ALWAYS * vector + max(needs))
+    batch = speeds.batch_bytes.batch(min(config.batch_size, sizes.curvature))
+    slopes = min(batch, shares.slopes) if batch else shares.slopes
+    needs.append(held + (STREAMED + directions) * vector + table + slopes)
+    return round(speeds.base_bytes + max(needs))
 
 
 def _products_of_one(sizes: Sizes, tolerance: float, most: int) -> int:
@@ -83,27 +85,15 @@ def memory_warnings(sizes: Sizes, speeds: Speeds, config: RunConfig) -> list[str
     if peak <= budget:
         return []
     said = f"peak memory {peak / 1e9:.1f} GB is above the budget of {config.memory_gb:g} GB"
-    tried = sizes, config
-    while tried[1].batch_size > 1:
-        tried = smaller_batch(*tried)
-        if peak_bytes(tried[0], speeds, tried[1]) <= budget:
-            return [f"{said}; set batch_size to {tried[1].batch_size}"]
-    while any(basis.vectors > 1 for basis in tried[0].bases):
-        tried = fewer_vectors(*tried)
-        if peak_bytes(tried[0], speeds, tried[1]) <= budget:
-            left = zip(config.bases, tried[0].bases, strict=True)
-            counts = {spec.label: basis.vectors for spec, basis in left}
-            return [f"{said}; set batch_size to 1 and vectors to {counts}"]
-    least = peak_bytes(tried[0], speeds, tried[1])
-    return [f"{said} and no setting goes below {least / 1e9:.1f} GB; raise --memory"]
+    while any(basis.vectors > 1 for basis in sizes.bases):
+        sizes = fewer_vectors(sizes)
+        if peak_bytes(sizes, speeds, config) <= budget:
+            left = zip(config.bases, sizes.bases, strict=True)
+            return [f"{said}; set vectors to { {spec.label: basis.vectors for spec, basis in left} }"]
+    least = peak_bytes(sizes, speeds, config)
+    return [f"{said} and fewer vectors do not go below {least / 1e9:.1f} GB; raise --memory"]
 
 
-def smaller_batch(sizes: Sizes, config: RunConfig) -> tuple[Sizes, RunConfig]:
-    """The same with batches of half the size."""
-    half = max(1, config.batch_size // 2)
-    return replace(sizes, derivative_batch=half), config.model_copy(update={"batch_size": half})
-
-
-def fewer_vectors(sizes: Sizes, config: RunConfig) -> tuple[Sizes, RunConfig]:
+def fewer_vectors(sizes: Sizes) -> Sizes:
     """The same with half of the vectors."""
-    return replace(sizes, bases=tuple(basis.fewer(0.5, 1) for basis in sizes.bases)), config
+    return replace(sizes, bases=tuple(basis.fewer(0.5, 1) for basis in sizes.bases))

@@ -221,7 +221,8 @@ def make_plan(config: RunConfig, folder: Path, budget_seconds: float | None = No
             odd_checkpoints(series).spaced(-(-spec.vectors // spec.per_checkpoint))
     sizes = sizes_of(task, config, steps, None if stand_in is None else stand_in.space)
     memory_shares(config, sizes.parameters)  # a budget that the model alone exceeds is refused at once
-    speeds, route = rehearse(task, config, sizes, folder)
+    activations = 1.0 if stand_in is None else stand_in.activations
+    speeds, route = rehearse(task, config, sizes, folder, activations)
     effect = smallest_effect(task, config, measured=stand_in is None)
     if stand_in is not None:
         positions, slots = task.splits.select.scored.shape[1] + 1, task.splits.select.scored.sum(1).max()

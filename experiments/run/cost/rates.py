@@ -76,6 +76,7 @@ class Speeds:
         vector: adding a multiple of one vector of N entries to another.
         base_bytes: resident memory before any derivative: libraries, data, the model.
         batch_bytes: what a linearised batch holds.
+        sequence_bytes: what reverse mode keeps of a sequence for products with a Hessian.
         curvature_route: how products with the Hessian were taken, None where none were.
     """
 
@@ -92,6 +93,7 @@ class Speeds:
     vector: float
     base_bytes: int
     batch_bytes: Rate = Rate()
+    sequence_bytes: float = 0.0
     curvature_route: str | None = None
 
     def of_whole(self, weights: float, work: float, activations: float, layers: float) -> Speeds:
@@ -116,4 +118,5 @@ class Speeds:
             write=self.write * weights,
             vector=self.vector * weights,
             batch_bytes=self.batch_bytes.scaled(weights, activations),
+            sequence_bytes=self.sequence_bytes * activations,
         )

@@ -14,6 +14,7 @@ import torch
 from experiments.config import BasisConfig, RunConfig
 from experiments.tasks.task import Task
 from polca_edit.basis.streamed import HELD
+from polca_edit.derivatives.curvature import CurvatureWork
 from polca_edit.parameters import ParameterSpace
 
 #: Lanczos products per basis checkpoint at tolerance 1e-2 with a warm start, and how many fewer the
@@ -186,10 +187,14 @@ def products(kind: str, checkpoints: int, tolerance: float, most: int, parameter
     return max(checkpoints, round(each * checkpoints - min(FIRST_CHECKPOINT_FEWER, each - 1)))
 
 
-def curvature_batches(spec: BasisConfig, basis: BasisSize, sizes: Sizes) -> int:
-    """Batches that a Hessian basis expects through all its products, by which it chooses their route."""
-    each = -(-sizes.curvature // min(sizes.curvature, sizes.derivative_batch))
-    return PRODUCTS_PER_CHECKPOINT * spec.per_checkpoint * basis.taken * each
+def curvature_work(sizes: Sizes, sequence_bytes: float, budget: int) -> CurvatureWork:
+    """How products with a Hessian will go through the curvature split."""
+    return CurvatureWork.of(sizes.curvature, sizes.derivative_batch, sequence_bytes, budget)
+
+
+def expected_products(spec: BasisConfig, basis: BasisSize) -> int:
+    """Products that a Hessian basis expects in all, by which it chooses their route."""
+    return PRODUCTS_PER_CHECKPOINT * spec.per_checkpoint * basis.taken
 
 
 #: Checkpoints that an open series keeps.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,10 +18,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from experiments.config import RunConfig
+from experiments.config import BasisConfig, RunConfig
 from experiments.run.cost.rates import Rate, Speeds
-from experiments.run.cost.sizes import Sizes, curvature_batches
+from experiments.run.cost.sizes import Sizes, curvature_work, expected_products
 from experiments.run.machine import resident_bytes
+from experiments.run.memory import memory_shares
 from experiments.tasks.task import BatchLoss, Task
 from polca_edit.basis.hessian import in_fewer_bits
 from polca_edit.checkpoints.files import read_weights, write_tensors
@@ -61,7 +63,9 @@ def _part(tokens: TokenSet, count: int) -> TokenSet:
     return tokens.select(torch.arange(min(count, tokens.sequences)))
 
 
-def rehearse(task: Task, config: RunConfig, sizes: Sizes, folder: Path) -> tuple[Speeds, str]:
+def rehearse(
+    task: Task, config: RunConfig, sizes: Sizes, folder: Path, activations: float = 1.0
+) -> tuple[Speeds, str]:
     """Do batches of every kind of work and time them; also the route that derivatives took.
 
     Args:
@@ -69,6 +73,7 @@ def rehearse(task: Task, config: RunConfig, sizes: Sizes, folder: Path) -> tuple
         config: the run.
         sizes: of the run, by which routes are chosen.
         folder: where a file is written and read.
+        activations: numbers that the run's own model holds a sequence over those of the task's.
     """
     objective = task.objective(config)
     # Compiling takes minutes, which is no rehearsal; a plan says so.
@@ -86,7 +91,11 @@ def rehearse(task: Task, config: RunConfig, sizes: Sizes, folder: Path) -> tuple
     start = _line(select, most, lambda some: slopes.seconds(some)[0])
     row = _line(select, most, lambda some: slopes.seconds(some)[1])
     route = objective.route_used or "jvp"
-    products = _Products(objective, theta, rows[0], _expected(config, sizes), config.sought_coarsely)
+    held_of_one = objective.curvature_work(theta, curvature).sequence_bytes if _hessians(config) else 0.0
+    expected = _expected(config, sizes, held_of_one * activations)
+    # What is rehearsed stays linearised whole; what of the run does is reckoned from its sizes.
+    objective.curvature_budget = sys.maxsize
+    products = _Products(objective, theta, rows[0], expected, config.sought_coarsely)
     linearise, product, held = (
         _line(curvature, most, lambda some, part=part: products.cost(some)[part])  # type: ignore[misc]
         for part in range(3)
@@ -111,6 +120,7 @@ def rehearse(task: Task, config: RunConfig, sizes: Sizes, folder: Path) -> tuple
         vector,
         base,
         held,
+        held_of_one,
         objective.curvature_route,
     )
     return speeds, route
@@ -188,10 +198,15 @@ def _training_seconds(module: nn.Module, batch_loss: BatchLoss, steps: int = 4) 
     return min(_timed(partial(step, number)) for number in range(2, 2 + steps))
 
 
-def _expected(config: RunConfig, sizes: Sizes) -> int | None:
+def _hessians(config: RunConfig) -> list[BasisConfig]:
+    return [spec for spec in config.bases if spec.kind == "hessian" and not spec.rotated]
+
+
+def _expected(config: RunConfig, sizes: Sizes, sequence_bytes: float) -> int | None:
     """Products of one batch that the run's first Hessian basis expects, None where there is none."""
+    work = curvature_work(sizes, sequence_bytes, memory_shares(config, sizes.parameters).curvature)
     wanted = (
-        curvature_batches(spec, basis, sizes)
+        work.passes(expected_products(spec, basis))
         for spec, basis in zip(config.bases, sizes.bases, strict=True)
         if basis.kind == "hessian"
     )

@@ -11,13 +11,15 @@ from experiments.run.cost.sizes import (
     ROTATED,
     BasisSize,
     Sizes,
-    curvature_batches,
+    curvature_work,
+    expected_products,
     padded,
     products,
     reads_of,
     streamed_order,
 )
 from experiments.run.memory import memory_shares
+from polca_edit.derivatives.curvature import UNDER_WAY
 from polca_edit.derivatives.routes import TRACE_BREAK_EVEN
 
 #: Additions of a vector of N entries to another that pieces of work take about, beside passes of the model:
@@ -136,19 +138,21 @@ def _basis_cost(priced: _Priced, spec: BasisConfig, basis: BasisSize) -> StageCo
         return StageCost(name, 0, 0, reads * priced.weights, stored, seconds)
     if kind != "hessian":
         return StageCost(name, 0, 0, s.checkpoints * priced.weights, stored, s.checkpoints * speeds.read)
-    curvature = padded(s.curvature, s.derivative_batch)
+    budget = memory_shares(priced.config, s.parameters).curvature
+    work = curvature_work(s, speeds.sequence_bytes, budget)
+    curvature = padded(s.curvature, work.size)
     count = products(kind, taken, spec.tolerance, spec.max_products, s.parameters)
     # Vectors that were sought in fewer bits are checked by one product each.
     count += vectors if priced.config.sought_coarsely else 0
     # The choice of route is the objective's, by the batches of all products that it expects.
-    traced = curvature_batches(spec, basis, s) >= TRACE_BREAK_EVEN
-    held, streamed = linearised(s, speeds, memory_shares(priced.config, s.parameters).curvature)
+    traced = work.passes(expected_products(spec, basis)) >= TRACE_BREAK_EVEN
+    held, streamed = linearised(s, speeds, budget)
     # Reverse mode goes through the model once a linearisation, a trace once in all.
     share = streamed / (held + streamed)
-    forward = min(s.curvature, s.derivative_batch) if traced else round(curvature * (taken + share * count))
-    one = speeds.linearise.batch(min(s.derivative_batch, s.curvature))
+    forward = work.size if traced else round(curvature * (taken + share * count))
+    one = speeds.linearise.batch(work.size)
     additions = PER_KRYLOV * count / taken / 2 + PER_ROW * vectors / 2
-    each = speeds.product.total(s.curvature, s.derivative_batch) + streamed * one
+    each = speeds.product.total(s.curvature, work.size) + streamed * one
     each += additions * row + speeds.write
     seconds = count * each + taken * (max(1, held) * one + speeds.read) + speeds.product_setup
     return StageCost(name, forward, count, taken * priced.weights, stored, seconds)
@@ -162,10 +166,9 @@ def linearised(s: Sizes, speeds: Speeds, budget: int) -> tuple[int, int]:
         speeds: what a batch holds.
         budget: bytes for those that stay.
     """
-    size = min(s.derivative_batch, s.curvature)
-    count = -(-s.curvature // size)
-    each = speeds.batch_bytes.batch(size)
-    room = count if not each else int(budget // each)
+    work = curvature_work(s, speeds.sequence_bytes, budget)
+    each, count = speeds.batch_bytes.batch(work.size), work.batches
+    room = max(0, int(budget // each) - UNDER_WAY) if each else count
     held = count if room >= count else max(0, room - 1)
     return held, count - held
 
