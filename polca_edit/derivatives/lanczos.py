@@ -207,11 +207,7 @@ def projected_lanczos(
         ritz, coefficients = torch.linalg.eigh((projected + projected.T) / 2)
         ranked = torch.argsort(ritz, descending=True)
         values, chosen = ritz[ranked[:k]], coefficients[:, ranked[:k]].to(block)
-        # What the new images add to the Krylov space; the older ones lie in it, so the residual of a
-        # Ritz vector is this times its share of the new rows. The rows come off in the same two turns.
-        outside = new if allocate is not None else new.clone()  # copied to its table, or held as an image
-        for some in (basis.blocks, rows, basis.blocks):
-            take_rows_off(outside, some, 1)
+        outside = _outside(new if allocate is not None else new.clone(), basis.blocks, rows)
         foreseen = lengths(chosen[-len(new) :].T @ outside)
         block = orthonormalise(take_rows_off(outside, rows, 1))
         del new, outside  # a product and the vectors of the end need their room
@@ -230,6 +226,17 @@ def projected_lanczos(
     del block
     vectors = orthonormalise(take_rows_off(vectors, rows))
     return Eigenpairs(values.cpu(), vectors, residuals.cpu(), used, done or full, next_ones)
+
+
+def _outside(images: Float[Tensor, "k N"], known: Rows, rows: Rows | None) -> Float[Tensor, "k N"]:
+    """What new images, which are used up, add to the Krylov space.
+
+    The older ones lie in it, so the residual of a Ritz vector is this times its share of the new rows. The
+    rows come off in the same two turns.
+    """
+    for some in (known, rows, known):
+        take_rows_off(images, some, 1)
+    return images
 
 
 def _residuals(

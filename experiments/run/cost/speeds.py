@@ -100,10 +100,7 @@ def rehearse(
         _line(curvature, most, lambda some, part=part: products.cost(some)[part])  # type: ignore[misc]
         for part in range(3)
     )
-    file = folder / "rehearsal.safetensors"
-    write = _timed(lambda: write_tensors(file, task.space.unflatten(theta)))
-    read = _timed(lambda: task.space.flatten(read_weights(file)))
-    file.unlink()
+    read, write = _file_seconds(task, theta, folder / "rehearsal.safetensors")
     one, other = torch.ones(VECTOR, dtype=theta.dtype), torch.ones(VECTOR, dtype=theta.dtype)
     vector = _fastest(lambda: one.add_(other, alpha=0.5), 4) * theta.numel() / VECTOR
     speeds = Speeds(
@@ -139,6 +136,14 @@ def _line(tokens: TokenSet, most: int, cost: Callable[[TokenSet], float]) -> Rat
     large = _part(tokens, most)
     small = _part(tokens, max(1, large.sequences // 4))
     return Rate.through((small.sequences, cost(small)), (large.sequences, cost(large)))
+
+
+def _file_seconds(task: Task, theta: Tensor, file: Path) -> tuple[float, float]:
+    """Reading and writing one checkpoint."""
+    write = _timed(lambda: write_tensors(file, task.space.unflatten(theta)))
+    read = _timed(lambda: task.space.flatten(read_weights(file)))
+    file.unlink()
+    return read, write
 
 
 def _forward_seconds(objective: Objective, theta: Tensor, tokens: TokenSet) -> float:
