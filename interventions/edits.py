@@ -19,13 +19,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from polca_edit.basis.record import Basis, gram_error
-from polca_edit.derivatives.lanczos import coordinates, lengths, orthonormalise
+from polca_edit.derivatives.lanczos import WIDTH, coordinates, exact_length, lengths, orthonormalise
 from polca_edit.parameters import ParameterSpace
 
 
 def weights_fingerprint(theta: Float[Tensor, " N"]) -> str:
     """SHA-256 of a flat weight vector's bytes."""
-    return hashlib.sha256(theta.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
+    return hashlib.sha256(theta.detach().cpu().contiguous().numpy().data).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,8 +140,8 @@ class Edit:
         """Hash of base, rows and coordinates: two edits with one key move the same weights alike."""
         digest = hashlib.sha256(self.base.encode())
         active = self.coordinates != 0
-        for tensor in (self.rows[active], self.coordinates[active]):
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        for tensor in (*(self.rows[n] for n in active.nonzero()[:, 0]), self.coordinates[active]):
+            digest.update(tensor.detach().cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
     def delta(self) -> Float[Tensor, " N"]:
@@ -206,7 +206,8 @@ class Edit:
         active = self.coordinates != 0
         if not bool(active.any()):
             return theta.clone()
-        return theta + (self.coordinates[active].to(theta) @ self.rows[active].to(theta))
+        # Rows that are not moved along add exact zeros; leaving them out would copy the others.
+        return (self.coordinates.to(theta) @ self.rows.to(theta)).add_(theta)
 
 
 @contextmanager
@@ -230,13 +231,14 @@ def from_delta(
     base: str, moved: Float[Tensor, " N"], operator: str, *, provenance: dict[str, object] | None = None
 ) -> Edit:
     """A rank-one edit from any movement (rivals outside the span included); rank zero for none at all."""
-    size = moved.double().norm()
-    kept = provenance or {}
+    size, kept = torch.tensor([exact_length(moved)], dtype=torch.float64), provenance or {}
     if float(size) == 0.0:
-        return Edit(base, moved.new_zeros(0, moved.shape[0]), size.new_zeros(0), operator, provenance=kept)
+        return Edit(base, moved.new_zeros(0, moved.shape[0]), size[:0], operator, provenance=kept)
     # Divided in float64: a float32 movement below 1e-38 would divide by zero otherwise.
-    unit = (moved.double() / size).to(moved)
-    return Edit(base, unit[None], size[None], operator, provenance=kept)
+    unit = torch.empty_like(moved)
+    for part, given in zip(unit.split(WIDTH), moved.split(WIDTH), strict=True):
+        part.copy_(given.double() / size)
+    return Edit(base, unit[None], size, operator, provenance=kept)
 
 
 def project_out(place: Place, rows: Rows, **provenance: object) -> Edit:
@@ -298,10 +300,9 @@ def transplant(
     along = movement.along(rows)
     if not outside:
         return Edit(movement.source, rows, along * size, "transplant", size, dict(provenance))
-    moved = movement.displacement.double() - along @ rows.double()
-    edit = from_delta(
-        movement.source, moved.to(movement.theta), "transplant_outside", provenance=dict(provenance)
-    )
+    pairs = zip(movement.displacement.split(WIDTH), rows.split(WIDTH, dim=1), strict=True)
+    moved = torch.cat([(a.double() - along @ b.double()).to(movement.theta) for a, b in pairs])
+    edit = from_delta(movement.source, moved, "transplant_outside", provenance=dict(provenance))
     return edit if size == 1.0 else edit.scaled(size)
 
 

@@ -19,6 +19,7 @@ from interventions.causal.statistics import Array, Bits, draw_units
 from interventions.damage import EvaluatedSplit, Groups, named_groups
 from interventions.edits import project_out
 from polca_edit.clusters.hypotheses import Hypothesis, Unchosen
+from polca_edit.derivatives.lanczos import coordinates, exact_length
 from polca_edit.observation import Observation
 from polca_edit.tokens import TokenSet
 
@@ -177,7 +178,7 @@ def _testable(
     pairs: list[Hypothesis] = []
     members: dict[str, Bits] = {}
     left: list[Unchosen] = []
-    size = float(split.movement.displacement.double().norm())
+    size = exact_length(split.movement.displacement)
     first = split.tokens.of_first_documents(settings.null_documents).numpy()
     for pair in hypotheses:
         mask = pair.group.on(split.tokens).numpy().astype(bool)
@@ -203,7 +204,7 @@ def _testable(
 def _came_back(split: EvaluatedSplit, rows: Tensor) -> bool:
     """Whether the coordinates moved in between although they ended where they began."""
     middle = split.series[len(split.series) // 2] - split.movement.start
-    return float((rows.double() @ middle.double()).norm()) > 1e-7 * float(middle.double().norm())
+    return float(coordinates(rows, middle).norm()) > 1e-7 * exact_length(middle)
 
 
 def open_bench(

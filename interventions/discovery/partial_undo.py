@@ -22,6 +22,7 @@ from interventions.discovery.windows import Window, equal_windows
 from interventions.edits import Edit, Movement, displace, rollback
 from polca_edit.basis.record import Basis
 from polca_edit.checkpoints.series import Checkpoints
+from polca_edit.derivatives.lanczos import exact_length
 from polca_edit.seeds import generator_for
 
 #: Pairs of tokens whose distances are compared between halves of the edits.
@@ -139,8 +140,8 @@ def signatures(
     if not bases:
         raise ValueError("signatures need a basis whose movement is undone, got none; give one or more")
     for name, basis in bases.items():
-        moved = split.movement.displacement.double().norm()
-        if not float(split.movement.along(basis.rows).norm()) > 1e-9 * float(moved):
+        moved = exact_length(split.movement.displacement)
+        if not float(split.movement.along(basis.rows).norm()) > 1e-9 * moved:
             raise ValueError(f"basis '{name}' holds none of the recorded movement; take another")
     draws = {name: generator_for(settings.seed, "partial_undo", name) for name in bases}
     found: dict[str, list[Tensor]] = {name: [] for name in bases}

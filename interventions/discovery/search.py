@@ -22,6 +22,7 @@ from torch import Tensor
 from interventions.causal.statistics import Array, Bits
 from interventions.damage import EvaluatedSplit
 from interventions.edits import Edit
+from polca_edit.derivatives.lanczos import exact_length
 from polca_edit.seeds import generator_for
 
 #: Length scales of the kernel that are tried, as shares of the diameter |m|.
@@ -137,7 +138,7 @@ class DirectionLibrary:
 
     def __post_init__(self) -> None:
         self.along: Float[Tensor, " K"] = self.split.movement.along(self.rows)
-        whole = float(self.split.movement.displacement.double().norm())
+        whole = exact_length(self.split.movement.displacement)
         if not float(self.along.norm()) > 1e-9 * max(whole, 1e-300):
             raise ValueError(
                 f"an axis needs movement inside the span to undo, it holds {float(self.along.norm()):.3g} of "

@@ -150,7 +150,9 @@ def _by_token_gradients(
     """
     batch, ranks = len(left), max(left.shape[1], right.shape[1])
     _, depth, width = vectors[0].shape
-    kind, many = vectors[0].dtype, max(1, LEAST_ROWS // ranks)
+    # Groups of equal size: a last one of a single sequence would cost as much as a whole one.
+    groups = max(1, batch * ranks // LEAST_ROWS)
+    kind, many = vectors[0].dtype, -(-batch // groups)
     block = CACHE_BLOCK // (many * ranks * width * vectors[0].element_size())
     block = max(block, -(-LEAST_ROWS // ranks))
     results = [left.new_zeros(batch * ranks, len(table)) for table in vectors]

@@ -69,12 +69,26 @@ def lengths(vectors: Float[Tensor, "k N"]) -> Float[Tensor, " k"]:
     return torch.stack(squares).sqrt() if squares else vectors.new_zeros(0, dtype=torch.float64)
 
 
+#: Columns that are taken to float64 at a time.
+WIDTH = 1 << 20
+
+
+def exact_length(vector: Float[Tensor, " N"]) -> float:
+    """Norm in float64 without a float64 copy, of entries too that float32 cannot square.
+
+    >>> exact_length(torch.full((4,), 1e-30)) / 2e-30
+    1.0
+    """
+    parts = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in vector.split(WIDTH)]
+    return float(torch.linalg.vector_norm(torch.stack(parts)))
+
+
 def coordinates(rows: Float[Tensor, "K N"], moved: Float[Tensor, " N"]) -> Float[Tensor, " K"]:
     """<b, moved> for every row, summed in float64."""
     return inner_products(rows, moved[None])[:, 0].cpu()
 
 
-def gram(rows: Float[Tensor, "K N"], width: int = 1 << 20) -> Float[Tensor, "K K"]:
+def gram(rows: Float[Tensor, "K N"], width: int = WIDTH) -> Float[Tensor, "K K"]:
     """<row_i, row_j> in float64, with a float64 copy of ``width`` columns at a time."""
     total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
     for columns in rows.split(width, dim=1):

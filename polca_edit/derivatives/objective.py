@@ -155,8 +155,7 @@ class Objective:
         Raises:
             ValueError: if a loss is not finite.
         """
-        weights = self.weights(theta)
-        parts = []
+        weights, parts = self.weights(theta, apart=False), []
         with torch.no_grad():
             for batch in self._batches(tokens):
                 parts.append(self._losses(weights, *batch.given)[batch.kept].cpu())
