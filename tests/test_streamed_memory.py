@@ -77,6 +77,18 @@ def test_a_trajectory_basis_holds_its_rows_and_a_few_displacements(size):
     assert abs(found[12] - found[6]) < 1.1, found  # not one more per checkpoint
 
 
+def test_three_checkpoints_are_kept_and_a_fourth_takes_the_place_of_one():
+    size = SIZES[0]
+
+    def through() -> Checkpoints:
+        series = walk(size, 6)
+        for index in range(6):
+            series[index]
+        return series
+
+    assert 3 < peak_vectors(through, size) < 4.1  # two kept, what is read, and its flat copy
+
+
 def test_streamed_gram_and_coefficients_against_all_displacements_at_once():
     series = walk(5000, 11)
     moved = torch.stack([series[t] - series[0] for t in range(1, 11)]).double()

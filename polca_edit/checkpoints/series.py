@@ -51,6 +51,8 @@ class Checkpoints:
         """
         index = range(len(self.steps))[index]
         if index not in self._cache:
+            while len(self._cache) >= 3:  # before there is a fourth
+                self._cache.pop(next(iter(self._cache)))
             theta = self.space.flatten(self.read(index), dtype=self.dtype)
             # NaN and infinity reach every sum, which may overflow without them: only then all are asked.
             if not math.isfinite(float(theta.sum())) and not torch.isfinite(theta).all():
@@ -58,8 +60,6 @@ class Checkpoints:
                     f"weights must be finite, checkpoint at step {self.steps[index]} of {self.source} "
                     "holds NaN or infinity; leave it out or retrain"
                 )
-            while len(self._cache) >= 3:
-                self._cache.pop(next(iter(self._cache)))
             self._cache[index] = theta
         return self._cache[index]
 
