@@ -182,3 +182,17 @@ def test_blocks_of_rows_are_read_three_times_a_product(generator):
     # Once to count them, two reads for the start, two for the result.
     assert reads[0] <= 3 * pairs.products + 5
     assert float((pairs.vectors @ rows.T).abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("rows", [None, [], torch.eye(40)[:2]])
+def test_what_a_product_returns_is_left_as_it_is(rows, tmp_path):
+    """It may be kept by whoever made it, as products that are replayed are."""
+    diagonal, kept = torch.linspace(0, 1, 40), []
+
+    def product(vector):
+        kept.append((diagonal * vector, (diagonal * vector).clone()))
+        return kept[-1][0]
+
+    projected_lanczos(product, diagonal, 1, torch.Generator().manual_seed(0), rows=rows, allocate=torch.empty)
+    assert len(kept) > 5
+    assert all(torch.equal(given, copy) for given, copy in kept)

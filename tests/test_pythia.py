@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from experiments.study.pythia.kept import Cost, kept, measured, piece_path
-from experiments.study.pythia.shapes import Amount, counted, neox_config, outline, sentences
+from experiments.study.pythia.shapes import SERIES, Amount, counted, neox_config, outline, sentences
 from experiments.study.pythia.study import plan_beside_run
 
 
@@ -37,7 +37,7 @@ def test_an_outline_has_the_parameters_of_the_shape_and_takes_no_disk(tmp_path, 
     """EleutherAI's own counts of these models."""
     outline(shape, tmp_path, Amount(checkpoints=3))
     assert counted(tmp_path) == parameters
-    file = tmp_path / "checkpoint-10" / "model.safetensors"
+    file = tmp_path / SERIES / "checkpoint-10" / "model.safetensors"
     assert file.stat().st_size > 4 * parameters
     assert file.stat().st_blocks * 512 < 1_000_000
     assert neox_config(shape).vocab_size == 50_304

@@ -94,6 +94,10 @@ def test_checkpoints_changed_in_place_change_every_key(smoke_run: Path, tmp_path
     first = keys()
     (series / "optimizer.pt").write_bytes(b"beside the weights")
     assert keys() == first
+    (series / "run").mkdir()  # a run of its own inside, which grows
+    (series / "run" / "config.sha256").write_text("sum")
+    (series / "run" / "basis.safetensors").write_bytes(b"rows")
+    assert keys() == first
     weights = next(iter(sorted(series.glob("step-*"))))
     tail = weights.read_bytes()[-64:]
     in_place(weights, tail, bytes(64) if any(tail) else b"\1" * 64)

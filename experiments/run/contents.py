@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from experiments.config import RunConfig
+from experiments.run.store import CONFIG_SUM
 from experiments.tasks import TASKS, own_task
 from experiments.tasks.source import own_source
 from polca_edit.artifacts import checksum, from_plain, key_of, to_plain
@@ -50,11 +51,16 @@ def task_source(task: str) -> str:
 
 
 def files_of(path: Path) -> Iterator[Path]:
-    """The file itself, or every file of a folder that a result may depend on, in order."""
+    """The file itself, or every file of a folder that a result may depend on, in order.
+
+    Run directories inside the folder are left out: what a run writes must not make it another one.
+    """
     if path.is_dir():
+        runs = {mark.parent for mark in path.rglob(CONFIG_SUM)}
         for member in sorted(path.rglob("*")):
             inside = member.relative_to(path).parts
-            if member.is_file() and not any(part.startswith(BESIDE_THE_WEIGHTS) for part in inside):
+            beside = any(part.startswith(BESIDE_THE_WEIGHTS) for part in inside)
+            if member.is_file() and not beside and runs.isdisjoint(member.parents):
                 yield member
     elif path.exists():
         yield path

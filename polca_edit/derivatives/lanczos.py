@@ -221,7 +221,9 @@ def projected_lanczos(
         ritz, coefficients = torch.linalg.eigh((projected + projected.T) / 2)
         ranked = torch.argsort(ritz, descending=True)
         values, chosen = ritz[ranked[:k]], coefficients[:, ranked[:k]].to(block)
-        outside = _outside(new if allocate is not None else new.clone(), basis.blocks, rows)
+        # An image that was copied to its table is free; one of a product without rows may be the caller's.
+        free = allocate is not None and rows is not None
+        outside = _outside(new if free else new.clone(), basis.blocks, rows)
         foreseen = lengths(chosen[-len(new) :].T @ outside)
         block = orthonormalise(take_rows_off(outside, rows, 1))
         del new, outside  # a product and the vectors of the end need their room

@@ -29,6 +29,8 @@ SHAPES = {
     "1b": (2048, 16, 8),
 }
 VOCABULARY, LENGTH = 50_304, 64
+#: Where the checkpoints of a folder lie, apart from its runs and pieces.
+SERIES = "series"
 #: Tokens that the text uses, and how many of them have one follower, which they always have.
 WORDS, LEADERS = 1000, 100
 
@@ -107,7 +109,7 @@ def train(shape: str, folder: Path, amount: Amount) -> None:
             optimiser.step()
             optimiser.zero_grad()
         step = (number - 1) * amount.steps_between
-        model.save_pretrained(folder / f"checkpoint-{step}")
+        model.save_pretrained(folder / SERIES / f"checkpoint-{step}")
         say(f"  trained to step {step}")
     write_text(folder)
 
@@ -125,11 +127,11 @@ def draw_model(shape: str, folder: Path) -> None:
 
     torch.manual_seed(0)
     model = GPTNeoXForCausalLM(neox_config(shape))
-    model.save_pretrained(folder / "checkpoint-1")
+    model.save_pretrained(folder / SERIES / "checkpoint-1")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.001)
-    model.save_pretrained(folder / "checkpoint-2")
+    model.save_pretrained(folder / SERIES / "checkpoint-2")
     write_text(folder)
 
 
@@ -137,7 +139,7 @@ def outline(shape: str, folder: Path, amount: Amount) -> None:
     """Checkpoints whose headers are whole and whose numbers are zeros that take no disk, for a plan."""
     if not (folder / "text.npy").exists():
         steps = [number * amount.steps_between for number in range(amount.checkpoints)]
-        write_outline(neox_config(shape), folder, steps)
+        write_outline(neox_config(shape), folder / SERIES, steps)
         write_text(folder)
 
 
@@ -175,18 +177,18 @@ def few_scored(sequences: int, scored: int) -> TokenSet:
 
 def last_folder(folder: Path) -> Path:
     """The checkpoint with the largest step."""
-    return max(folder.glob("checkpoint-*"), key=lambda place: int(place.name.rpartition("-")[2]))
+    return max((folder / SERIES).glob("checkpoint-*"), key=lambda place: int(place.name.rpartition("-")[2]))
 
 
 def series_of(folder: Path) -> tuple[torch.nn.Module, Checkpoints]:
     """The last model and the series."""
     model = load_causal_lm(last_folder(folder))
-    return model, open_checkpoints(folder, model, names="checkpoint-*")
+    return model, open_checkpoints(folder / SERIES, model, names="checkpoint-*")
 
 
 def run_config(folder: Path, amount: Amount, memory_gb: float | None) -> RunConfig:
     """The settings of a whole run on the folder, from the preset ``huggingface``."""
-    overrides = open_overrides(folder, str(folder / "text.npy"), names="checkpoint-*")
+    overrides = open_overrides(folder / SERIES, str(folder / "text.npy"), names="checkpoint-*")
     overrides |= {
         "text.select_sequences": amount.select,
         "text.evaluate_sequences": amount.select,

@@ -27,6 +27,7 @@ from experiments.study.pythia.kept import Cost, apart, kept, piece_path
 from experiments.study.pythia.pieces import PIECES, one_vector, planned
 from experiments.study.pythia.shapes import (
     AMOUNTS,
+    SERIES,
     SHAPES,
     Amount,
     counted,
@@ -210,8 +211,10 @@ def published(config: RunConfig, shape: str) -> RunConfig:
     name = f"pythia-{shape}"
     return config.model_copy(
         update={
-            "checkpoints": config.checkpoints.model_copy(update={"directory": name}),
-            "model": config.model.model_copy(update={"path": f"{name}/{Path(config.model.path).name}"}),
+            "checkpoints": config.checkpoints.model_copy(update={"directory": f"{name}/{SERIES}"}),
+            "model": config.model.model_copy(
+                update={"path": f"{name}/{SERIES}/{Path(config.model.path).name}"}
+            ),
             "text": config.text.model_copy(update={"file": f"{name}/text.npy"}),
         }
     )
