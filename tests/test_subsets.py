@@ -22,6 +22,7 @@ from polca_edit.artifacts import load_record, save_record
 from polca_edit.basis.hessian import EigenSettings, hessian_basis
 from polca_edit.basis.path import trajectory_basis
 from polca_edit.basis.record import Basis, capture, random_basis, unlabelled
+from polca_edit.basis.sketch import norm_share
 from polca_edit.basis.subsets import Chosen, Directions, Group, Subset, blocks_of
 from polca_edit.checkpoints.files import write_tensors
 from polca_edit.checkpoints.opening import open_checkpoints
@@ -249,6 +250,23 @@ def test_gauge_of_parts_adds_up_to_the_whole():
     assert len(gauge_table([mine, whole]).markdown().splitlines()) > 2
 
 
+def test_sketched_curvature_of_parts_is_that_of_the_dense_hessian():
+    objective, series, tokens = curved_series()
+    first, held = Subset.of_mask(series.space.mask(["first.*"])), []
+    product = objective.hessian(series[7], tokens)
+    dense = torch.stack([product(row) for row in torch.eye(series.space.size)]).double()
+    inside = first.mask()
+    true = float(dense[inside][:, inside].square().sum() / dense.square().sum())
+    for seed in range(12):
+        named = {"a": first, "all": None}
+        mine, whole = gauges(objective, series, tokens, named, probes=16, seed=seed)
+        value, half = norm_share(mine.curvature, whole.curvature)
+        held.append(abs(value - true) <= half)
+        assert half < 0.5 * true
+    assert sum(held) >= 9
+    assert "±" in gauge_table([mine, whole]).markdown()
+
+
 def test_a_layer_is_not_a_numbered_part_of_another_one():
     """The MLP of the small transformer is numbered inside: blocks.1.mlp.0 is no part of layer 0."""
     space = ParameterSpace.from_module(build_small_transformer(TransformerShape(3, 8, 2, 16, 13, 8), 1))
@@ -265,8 +283,11 @@ def test_gauge_of_a_run_prints_shares_beside_prices(smoke_run):
     assert 0 < mine["moved_net"] < whole["moved_net"] == pytest.approx(1)
     assert whole["explained_share"] == pytest.approx(1, abs=0.2)
     assert mine["row_bytes"] < whole["row_bytes"]
+    assert whole["curvature"] is None
     refused = runner.invoke(app, ["study", "gauge", str(smoke_run)])
     assert refused.exit_code != 0
+    one = runner.invoke(app, ["study", "gauge", str(smoke_run), "--parameters", "*mlp*", "--sketch", "1"])
+    assert one.exit_code != 0
 
 
 def test_a_block_without_coordinates_is_refused():

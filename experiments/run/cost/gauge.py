@@ -4,7 +4,8 @@
 
 Two shares of a finished run: of the squared movement that lies in the chosen weights, and of the mean loss
 change that the movement in them explains (trapezoid rule on mean gradients of the curvature sample, so no
-basis has to be built). Two prices, measured here: bytes of a stored row, seconds of a Hessian-vector product.
+basis has to be built). With ``--sketch`` a third: of the squared norm of the last checkpoint's Hessian, from
+random products, with its error. Two prices, measured here: bytes of a stored row, seconds of a product.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+import typer
 from torch import Tensor
 
 from experiments.report.formats import share
@@ -23,9 +26,11 @@ from experiments.study.results import publish, show
 from experiments.verbs.options import Directory, Layers, Parameters, Result
 from experiments.verbs.subsets import patterns_of
 from polca_edit.allocation.allocate import explained_share
+from polca_edit.basis.sketch import SketchedNorm, norm_share, sketched_norm
 from polca_edit.basis.subsets import Subset, taken
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.derivatives.objective import Objective
+from polca_edit.seeds import generator_for
 from polca_edit.tokens import TokenSet
 
 #: Products that are timed of each kind, in turns.
@@ -46,6 +51,8 @@ class Gauge:
         explained_share: explained / exact, None where |exact| < 0.01.
         row_bytes: of a stored row.
         product_seconds: of a Hessian-vector product, median.
+        curvature: squared norm of the Hessian between these weights at the last checkpoint; None where it was
+            not asked for.
     """
 
     name: str
@@ -57,6 +64,7 @@ class Gauge:
     explained_share: float | None
     row_bytes: int
     product_seconds: float
+    curvature: SketchedNorm | None = None
 
 
 def moved_shares(checkpoints: Checkpoints, inside: Subset | None) -> tuple[float, float]:
@@ -108,10 +116,37 @@ def product_seconds(
     return [statistics.median(each) for each in seconds]
 
 
+def sketched_curvature(
+    objective: Objective, theta: Tensor, tokens: TokenSet, inside: Subset | None, probes: int, seed: int
+) -> SketchedNorm | None:
+    """The Hessian's squared norm between some weights, half as many products for its large part as probes."""
+    if not probes:
+        return None
+    rank = max(1, probes // 2)
+    product = objective.hessian(theta, tokens, expected=2 * rank + probes, inside=inside)
+    draw = generator_for(seed, "sketched_curvature")
+    return sketched_norm(product, taken(theta, inside), draw, rank=rank, probes=probes)
+
+
 def gauges(
-    objective: Objective, checkpoints: Checkpoints, tokens: TokenSet, named: dict[str, Subset | None]
+    objective: Objective,
+    checkpoints: Checkpoints,
+    tokens: TokenSet,
+    named: dict[str, Subset | None],
+    *,
+    probes: int = 0,
+    seed: int = 0,
 ) -> list[Gauge]:
-    """Every choice of weights, measured on one sample."""
+    """Every choice of weights, measured on one sample.
+
+    Args:
+        objective: the token loss.
+        checkpoints: the series.
+        tokens: the sample.
+        named: name -> entries, None for all.
+        probes: random products by which the share of the curvature is estimated; 0 leaves it out.
+        seed: of their draws.
+    """
     insides = list(named.values())
     exact, explained = explained_within(objective, checkpoints, tokens, insides)
     theta = checkpoints[-1]
@@ -122,7 +157,10 @@ def gauges(
         net, path = moved_shares(checkpoints, inside)
         part = explained_share(explained[number], exact)
         size = count * theta.element_size()
-        found.append(Gauge(name, count, net, path, exact, explained[number], part, size, seconds[number]))
+        bent = sketched_curvature(objective, theta, tokens, inside, probes, seed)
+        found.append(
+            Gauge(name, count, net, path, exact, explained[number], part, size, seconds[number], bent)
+        )
     return found
 
 
@@ -138,6 +176,7 @@ def gauge_table(found: list[Gauge]) -> Table:
             share(each.moved_path),
             f"{each.explained:+.3f} of {each.exact:+.3f}",
             "–" if each.explained_share is None else share(each.explained_share),
+            *([_curvature_share(each.curvature, whole.curvature)] if whole.curvature else []),
             share(each.row_bytes / whole.row_bytes),
             f"{1000 * each.product_seconds:.1f} ms",
             share(each.product_seconds / whole.product_seconds),
@@ -145,12 +184,24 @@ def gauge_table(found: list[Gauge]) -> Table:
         for each in found
     ]
     headings = ["weights", "count", "of all", "net movement", "path", "explained (nats)", "share"]
+    headings += ["curvature (95 %)"] if whole.curvature else []
     headings += ["bytes a row, of all", "product", "of all"]
     return table(headings, lines, "What a basis of some weights could see, and its price")
 
 
+def _curvature_share(part: SketchedNorm | None, whole: SketchedNorm | None) -> str:
+    found = None if part is None or whole is None else norm_share(part, whole)
+    return "–" if found is None else f"{share(found[0])} ± {share(found[1])}"
+
+
 def gauge(
-    directory: Directory, layers: Layers = None, parameters: Parameters = None, json_: Result = None
+    directory: Directory,
+    layers: Layers = None,
+    parameters: Parameters = None,
+    sketch: Annotated[
+        int, typer.Option(help="Random probes for the share of the Hessian's norm; 0 leaves it out.")
+    ] = 0,
+    json_: Result = None,
 ) -> None:
     """Movement and loss change in some of the weights, beside what a basis of them would cost."""
     if layers is None and parameters is None:
@@ -158,7 +209,10 @@ def gauge(
     run = load_run(directory, say=lambda _: None)
     patterns = patterns_of(layers, parameters)
     named = {" ".join(patterns): Subset.of_mask(run.task.space.mask(patterns)), "all weights": None}
-    found = gauges(run.objective, run.observed(), run.task.splits.curvature, named)
+    if sketch < 0 or sketch == 1:
+        raise ValueError(f"--sketch must be 0, or 2 and more so that its error is known, got {sketch}")
+    sample = run.task.splits.curvature
+    found = gauges(run.objective, run.observed(), sample, named, probes=sketch, seed=run.config.seed)
     tables = [gauge_table(found)]
     show(tables)
     publish(json_, "gauge/1", run.config, [run.config.seed], {"gauges": found}, tables)
