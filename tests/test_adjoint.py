@@ -8,6 +8,7 @@ from oracles import copied_with, text_tokens, tiny_bridge, tiny_gpt2
 from torch import Tensor, nn
 
 from experiments.tasks import arithmetic
+from polca_edit.basis.subsets import Directions, NamedDirections
 from polca_edit.derivatives import contacts
 from polca_edit.derivatives.adjoint import AdjointRoute, AdjointUnavailable
 from polca_edit.derivatives.contacts import linear_share
@@ -15,7 +16,7 @@ from polca_edit.derivatives.objective import Objective
 from polca_edit.derivatives.rounding import slope_rounding
 from polca_edit.models import TransformerShape, build_small_transformer
 from polca_edit.parameters import ParameterSpace
-from polca_edit.tokens import TokenSet
+from polca_edit.tokens import TokenSet, scored_slots
 
 
 def next_token_loss(module: nn.Module, inputs: Tensor) -> Tensor:
@@ -277,3 +278,49 @@ def test_arithmetic_in_single_precision(generator):
     twin = module.double()
     exact = by_token_gradients(twin, arithmetic.token_loss, tokens, rows.double())
     assert float((found - exact).abs().max() / exact.abs().max()) < 3e-6
+
+
+class Scored(nn.Module):
+    """Hidden states of the asked slots alone reach the output layer; mixed, a row sees the one before."""
+
+    def __init__(self, mixed: bool) -> None:
+        super().__init__()
+        self.embed, self.twice = nn.Embedding(13, 6), nn.Linear(6, 6)
+        self.out, self.mixed = nn.Linear(6, 13), mixed
+
+    def forward(self, tokens: Tensor, slots: Tensor | None = None) -> Tensor:
+        x = torch.tanh(self.twice(self.embed(tokens)).cumsum(1))
+        if slots is not None:
+            x = x.gather(1, slots[..., None].expand(-1, -1, 6))
+        found = self.out(x)
+        return found + 0.3 * found.roll(1, 1) if self.mixed else found
+
+
+def loss_at_slots(module: nn.Module, inputs: Tensor, slots: Tensor | None = None) -> Tensor:
+    logits, targets = module(inputs[:, :-1], slots), inputs[:, 1:]
+    targets = targets if slots is None else targets.gather(1, slots)
+    return nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_head_of_scored_slots_is_gone_through_once_only_where_each_loss_has_its_own_row(mixed, generator):
+    torch.manual_seed(2)
+    module = Scored(mixed).double()
+    space, tokens = ParameterSpace.from_module(module), few_scored(generator)
+    tokens = tokens.select(torch.tensor([0, 1, 3, 4, 5, 6]))  # the slots of a mixed loss need a fixed number
+    rows = torch.randn(3, space.size, generator=generator, dtype=torch.float64)
+    values = space.unflatten(space.read(module))
+    slots, valid = scored_slots(tokens.scored)
+    route = AdjointRoute(module, space, loss_at_slots, 1 << 30)
+    route.prepare(values, tokens.inputs, slots)
+    assert (route._head is None) == mixed
+    directions = NamedDirections.of(Directions.of(rows), space, lambda given: given)
+    losses, found = route.slopes(values, directions, tokens.inputs, slots)
+    leaves = [p.requires_grad_() for p in module.parameters()]
+    for sequence, rank in valid.nonzero().tolist():
+        loss = loss_at_slots(module, tokens.inputs, slots)[sequence, rank]
+        gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, leaves)])
+        torch.testing.assert_close(found[sequence, rank], rows @ gradient, rtol=1e-9, atol=1e-11)
+    room = route.chunk(3, 8, 10**9)
+    route._head = None
+    assert (room > route.chunk(3, 8, 10**9)) == (not mixed)

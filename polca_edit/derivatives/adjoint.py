@@ -31,8 +31,16 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from polca_edit.basis.subsets import NamedDirections
-from polca_edit.derivatives.contacts import Contact, Kind, contact_shares, kind_of, pointwise_share
-from polca_edit.derivatives.heads import SlotLoss, at_slots
+from polca_edit.derivatives.contacts import (
+    Contact,
+    Kind,
+    contact_shares,
+    cotangents,
+    kind_of,
+    pointwise_share,
+    slotwise_head,
+)
+from polca_edit.derivatives.heads import SlotLoss, at_slots, takes_slots
 from polca_edit.derivatives.operations import Operation, WatchedOperations
 from polca_edit.parameters import ParameterSpace, call_with
 from polca_edit.tokens import TokenLossFunction
@@ -59,6 +67,7 @@ class AdjointRoute:
     token_loss: TokenLossFunction
     memory_budget: int
     leftovers: tuple[str, ...] = ()
+    _head: int | None = None
     _slot_loss: SlotLoss = field(init=False, repr=False)
     _batched: list[bool] = field(default_factory=list, repr=False)
     _bytes: list[tuple[int, int]] = field(default_factory=list, repr=False)
@@ -146,6 +155,7 @@ class AdjointRoute:
         batch: int,
         number: int,
     ) -> Tensor:
+        entry = given
         if not self._batched[number]:
             # A call that all sequences share, such as a position embedding, gets one copy each.
             given = (
@@ -165,7 +175,7 @@ class AdjointRoute:
             assert isinstance(module, nn.LayerNorm)
             given = nn.functional.layer_norm(given, module.normalized_shape, None, None, module.eps)
         given = given.reshape(batch, -1) if kind == "embedding" else given.reshape(batch, -1, given.shape[-1])
-        contacts.append(Contact(kind, names[0], names[1], given, output))
+        contacts.append(Contact(kind, names[0], names[1], given, output, number, entry))
         return output
 
     def _probe(self, values: Mapping[str, Tensor], inputs: Tensor, slots: Tensor) -> None:
@@ -182,6 +192,12 @@ class AdjointRoute:
             raise AdjointUnavailable("the model makes other calls for another batch size")
         self._batched = [(a[0], b[0]) == (2, 3) for a, b in zip(*seen, strict=True)]
         self._bytes = [(shape[1], shape[2]) for shape in seen[0]]
+        contacts: list[Contact | Operation] = []
+        with torch.enable_grad(), self._watched(contacts, values, given, [], batch=count, wanted=values):
+            self._picked(values, *given)
+        # A loss that is not asked for slots has rows of positions, which may be as many as the slots.
+        head = slotwise_head(contacts, slots.shape[1], inputs.shape[-1] - 1)
+        self._head = head.number if head is not None and takes_slots(self.token_loss) else None
 
     def chunk(self, ranks: int, itemsize: int, most: int) -> int:
         """Sequences that fit the memory budget at once.
@@ -190,7 +206,9 @@ class AdjointRoute:
             AdjointUnavailable: if not even one does.
         """
         left = sum(self.space.sizes[self.space.names.index(name)] for name in self.leftovers)
-        each = itemsize * (sum(given + (ranks + 3) * result for given, result in self._bytes) + ranks * left)
+        # Of a head of scored slots there is one cotangent, not one for every rank.
+        calls = ((g, r, 1 if n == self._head else ranks) for n, (g, r) in enumerate(self._bytes))
+        each = itemsize * (sum(g + (times + 3) * r for g, r, times in calls) + ranks * left)
         if each > self.memory_budget:
             raise AdjointUnavailable(f"one sequence needs {each} bytes, the budget is {self.memory_budget}")
         # Before the check nothing may have been watched yet.
@@ -207,24 +225,11 @@ class AdjointRoute:
         watched = self._watched(contacts, values, (inputs, slots), seen, batch=len(inputs), wanted=wanted)
         with torch.enable_grad(), watched:
             losses = self._picked(values, inputs, slots)
-            picked = losses.sum(0).unbind()
         if len(seen) != len(self._bytes):  # a call that is not seen would be missing from every slope
             raise AdjointUnavailable("the model makes other calls for another batch size")
-        results = [contact.result for contact in contacts]
-        ranks = slots.shape[1]
-        deltas = [
-            r.new_empty(r.shape[0], ranks, r.numel() // r.shape[0] // r.shape[-1], r.shape[-1])
-            for r in results
-        ]
-        if results and not losses.requires_grad:  # no wanted call is used
-            return losses.detach(), contacts, [delta.zero_() for delta in deltas]
-        for rank in range(ranks if results else 0):
-            pulled = torch.autograd.grad(
-                picked[rank], results, retain_graph=rank < ranks - 1, materialize_grads=True
-            )
-            for delta, part in zip(deltas, pulled, strict=True):
-                delta[:, rank] = part.reshape(delta[:, rank].shape)
-        return losses.detach(), contacts, deltas
+        ranks, positions = slots.shape[1], inputs.shape[-1] - 1
+        head = None if self._head is None else slotwise_head(contacts, ranks, positions, self._head)
+        return losses.detach(), contacts, cotangents(losses, contacts, head)
 
     def _leftover_gradients(
         self, values: Mapping[str, Tensor], inputs: Tensor, slots: Int[Tensor, "B R"], wanted: Container[str]
@@ -329,6 +334,9 @@ class AdjointRoute:
             AdjointUnavailable: as said.
         """
         wrong = self._disagreeing(values, inputs, slots)
+        if wrong and self._head is not None:
+            self._head = None
+            wrong = self._disagreeing(values, inputs, slots)
         if wrong:
             self.leftovers = tuple(
                 name for name in self.space.names if name in wrong or name in self.leftovers

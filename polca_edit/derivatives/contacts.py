@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -27,7 +27,7 @@ CACHE_BLOCK, LEAST_ROWS = 1 << 21, 64
 FORMING_PENALTY, FORMING_PENALTY_IN_FEWER_BITS = 1.5, 6.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Contact:
     """One call of a watched module.
 
@@ -37,6 +37,8 @@ class Contact:
         bias: canonical name of its bias, or None.
         given: what goes in: (B, L, in), normalised for a norm, indices (B, L) for an embedding.
         result: its output, the tensor cotangents are taken of, leading axis B.
+        number: which call it is, in their order.
+        entry: what went in, in the graph of the losses.
     """
 
     kind: Kind
@@ -44,6 +46,8 @@ class Contact:
     bias: str | None
     given: Tensor
     result: Tensor
+    number: int
+    entry: Tensor
 
 
 def kind_of(module: nn.Module) -> Kind | None:
@@ -59,9 +63,72 @@ def kind_of(module: nn.Module) -> Kind | None:
     return None
 
 
+def slotwise_head(
+    contacts: Sequence[object], ranks: int, positions: int, number: int | None = None
+) -> Contact | None:
+    """The last map if it may be one of scored slots alone: its row r all that loss r depends on.
+
+    It is one by its shape only, fewer rows than positions and as many as ranks; a check has to confirm it.
+
+    Args:
+        contacts: calls in their order.
+        ranks: R, losses of a sequence.
+        positions: slots of a sequence in all.
+        number: the call that was confirmed before; None takes the last map.
+    """
+    maps = [c for c in contacts if isinstance(c, Contact) and c.kind in ("linear", "conv1d")]
+    found = next((c for c in reversed(maps) if number is None or c.number == number), None)
+    fits = found is not None and 1 < ranks == found.given.shape[1] == found.result.shape[1] < positions
+    return found if found is not None and fits and found.entry.requires_grad else None
+
+
+class Watched(Protocol):
+    """A watched call of any kind."""
+
+    @property
+    def result(self) -> Tensor:
+        """What it returned, leading axis B."""
+
+
+def cotangents(
+    losses: Float[Tensor, "B R"], contacts: Sequence[Watched], head: Contact | None = None
+) -> list[Tensor]:
+    """Per call (B, R, L, out), d loss / d result, one backward pass a rank; of the head (B, R, out).
+
+    Args:
+        losses: in the graph of the calls.
+        contacts: the calls.
+        head: the one whose row r is all that loss r depends on; one pass from the losses to it serves all.
+    """
+    ranks, results = losses.shape[1], [contact.result for contact in contacts if contact is not head]
+    deltas = [
+        r.new_empty(r.shape[0], ranks, r.numel() // r.shape[0] // r.shape[-1], r.shape[-1]) for r in results
+    ]
+    if results and not losses.requires_grad:  # no wanted call is used
+        return [delta.zero_() for delta in deltas]
+    with torch.enable_grad():
+        total, picked = losses.sum(), losses.sum(0).unbind()
+    own = entry = None
+    if head is not None:
+        own, entry = torch.autograd.grad(total, [head.result, head.entry], retain_graph=True)
+    for rank in range(ranks if results else 0):
+        begin, seed = picked[rank], None
+        if head is not None and entry is not None:
+            begin, seed = head.entry, torch.zeros_like(entry)
+            seed[:, rank] = entry[:, rank]
+        pulled = torch.autograd.grad(
+            begin, results, seed, retain_graph=rank < ranks - 1, materialize_grads=True
+        )
+        for delta, part in zip(deltas, pulled, strict=True):
+            delta[:, rank] = part.reshape(delta[:, rank].shape)
+    if own is not None:
+        deltas.insert(next(n for n, contact in enumerate(contacts) if contact is head), own)
+    return deltas
+
+
 def contact_shares(
     contact: Contact,
-    delta: Float[Tensor, "B R L out"],
+    delta: Float[Tensor, "B R L out"] | Float[Tensor, "B R out"],
     rows: Mapping[str, Sequence[Tensor]],
     skip: Sequence[str] = (),
 ) -> Iterator[tuple[str, Tensor]]:
@@ -69,15 +136,19 @@ def contact_shares(
 
     Args:
         contact: the call.
-        delta: cotangents of its output.
+        delta: cotangents of its output; without positions where row r is all that loss r depends on.
         rows: canonical name -> tables (K_i, ...) of directions, K in all.
         skip: parameters treated elsewhere.
     """
+    slotwise = delta.ndim == 3
     if contact.bias is not None and contact.bias not in skip:
-        yield contact.bias, pointwise_share(delta.sum(2), rows[contact.bias])
+        yield contact.bias, pointwise_share(delta if slotwise else delta.sum(2), rows[contact.bias])
     if contact.weight is None or contact.weight in skip:
         return
     given, vectors = contact.given, rows[contact.weight]
+    if slotwise:
+        yield contact.weight, slotwise_share(given, delta, vectors, transposed=contact.kind == "linear")
+        return
     used = delta.abs().amax((0, 1, 3)).nonzero()[:, 0]
     if len(used) < delta.shape[2]:
         given, delta = given[:, used], delta[:, :, used]
@@ -103,6 +174,20 @@ def embedding_share(
     each = (vector for table in vectors for vector in table)
     parts = [torch.bmm(flat, vector[given].reshape(batch, -1, 1).to(flat)) for vector in each]
     return torch.cat(parts, 2)
+
+
+def slotwise_share(
+    given: Float[Tensor, "B R in"],
+    delta: Float[Tensor, "B R out"],
+    vectors: Sequence[Tensor],
+    *,
+    transposed: bool,
+) -> Float[Tensor, "B R K"]:
+    """delta[x, r] . (given[x, r] V_k), vector by vector; otherwise as :func:`linear_share`."""
+    flat, entries = delta.flatten(0, 1).to(vectors[0].dtype), given.flatten(0, 1)
+    each = (vector if transposed else vector.T for table in vectors for vector in table)
+    parts = [((flat @ vector).to(entries.dtype) * entries).sum(1) for vector in each]
+    return torch.stack(parts, 1).view(*given.shape[:2], -1)
 
 
 def linear_share(
