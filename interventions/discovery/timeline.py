@@ -30,6 +30,7 @@ from interventions.discovery.windows import (
     proposed_windows,
 )
 from interventions.edits import Edit, Movement, rollback
+from polca_edit.allocation.progress import progress
 from polca_edit.checkpoints.series import Checkpoints
 from polca_edit.seeds import generator_for
 
@@ -190,7 +191,7 @@ def causal_timeline(
     windows += doubling_windows(series.steps) if settings.doubling else []
     windows += list(proposed.values()) if settings.proposed else []
     table = _Table(split, np.stack([m.numpy() for m in masks.values()]), list(masks), settings)
-    found = [table.measure(series, window, number) for number, window in enumerate(windows)]
+    found = [table.measure(series, window, n) for n, window in enumerate(progress(windows, "timeline"))]
     learned = {name: learned_at(steps, curve) for name, curve in curves.items()}
     alignment, p = aligned(found, learned, table, settings)
     return Timeline(
