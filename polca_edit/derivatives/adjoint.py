@@ -38,6 +38,7 @@ from polca_edit.derivatives.contacts import (
     cotangents,
     kind_of,
     pointwise_share,
+    rows_are_apart,
     slotwise_head,
 )
 from polca_edit.derivatives.heads import SlotLoss, at_slots, takes_slots
@@ -194,10 +195,11 @@ class AdjointRoute:
         self._bytes = [(shape[1], shape[2]) for shape in seen[0]]
         contacts: list[Contact | Operation] = []
         with torch.enable_grad(), self._watched(contacts, values, given, [], batch=count, wanted=values):
-            self._picked(values, *given)
-        # A loss that is not asked for slots has rows of positions, which may be as many as the slots.
-        head = slotwise_head(contacts, slots.shape[1], inputs.shape[-1] - 1)
-        self._head = head.number if head is not None and takes_slots(self.token_loss) else None
+            losses = self._picked(values, *given)
+            # A loss that is not asked for slots has rows of positions, which may be as many as the slots.
+            found = slotwise_head(contacts, slots.shape[1], inputs.shape[-1] - 1)
+            asked = found is not None and takes_slots(self.token_loss)
+            self._head = found.number if found and asked and rows_are_apart(losses, found) else None
 
     def chunk(self, ranks: int, itemsize: int, most: int) -> int:
         """Sequences that fit the memory budget at once.

@@ -66,9 +66,7 @@ def kind_of(module: nn.Module) -> Kind | None:
 def slotwise_head(
     contacts: Sequence[object], ranks: int, positions: int, number: int | None = None
 ) -> Contact | None:
-    """The last map if it may be one of scored slots alone: its row r all that loss r depends on.
-
-    It is one by its shape only, fewer rows than positions and as many as ranks; a check has to confirm it.
+    """The last map if by its shape it may be one of scored slots alone: its row r all that loss r depends on.
 
     Args:
         contacts: calls in their order.
@@ -78,8 +76,21 @@ def slotwise_head(
     """
     maps = [c for c in contacts if isinstance(c, Contact) and c.kind in ("linear", "conv1d")]
     found = next((c for c in reversed(maps) if number is None or c.number == number), None)
-    fits = found is not None and 1 < ranks == found.given.shape[1] == found.result.shape[1] < positions
-    return found if found is not None and fits and found.entry.requires_grad else None
+    if found is None or not found.entry.requires_grad or found.result.ndim != 3 or found.entry.ndim != 3:
+        return None
+    rows = found.entry.shape[:2] == found.result.shape[:2] and found.entry.shape[1] == ranks
+    return found if rows and 1 < ranks < positions else None
+
+
+def rows_are_apart(losses: Float[Tensor, "B R"], head: Contact) -> bool:
+    """Whether the first and the last loss of a sequence depend on their own row of a head alone, exactly."""
+    for rank in (0, losses.shape[1] - 1):
+        for part in torch.autograd.grad(
+            losses[:, rank].sum(), [head.result, head.entry], retain_graph=True, materialize_grads=True
+        ):
+            if part.count_nonzero() != part[:, rank].count_nonzero():
+                return False
+    return True
 
 
 class Watched(Protocol):
@@ -100,6 +111,7 @@ def cotangents(
         contacts: the calls.
         head: the one whose row r is all that loss r depends on; one pass from the losses to it serves all.
     """
+    head = head if losses.requires_grad else None
     ranks, results = losses.shape[1], [contact.result for contact in contacts if contact is not head]
     deltas = [
         r.new_empty(r.shape[0], ranks, r.numel() // r.shape[0] // r.shape[-1], r.shape[-1]) for r in results
