@@ -206,8 +206,12 @@ class Edit:
         active = self.coordinates != 0
         if not bool(active.any()):
             return theta.clone()
-        # Rows that are not moved along add exact zeros; leaving them out would copy the others.
-        return (self.coordinates.to(theta) @ self.rows.to(theta)).add_(theta)
+        z, rows = self.coordinates, self.rows
+        alike = rows.dtype == theta.dtype and rows.device == theta.device
+        if not alike or 8 * int(active.sum()) <= len(rows):
+            z, rows = z[active], rows[active].to(theta)
+        # Of several like theta none is left out, which would copy the others: the rest adds exact zeros.
+        return (z.to(theta) @ rows).add_(theta)
 
 
 @contextmanager
