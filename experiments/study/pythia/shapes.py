@@ -47,6 +47,7 @@ class Amount:
         select: sequences of the select and of the evaluate split, ten scored tokens each.
         curvature: sequences of the curvature split, 64 tokens each.
         edits: partial undo edits of discovery.
+        windows: equal pieces of training that its timeline undoes.
     """
 
     name: str = "full"
@@ -56,6 +57,7 @@ class Amount:
     select: int = 100
     curvature: int = 96
     edits: int = 160
+    windows: int = 10
 
 
 #: How much a run looks at, by name.
@@ -63,7 +65,7 @@ AMOUNTS = {
     "full": Amount(),
     "small": Amount("small", vectors=3, select=16, curvature=16, edits=20),
     # Every stage and checkpoint, few vectors and tokens: which memory the weights alone ask for.
-    "thin": Amount("thin", steps_between=1, vectors=3, select=4, curvature=4, edits=10),
+    "thin": Amount("thin", steps_between=1, vectors=3, select=4, curvature=4, edits=10, windows=3),
 }
 
 
@@ -198,6 +200,7 @@ def run_config(folder: Path, amount: Amount, memory_gb: float | None) -> RunConf
         "text.separator": 0,
         "text.max_documents": None,
         "discover.edits": amount.edits,
+        "discover.windows": amount.windows,
         "damage.doses": [0.5],
         "damage.random_draws": 1,
         "memory_gb": memory_gb,
