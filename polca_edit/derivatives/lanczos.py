@@ -259,7 +259,7 @@ def _residuals(
     images: Float[Tensor, "k N"], vectors: Float[Tensor, "k N"], values: Float[Tensor, " k"]
 ) -> Float[Tensor, " k"]:
     """||A v - value v|| / |value| from images A v, which are used up."""
-    for image, vector, value in zip(images, vectors, values.tolist(), strict=True):
+    for image, vector, value in zip(images, vectors, values.cpu().tolist(), strict=True):
         image.sub_(vector, alpha=value)
     return lengths(images) / values.abs().clamp_min(1e-30)
 
@@ -284,7 +284,7 @@ def _first_block(
     block = torch.randn(k, like.numel(), generator=generator, dtype=like.dtype).to(like.device)
     if start is not None and len(start):
         warm = remove_rows(start[:k].to(block), rows)
-        norms, before = lengths(warm).tolist(), lengths(start[:k]).tolist()
+        norms, before = lengths(warm).cpu().tolist(), lengths(start[:k]).cpu().tolist()
         for drawn, row, norm, whole in zip(block, warm, norms, before, strict=False):
             drawn.div_(float(lengths(drawn[None])[0]))
             if norm > 1e-6 * whole:
