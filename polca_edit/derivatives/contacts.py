@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -93,6 +93,7 @@ def rows_are_apart(losses: Float[Tensor, "B R"], head: Contact) -> bool:
     return True
 
 
+@runtime_checkable
 class Watched(Protocol):
     """A watched call of any kind."""
 

@@ -97,7 +97,7 @@ class Objective:
         self._adjoint: AdjointRoute | None = None
         self._adjoint_note = ""
         self._settled = False
-        self._sequence_bytes: dict[tuple[object, ...], int] = {}
+        self._sequence_bytes: dict[tuple[object, ...], float] = {}
 
     @property
     def route_note(self) -> str:
@@ -337,7 +337,7 @@ class Objective:
             [batch], [each] = self._weighted(tokens.select(scored.argmax()[None]), None, theta.dtype)
             at, reverse = partial(self.weights, theta), Routes("double_backward")
             linearise = linearised_batches(self._losses, reverse, chosen, at, 0)
-            self._sequence_bytes[key] = linearise(batch, each).kept_bytes
+            self._sequence_bytes[key] = float(linearise(batch, each).kept_bytes)
         most, held, traced = self.batch_size, self._sequence_bytes[key], self.route == "traced"
         return CurvatureWork.of(tokens.sequences, most, held, self.curvature_budget, traced)
 
