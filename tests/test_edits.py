@@ -135,3 +135,14 @@ def test_edits_of_models_with_many_parameters_compose() -> None:
     both = first.then(second)
     torch.testing.assert_close(both.delta(), first.delta() + second.delta(), atol=1e-4, rtol=0)
     torch.testing.assert_close(both.apply(theta), theta + both.delta(), atol=1e-5, rtol=0)
+
+
+def test_a_movement_whose_squares_are_zero_in_float32_is_an_edit_of_rank_one():
+    moved = 1e-30 * torch.randn(500, generator=torch.Generator().manual_seed(0))
+    assert float((moved * moved).sum()) == 0.0
+    edit = edits.from_delta("base", moved, "tiny")
+    assert edit.rank == 1
+    assert float(edit.rows.double().norm()) == pytest.approx(1, rel=1e-6)
+    torch.testing.assert_close(
+        edit.coordinates.double() @ edit.rows.double(), moved.double(), rtol=1e-6, atol=0
+    )
