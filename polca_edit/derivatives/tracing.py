@@ -372,7 +372,8 @@ def symmetric_products(
 
     def note(tensor: Tensor) -> Tensor:
         saved.append((tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()))
-        return tensor
+        # A result that its node saved would keep the node alive, and the node it; torch puts the graph back.
+        return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         grads = tuple(gradient(leaves, inputs))
