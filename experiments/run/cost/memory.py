@@ -6,11 +6,10 @@ from dataclasses import replace
 
 from experiments.config import RunConfig
 from experiments.run.cost.rates import Speeds
-from experiments.run.cost.sizes import Sizes, curvature_work, expected_products, products
+from experiments.run.cost.sizes import Sizes, curvature_work, is_traced, products
 from experiments.run.cost.stages import linearised
 from experiments.run.memory import memory_shares
 from polca_edit.derivatives.curvature import UNDER_WAY
-from polca_edit.derivatives.routes import TRACE_BREAK_EVEN
 
 #: Vectors of N entries beside the model's own: three cached checkpoints and a displacement in slopes and in
 #: a trajectory basis; in a Hessian basis the weights, the warm start and, one after the other, a product with
@@ -33,8 +32,7 @@ def peak_bytes(sizes: Sizes, speeds: Speeds, config: RunConfig) -> int:
             krylov = 0 if deep else 2 * most * row
             stay, streamed = linearised(sizes, speeds, shares.curvature)
             kept = (stay + min(1, streamed) + UNDER_WAY) * speeds.batch_bytes.batch(work.size)
-            traced = work.passes(expected_products(spec, basis)) >= TRACE_BREAK_EVEN
-            beside = vector + (LANCZOS - 1) * row + (TRACED * vector if traced else 0)
+            beside = vector + (LANCZOS - 1) * row + (TRACED * vector if is_traced(work, spec, basis) else 0)
             needs.append(held + krylov + beside + kept)
         elif basis.kind == "trajectory":
             needs.append(held + (STREAMED + shares.displacements + 2) * vector)

@@ -15,6 +15,7 @@ from experiments.config import BasisConfig, RunConfig
 from experiments.tasks.task import Task
 from polca_edit.basis.streamed import HELD
 from polca_edit.derivatives.curvature import CurvatureWork
+from polca_edit.derivatives.routes import TRACE_BREAK_EVEN
 from polca_edit.parameters import ParameterSpace
 
 #: Lanczos products per basis checkpoint at tolerance 1e-2 with a warm start, and how many fewer the
@@ -195,6 +196,11 @@ def curvature_work(sizes: Sizes, sequence_bytes: float, budget: int) -> Curvatur
 def expected_products(spec: BasisConfig, basis: BasisSize) -> int:
     """Products that a Hessian basis expects in all, by which it chooses their route."""
     return PRODUCTS_PER_CHECKPOINT * spec.per_checkpoint * basis.taken
+
+
+def is_traced(work: CurvatureWork, spec: BasisConfig, basis: BasisSize) -> bool:
+    """Whether the products of a Hessian basis will be traced where the route is left open."""
+    return work.passes(expected_products(spec, basis)) >= TRACE_BREAK_EVEN
 
 
 #: Checkpoints that an open series keeps.

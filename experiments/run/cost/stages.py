@@ -12,7 +12,7 @@ from experiments.run.cost.sizes import (
     BasisSize,
     Sizes,
     curvature_work,
-    expected_products,
+    is_traced,
     padded,
     products,
     reads_of,
@@ -20,7 +20,6 @@ from experiments.run.cost.sizes import (
 )
 from experiments.run.memory import memory_shares
 from polca_edit.derivatives.curvature import UNDER_WAY
-from polca_edit.derivatives.routes import TRACE_BREAK_EVEN
 
 #: Additions of a vector of N entries to another that pieces of work take about, beside passes of the model:
 #: per product and Krylov vector, per product and earlier row, an undone movement, a random one, and a
@@ -145,7 +144,7 @@ def _basis_cost(priced: _Priced, spec: BasisConfig, basis: BasisSize) -> StageCo
     # Vectors that were sought in fewer bits are checked by one product each.
     count += vectors if priced.config.sought_coarsely else 0
     # The choice of route is the objective's, by the batches of all products that it expects.
-    traced = work.passes(expected_products(spec, basis)) >= TRACE_BREAK_EVEN
+    traced = is_traced(work, spec, basis)
     held, streamed = linearised(s, speeds, budget)
     # Reverse mode goes through the model once a linearisation, a trace once in all.
     share = streamed / (held + streamed)
