@@ -33,7 +33,7 @@ test: $(VENV)/.installed
 	@set -e; export PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1; \
 	$(BIN)/mypy & types=$$!; \
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not timing and not shapes'; \
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not timing and shapes' \
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests -m 'not timing and shapes' \
 	  --jaxtyping-packages=polca_edit,interventions,beartype.beartype; \
 	wait $$types
 

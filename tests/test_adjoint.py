@@ -198,6 +198,21 @@ def test_both_orders_of_products(ranks, length, count, generator, monkeypatch):
     torch.testing.assert_close(linear_share(given, delta, tables, transposed=True), wanted)
 
 
+@pytest.mark.parametrize("block", [600, 1 << 20])
+def test_positions_after_the_last_cotangent_are_left_out_and_no_other(block, generator, monkeypatch):
+    """A causal model's cotangents: rank r of sequence x ends somewhere, one rank of all nowhere."""
+    monkeypatch.setattr(contacts, "CACHE_BLOCK", block)
+    given = torch.randn(70, 9, 5, generator=generator, dtype=torch.float64)
+    delta = torch.randn(70, 3, 9, 7, generator=generator, dtype=torch.float64)
+    vectors = torch.randn(60, 7, 5, generator=generator, dtype=torch.float64)
+    ends = torch.stack([torch.arange(70) % 4, 4 + torch.arange(70) % 5, torch.zeros(70, dtype=torch.long)], 1)
+    delta[torch.arange(9) >= ends[:, :, None]] = 0.0
+    delta[:, 1, 7] = -delta[:, 1, 7].abs()  # a position where nothing is above zero
+    assert contacts.last_used(delta) == [3, 8, 1]
+    wanted = torch.einsum("xrlo,xli,koi->xrk", delta, given, vectors)
+    torch.testing.assert_close(linear_share(given, delta, [vectors], transposed=True), wanted)
+
+
 @pytest.mark.parametrize(("ranks", "length", "count"), [(1, 40, 30), (4, 5, 6)])
 def test_products_in_fewer_bits_are_those_of_rounded_factors(ranks, length, count, generator):
     """Factors that bfloat16 holds exactly, whose sums float32 holds exactly: nothing may be lost but that."""

@@ -25,6 +25,7 @@ DEGREES = (0.0, 7.5, 15.0, 22.5, 30.0, 37.5, 45.0)
 def mixed_axis(own: Tensor, other: Tensor, degrees: float) -> Tensor:
     """(N,) unit vector at an angle from one of two orthogonal ones, in their plane.
 
+    >>> import torch
     >>> [round(float(v), 3) for v in mixed_axis(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]), 30.0)]
     [0.866, 0.5]
     """

@@ -56,8 +56,9 @@ def files_of(path: Path) -> Iterator[Path]:
     Run directories inside the folder are left out: what a run writes must not make it another one.
     """
     if path.is_dir():
-        runs = {mark.parent for mark in path.rglob(CONFIG_SUM)}
-        for member in sorted(path.rglob("*")):
+        members = sorted(path.rglob("*"))
+        runs = {member.parent for member in members if member.name == CONFIG_SUM}
+        for member in members:
             inside = member.relative_to(path).parts
             beside = any(part.startswith(BESIDE_THE_WEIGHTS) for part in inside)
             if member.is_file() and not beside and runs.isdisjoint(member.parents):

@@ -96,6 +96,7 @@ class GroupingRow:
 def best_groups(partitions: Sequence[Labels], skills: Mapping[str, Tensor]) -> dict[str, Agreement]:
     """Skill -> the group of any partition with the largest F1.
 
+    >>> import torch
     >>> best_groups([np.array([0, 0, 1, -1])], {"a": torch.tensor([True, True, True, False])})["a"]
     Agreement(homogeneity=1.0, recall=0.6666666666666666, f1=0.8)
     """

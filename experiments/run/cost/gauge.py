@@ -206,11 +206,11 @@ def gauge(
     """Movement and loss change in some of the weights, beside what a basis of them would cost."""
     if layers is None and parameters is None:
         raise ValueError("study gauge needs the weights to measure; give --layers, --parameters or both")
+    if sketch < 0 or sketch == 1:
+        raise ValueError(f"--sketch must be 0, or 2 and more so that its error is known, got {sketch}")
     run = load_run(directory, say=lambda _: None)
     patterns = patterns_of(layers, parameters)
     named = {" ".join(patterns): Subset.of_mask(run.task.space.mask(patterns)), "all weights": None}
-    if sketch < 0 or sketch == 1:
-        raise ValueError(f"--sketch must be 0, or 2 and more so that its error is known, got {sketch}")
     sample = run.task.splits.curvature
     found = gauges(run.objective, run.observed(), sample, named, probes=sketch, seed=run.config.seed)
     tables = [gauge_table(found)]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from experiments.config import BasisConfig, RunConfig
 from experiments.run.cost.rates import Rate, Speeds
-from experiments.run.cost.sizes import Sizes, curvature_work, expected_products
+from experiments.run.cost.sizes import BasisSize, Sizes, curvature_work, expected_products
 from experiments.run.machine import resident_bytes
 from experiments.run.memory import memory_shares
 from experiments.tasks.task import BatchLoss, Task
@@ -91,8 +91,10 @@ def rehearse(
     start = _line(select, most, lambda some: slopes.seconds(some)[0])
     row = _line(select, most, lambda some: slopes.seconds(some)[1])
     route = objective.route_used or "jvp"
-    held_of_one = objective.curvature_work(theta, curvature).sequence_bytes if _hessians(config) else 0.0
-    expected = _expected(config, sizes, held_of_one * activations)
+    wanted = _first_hessian(config, sizes)
+    held_of_one = objective.curvature_work(theta, curvature).sequence_bytes if wanted else 0.0
+    work = curvature_work(sizes, held_of_one * activations, memory_shares(config, sizes.parameters).curvature)
+    expected = work.passes(expected_products(*wanted)) if wanted else None
     # What is rehearsed stays linearised whole; what of the run does is reckoned from its sizes.
     objective.curvature_budget = sys.maxsize
     products = _Products(objective, theta, rows[0], expected, config.sought_coarsely)
@@ -203,19 +205,10 @@ def _training_seconds(module: nn.Module, batch_loss: BatchLoss, steps: int = 4) 
     return min(_timed(partial(step, number)) for number in range(2, 2 + steps))
 
 
-def _hessians(config: RunConfig) -> list[BasisConfig]:
-    return [spec for spec in config.bases if spec.kind == "hessian" and not spec.rotated]
-
-
-def _expected(config: RunConfig, sizes: Sizes, sequence_bytes: float) -> int | None:
-    """Products of one batch that the run's first Hessian basis expects, None where there is none."""
-    work = curvature_work(sizes, sequence_bytes, memory_shares(config, sizes.parameters).curvature)
-    wanted = (
-        work.passes(expected_products(spec, basis))
-        for spec, basis in zip(config.bases, sizes.bases, strict=True)
-        if basis.kind == "hessian"
-    )
-    return next(wanted, None)
+def _first_hessian(config: RunConfig, sizes: Sizes) -> tuple[BasisConfig, BasisSize] | None:
+    """The first basis whose products with a Hessian are to be reckoned."""
+    pairs = zip(config.bases, sizes.bases, strict=True)
+    return next((pair for pair in pairs if pair[1].kind == "hessian"), None)
 
 
 @dataclass
