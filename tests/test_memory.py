@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import platform
+import resource
 import subprocess
 import sys
 
 import pytest
+
+from experiments.config import load_config
+from experiments.run import memory
 
 SCRIPT = """
 import json, sys, torch
@@ -79,3 +83,54 @@ def test_freed_blocks_between_kept_ones_go_back_to_the_system():
         done = subprocess.run([sys.executable, "-c", HOLES, way], capture_output=True, text=True, check=True)
         left[way] = int(done.stdout)
     assert left["given back"] < 20e6 < 300e6 < left["as it is"], left
+
+
+AGAIN = """
+import resource
+import sys
+from experiments.run.machine import give_back_freed_memory, keep_freed_memory, resident_bytes, trim_memory
+
+for way in sys.argv[1:]:
+    keep_freed_memory() if way == "kept" else give_back_freed_memory()
+
+def used():
+    for _ in range(100):
+        b"x" * (4 << 20)  # 4 MB, freed at once
+
+used()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+used()
+faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+many = [(b"x" * (4 << 20), b"x" * (1 << 17)) for _ in range(100)]  # a small one behind each
+behind = [small for _, small in many]
+del many
+held = resident_bytes()
+trim_memory()
+print(faults, held - resident_bytes())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_blocks_are_used_again_where_memory_is_plenty_until_they_are_trimmed():
+    found = {}
+    for ways in (["kept"], ["given back"], ["kept", "given back"]):
+        done = subprocess.run(
+            [sys.executable, "-c", AGAIN, *ways], capture_output=True, text=True, check=True
+        )
+        found[" ".join(ways)] = [int(number) for number in done.stdout.split()]
+    blocks = 100 * (4 << 20) / resource.getpagesize()
+    assert found["kept"][0] < 0.02 * blocks < 0.9 * blocks < found["given back"][0], found
+    assert found["kept"][1] > 300e6 > 20e6 > found["given back"][1], found
+    # The later wish counts, in one process too.
+    assert found["kept given back"][0] > 0.9 * blocks, found
+    assert found["kept given back"][1] < 20e6, found
+
+
+def test_the_allocator_is_told_by_the_budget(monkeypatch):
+    told = []
+    monkeypatch.setattr(memory, "keep_freed_memory", lambda: told.append("kept"))
+    monkeypatch.setattr(memory, "give_back_freed_memory", lambda: told.append("given back"))
+    free = load_config("smoke")
+    for budget in (None, 1.28, 1.27):  # 32 vectors of ten million float32 weights are 1.28 GB
+        memory.settle_allocator(free.model_copy(update={"memory_gb": budget}), 10_000_000)
+    assert told == ["kept", "kept", "given back"]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from experiments.discover.stages import run_signatures, run_timeline
 from experiments.run.keys import stage_names, window_of
+from experiments.run.machine import trim_memory
 from experiments.run.run import Run
 from experiments.run.run_record import write_run_record
 from experiments.run.stages.bases import run_basis
@@ -45,6 +46,7 @@ def run_stages(run: Run, redo: Sequence[str] = (), stages: Sequence[str] | None 
             run.say(f"  {stage:<24} done before, kept")
             continue
         BODIES[window_of(stage.partition(":")[0])[0]](run, stage)
+        trim_memory()
         run.say(f"  {stage:<24} {time.perf_counter() - started:7.1f} s")
         if stage.startswith("basis:") and run.objective.curvature_route and run.objective.route_note:
             run.say(f"  products by route {run.objective.curvature_route}: {run.objective.route_note}")

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from experiments.run.machine import trim_memory
 from polca_edit.artifacts import load_record, save_record
 from polca_edit.checkpoints.files import read_weights, write_tensors
 from polca_edit.derivatives.objective import PassCount
@@ -101,6 +102,7 @@ def kept_parts(
             if path.exists():
                 yield load_record(kind, path)
                 continue
+            trim_memory()  # holes of one item do not add to those of the next
             result = function(index)
             ledger.note(path)
             save_record(path, result)

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from experiments.config import BasisConfig, RunConfig, dump_config, load_config
 from experiments.run import keys
 from experiments.run.contents import Contents
-from experiments.run.machine import give_back_freed_memory
+from experiments.run.memory import settle_allocator
 from experiments.run.store import RunDirectory, require_place
 from experiments.tasks import own_task
 from experiments.tasks.source import own_source
@@ -219,8 +219,6 @@ def _opened(
 ) -> Run:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    if config.memory_gb is not None:
-        give_back_freed_memory()
     given = config.checkpoints
     if given is not None and not Path(given.directory).exists():
         raise ValueError(f"checkpoints must exist, '{given.directory}' does not; check the path")
@@ -235,6 +233,7 @@ def _opened(
             "'training', or pass --checkpoints DIR"
         )
     require_parts(config, task)
+    settle_allocator(config, task.space.size)
     if task.fingerprint is not None:
         digest = key_of(digest, task.fingerprint)
     if task.fingerprint is not None and compare:

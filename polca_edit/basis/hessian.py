@@ -85,6 +85,7 @@ class Keeping:
 
     Attributes:
         finished: checkpoints already done, to resume from.
+        on_start: called before a checkpoint is read, when nothing of the one before is held.
         on_checkpoint: called with each finished checkpoint; what it returns (the same vectors,
             memory-mapped from disk, say) takes the checkpoint's place.
         products: wraps the operator of a checkpoint (given its index), so that products of an
@@ -97,6 +98,7 @@ class Keeping:
     """
 
     finished: Sequence[BasisCheckpoint] = ()
+    on_start: Callable[[], None] | None = None
     on_checkpoint: Callable[[BasisCheckpoint], BasisCheckpoint | None] | None = None
     products: Callable[[int, Product], Product] | None = None
     rows_in_memory: int | None = None
@@ -191,6 +193,8 @@ def _algorithm_one(
 ) -> list[BasisCheckpoint]:
     """The parts so far and those of the checkpoints still to come."""
     for index in order:
+        if keeping.on_start is not None:
+            keeping.on_start()
         theta, product = checkpoints[index], product_at(index)
         checkpoints.forget()  # each is read once, and Lanczos needs the room
         if keeping.products is not None:

@@ -19,7 +19,7 @@ from experiments.run.cost.rates import Speeds
 from experiments.run.cost.sizes import Sizes, sizes_of
 from experiments.run.cost.speeds import rehearse
 from experiments.run.cost.stages import StageCost, stage_costs
-from experiments.run.memory import memory_shares
+from experiments.run.memory import memory_shares, settle_allocator
 from experiments.run.run import require_parts
 from experiments.run.stages.bases import require_places
 from experiments.tasks.stand_in import StandIn, stand_in_of
@@ -221,6 +221,7 @@ def make_plan(config: RunConfig, folder: Path, budget_seconds: float | None = No
             odd_checkpoints(series).spaced(-(-spec.vectors // spec.per_checkpoint))
     sizes = sizes_of(task, config, steps, None if stand_in is None else stand_in.space)
     memory_shares(config, sizes.parameters)  # a budget that the model alone exceeds is refused at once
+    settle_allocator(config, sizes.parameters)
     activations = 1.0 if stand_in is None else stand_in.activations
     speeds, route = rehearse(task, config, sizes, folder, activations)
     effect = smallest_effect(task, config, measured=stand_in is None)

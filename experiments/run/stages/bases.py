@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from experiments.config import BasisConfig
+from experiments.run.machine import trim_memory
 from experiments.run.memory import memory_shares
 from experiments.run.parts import Ledger, kept_parts, kept_products, mapped_rows, part_path
 from experiments.run.run import Run
@@ -184,6 +185,7 @@ def kept_basis(run: Run, spec: BasisConfig, places: int, parts: Path) -> Iterato
     with bar:
         yield Keeping(
             finished=finished,
+            on_start=trim_memory,
             on_checkpoint=note,
             products=lambda index, product: kept_products(parts / f"products-{index:05d}", product, ledger),
             rows_in_memory=budget,
