@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 from experiments.study.pythia.kept import Cost, kept, measured, piece_path
-from experiments.study.pythia.shapes import SERIES, Amount, counted, neox_config, outline, sentences
+from experiments.study.pythia.shapes import (
+    SERIES,
+    Amount,
+    counted,
+    last_folder,
+    neox_config,
+    outline,
+    sentences,
+)
 from experiments.study.pythia.study import plan_beside_run
 
 
@@ -71,3 +79,10 @@ def test_the_plan_is_compared_with_the_stages_that_both_have():
     # The run had a quarter of a processor: ten seconds of the clock are 2.5.
     assert (found["seconds"].planned, found["seconds"].measured) == (10.0, 2.5)
     assert "seconds of discover" not in found
+
+
+def test_a_folder_without_checkpoints_is_refused_with_a_remedy(tmp_path):
+    with pytest.raises(
+        ValueError, match="must hold series/checkpoint-STEP folders, it holds none; make them"
+    ):
+        last_folder(tmp_path)

@@ -178,8 +178,18 @@ def few_scored(sequences: int, scored: int) -> TokenSet:
 
 
 def last_folder(folder: Path) -> Path:
-    """The checkpoint with the largest step."""
-    return max((folder / SERIES).glob("checkpoint-*"), key=lambda place: int(place.name.rpartition("-")[2]))
+    """The checkpoint with the largest step.
+
+    Raises:
+        ValueError: for a folder without checkpoints.
+    """
+    found = list((folder / SERIES).glob("checkpoint-*"))
+    if not found:
+        raise ValueError(
+            f"'{folder}' must hold {SERIES}/checkpoint-STEP folders, it holds none; make them with "
+            "python -m experiments.study.pythia --folder"
+        )
+    return max(found, key=lambda place: int(place.name.rpartition("-")[2]))
 
 
 def series_of(folder: Path) -> tuple[torch.nn.Module, Checkpoints]:
