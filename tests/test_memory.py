@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import platform
 import resource
 import subprocess
 import sys
+import weakref
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from experiments.config import load_config
 from experiments.run import memory
+from experiments.run.stages.bases import kept_basis
+from polca_edit.basis.hessian import BasisCheckpoint
+from polca_edit.derivatives.passes import PassCount
 
 SCRIPT = """
 import json, sys, torch
@@ -134,3 +141,26 @@ def test_the_allocator_is_told_by_the_budget(monkeypatch):
     for budget in (None, 1.28, 1.27):  # 32 vectors of ten million float32 weights are 1.28 GB
         memory.settle_allocator(free.model_copy(update={"memory_gb": budget}), 10_000_000)
     assert told == ["kept", "kept", "given back"]
+
+
+def test_a_checkpoint_that_is_written_is_held_by_nobody_else(tmp_path):
+    """The next start vectors of every checkpoint lay in a list: a vector of N entries each."""
+    config = load_config("smoke")
+    space = SimpleNamespace(size=50, count=lambda include: 50)
+    run = SimpleNamespace(
+        config=config, objective=SimpleNamespace(passes=PassCount()), task=SimpleNamespace(space=space)
+    )
+    with kept_basis(run, config.bases[0], 2, tmp_path) as keeping:
+        left = []
+        for step in (1, 2):
+            values, residuals = torch.ones(1), torch.ones(1)
+            part = BasisCheckpoint(step, torch.ones(1, 50), values, residuals, 3, torch.zeros(1, 50))
+            left.append(weakref.ref(part))
+            assert keeping.on_checkpoint(part) is part
+            del part
+    gc.collect()
+    assert [each() for each in left] == [None, None]
+    assert [path.name for path in sorted(tmp_path.glob("part-*"))] == [
+        "part-00000.safetensors",
+        "part-00001.safetensors",
+    ]

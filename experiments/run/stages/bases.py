@@ -169,18 +169,18 @@ def kept_basis(run: Run, spec: BasisConfig, places: int, parts: Path) -> Iterato
     numbers = itertools.count()
     dtype = torch.float64 if run.config.precision == "float64" else torch.float32
     finished = [load_record(BasisCheckpoint, p) for p in sorted(parts.glob("part-*.safetensors"))]
-    queue = list(finished)
+    indices = itertools.count(len(finished))
     bar = progress(None, f"basis {spec.label}", total=places, initial=len(finished))
 
     def note(part: BasisCheckpoint) -> BasisCheckpoint:
         # Written through the keeping map, so that cost and part survive together.
-        index = len(queue)
+        index = next(indices)
         list(keep(lambda _: part, [index]))
         shutil.rmtree(parts / f"products-{index:05d}", ignore_errors=True)
         shutil.rmtree(parts / "krylov", ignore_errors=True)
-        queue.append(part if not large else load_record(BasisCheckpoint, part_path(parts, index)))
         bar.update()
-        return queue[-1]
+        # No list of parts here: it would keep alive what the basis lets go, a start vector a checkpoint.
+        return load_record(BasisCheckpoint, part_path(parts, index)) if large else part
 
     with bar:
         yield Keeping(
