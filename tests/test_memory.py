@@ -164,3 +164,6 @@ def test_a_checkpoint_that_is_written_is_held_by_nobody_else(tmp_path):
         "part-00000.safetensors",
         "part-00001.safetensors",
     ]
+    # Of those that are read back the last one's start is wanted, and no other.
+    with kept_basis(run, config.bases[0], 3, tmp_path) as keeping:
+        assert [part.following is None for part in keeping.finished] == [True, False]

@@ -88,12 +88,12 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 TIGHT, AT_EASE = (1 << 17, 1 << 20), (1 << 26, 1 << 25)
 
 
-def _glibc(function: str, *arguments: int) -> bool:
-    """Call the C library's allocator; False where it refuses or is another one."""
+def _glibc(function: str, *arguments: int) -> None:
+    """Call the C library's allocator; nothing where it is another one."""
     try:
-        return bool(getattr(ctypes.CDLL(None), function)(*arguments))
+        getattr(ctypes.CDLL(None), function)(*arguments)
     except (OSError, TypeError, AttributeError):
-        return False
+        return
 
 
 def give_back_freed_memory() -> None:

@@ -169,6 +169,8 @@ def kept_basis(run: Run, spec: BasisConfig, places: int, parts: Path) -> Iterato
     numbers = itertools.count()
     dtype = torch.float64 if run.config.precision == "float64" else torch.float32
     finished = [load_record(BasisCheckpoint, p) for p in sorted(parts.glob("part-*.safetensors"))]
+    # Only the last one's start vectors are wanted again.
+    finished[:-1] = [dataclasses.replace(part, following=None) for part in finished[:-1]]
     indices = itertools.count(len(finished))
     bar = progress(None, f"basis {spec.label}", total=places, initial=len(finished))
 
