@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from experiments.config import load_config
-from experiments.run import memory
+from experiments.run import allocator
 from experiments.run.stages.bases import kept_basis
 from polca_edit.basis.hessian import BasisCheckpoint
 from polca_edit.derivatives.passes import PassCount
@@ -69,7 +69,8 @@ def test_adjoint_route_keeps_its_budget():
 HOLES = """
 import sys
 import numpy as np
-from experiments.run.machine import give_back_freed_memory, resident_bytes
+from experiments.run.allocator import give_back_freed_memory
+from experiments.run.machine import resident_bytes
 
 if sys.argv[1] == "given back":
     give_back_freed_memory()
@@ -95,7 +96,8 @@ def test_freed_blocks_between_kept_ones_go_back_to_the_system():
 AGAIN = """
 import resource
 import sys
-from experiments.run.machine import give_back_freed_memory, keep_freed_memory, resident_bytes, trim_memory
+from experiments.run.allocator import give_back_freed_memory, keep_freed_memory, trim_memory
+from experiments.run.machine import resident_bytes
 
 for way in sys.argv[1:]:
     keep_freed_memory() if way == "kept" else give_back_freed_memory()
@@ -133,13 +135,52 @@ def test_freed_blocks_are_used_again_where_memory_is_plenty_until_they_are_trimm
     assert found["kept given back"][1] < 20e6, found
 
 
+GROWTH = """
+import sys
+from pathlib import Path
+from experiments.config import load_config
+from experiments.run.driver import run_stages
+from experiments.run.machine import resident_bytes
+from experiments.run.run import open_run
+from experiments.run.stages import bases
+
+trim, sizes = bases.trim_memory, []
+
+def on_start():
+    before = resident_bytes()
+    trim()
+    sizes.append((before, resident_bytes()))
+
+bases.trim_memory = on_start
+config = load_config("smoke", {
+    "model": {"layers": 2, "d_model": 128, "heads": 4, "d_mlp": 512}, "threads": 1,
+    "training.steps": 7, "training.record_every": 1, "bases": [{"kind": "hessian", "vectors": 7}],
+})
+run = open_run(config, Path(sys.argv[1]), say=lambda _: None)
+run_stages(run, stages=["train", "basis:hessian"])
+print(4 * run.task.space.size, *(each for pair in sizes for each in pair))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_memory_grows_by_one_vector_a_checkpoint_and_holes_are_given_back(tmp_path):
+    """Copies of the vectors, and start vectors that nobody wanted, took two more of each."""
+    done = subprocess.run(
+        [sys.executable, "-c", GROWTH, str(tmp_path / "run")], capture_output=True, text=True, check=True
+    )
+    vector, *sizes = map(int, done.stdout.split())
+    before, after = sizes[::2], sizes[1::2]
+    assert (after[-1] - after[2]) / vector == pytest.approx(len(after) - 3, rel=0.1)
+    assert min(b - a for b, a in zip(before[1:], after[1:], strict=True)) > 5 * vector
+
+
 def test_the_allocator_is_told_by_the_budget(monkeypatch):
     told = []
-    monkeypatch.setattr(memory, "keep_freed_memory", lambda: told.append("kept"))
-    monkeypatch.setattr(memory, "give_back_freed_memory", lambda: told.append("given back"))
+    monkeypatch.setattr(allocator, "keep_freed_memory", lambda: told.append("kept"))
+    monkeypatch.setattr(allocator, "give_back_freed_memory", lambda: told.append("given back"))
     free = load_config("smoke")
     for budget in (None, 1.28, 1.27):  # 32 vectors of ten million float32 weights are 1.28 GB
-        memory.settle_allocator(free.model_copy(update={"memory_gb": budget}), 10_000_000)
+        allocator.settle_allocator(free.model_copy(update={"memory_gb": budget}), 10_000_000)
     assert told == ["kept", "kept", "given back"]
 
 
@@ -156,7 +197,7 @@ def test_a_checkpoint_that_is_written_is_held_by_nobody_else(tmp_path):
             values, residuals = torch.ones(1), torch.ones(1)
             part = BasisCheckpoint(step, torch.ones(1, 50), values, residuals, 3, torch.zeros(1, 50))
             left.append(weakref.ref(part))
-            assert keeping.on_checkpoint(part) is part
+            keeping.on_checkpoint(part)
             del part
     gc.collect()
     assert [each() for each in left] == [None, None]

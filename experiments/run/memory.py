@@ -10,16 +10,12 @@ import re
 from dataclasses import dataclass
 
 from experiments.config import RunConfig
-from experiments.run.machine import give_back_freed_memory, keep_freed_memory
 from polca_edit.basis.streamed import HELD
 
 #: Vectors of N entries that are needed however small the budget is: three cached checkpoints, the model,
 #: its weights in their own storage, tangents, a gradient, a product and what Lanczos takes it from; and how
 #: many more there must be room for.
 FIXED_VECTORS, LEAST_VECTORS = 9, 2
-#: Vectors that a budget holds at least where freed memory may stay with the process: its holes take about
-#: five and as much as a batch under way (measured at 70 million parameters).
-ROOMY_VECTORS = 32
 #: Bytes that displacements may take where there is no budget.
 DISPLACEMENTS = 1 << 30
 UNITS = {"": 1e9, "MB": 1e6, "GB": 1e9, "TB": 1e12, "MIB": 2**20, "GIB": 2**30}
@@ -41,18 +37,6 @@ class MemoryShares:
     curvature: int = 4 << 30
     slopes: int = 1 << 30
     displacements: int = HELD
-
-
-def settle_allocator(config: RunConfig, parameters: int) -> None:
-    """Freed memory stays with the process where a budget leaves room for holes or there is none.
-
-    Elsewhere it goes back to the system at once.
-    """
-    roomy = ROOMY_VECTORS * config.itemsize * parameters
-    if config.memory_gb is None or config.memory_gb * 1e9 >= roomy:
-        keep_freed_memory()
-    else:
-        give_back_freed_memory()
 
 
 def memory_shares(config: RunConfig, parameters: int) -> MemoryShares:

@@ -18,7 +18,7 @@ from polca_edit.basis.record import Basis, confined
 from polca_edit.basis.streamed import HELD
 from polca_edit.basis.subsets import Subset, taken
 from polca_edit.checkpoints.series import Checkpoints
-from polca_edit.derivatives.lanczos import Allocate, LanczosSettings, projected_lanczos
+from polca_edit.derivatives.lanczos import Allocate, LanczosSettings, Rows, projected_lanczos
 from polca_edit.derivatives.objective import Objective
 from polca_edit.derivatives.routes import matrix_products
 from polca_edit.tokens import TokenSet
@@ -86,20 +86,18 @@ class Keeping:
     Attributes:
         finished: checkpoints already done, to resume from.
         on_start: called before a checkpoint is read, when nothing of the one before is held.
-        on_checkpoint: called with each finished checkpoint; what it returns (the same vectors,
-            memory-mapped from disk, say) takes the checkpoint's place.
+        on_checkpoint: called with each finished checkpoint.
         products: wraps the operator of a checkpoint (given its index), so that products of an
             interrupted checkpoint can be replayed.
-        rows_in_memory: bytes of earlier vectors that may be held beside the Krylov vectors; above it
-            they are taken block by block from where the parts hold them. None: no limit.
-        allocate: makes the (K, n) tensor of the joined rows; None joins in memory.
+        rows_in_memory: bytes of earlier vectors that may be taken from their table at once. None: no limit.
+        allocate: makes the (K, n) table of all vectors, in a mapped file say; None makes it in memory.
         krylov: makes the tables of one checkpoint's Krylov vectors; None keeps them in memory.
         displacements: of a trajectory, held at once (:func:`~polca_edit.basis.path.trajectory_basis`).
     """
 
     finished: Sequence[BasisCheckpoint] = ()
     on_start: Callable[[], None] | None = None
-    on_checkpoint: Callable[[BasisCheckpoint], BasisCheckpoint | None] | None = None
+    on_checkpoint: Callable[[BasisCheckpoint], object] | None = None
     products: Callable[[int, Product], Product] | None = None
     rows_in_memory: int | None = None
     allocate: Allocate | None = None
@@ -138,16 +136,16 @@ def hessian_basis(
     # One draw seeds every checkpoint apart, so that a resumed basis gets the same start vectors.
     seed = int(torch.randint(2**31, (1,), generator=settings.generator()))
     expected = 8 * settings.per_checkpoint * len(chosen)
-    parts = _algorithm_one(
+    found = _algorithm_one(
         lambda index: objective.hessian(chosen[index], tokens, expected=expected, inside=settings.inside),
         chosen,
         range(len(keeping.finished), len(chosen)),
         settings,
         lambda index: torch.Generator().manual_seed(seed + index),
-        list(keeping.finished),
+        keeping.finished,
         keeping,
     )
-    basis = join("hessian", parts, settings.inside, keeping.allocate)
+    basis = found.basis("hessian", settings.inside)
     return basis if len(basis) == count else basis[:count]
 
 
@@ -176,10 +174,40 @@ def operator_basis(
     settings = settings or EigenSettings()
     drawn = generator or settings.generator()
     wanted = range(len(checkpoints)) if order is None else order
-    parts = _algorithm_one(
-        product_at, checkpoints, wanted, settings, lambda _: drawn, list(before), Keeping()
-    )
-    return join(kind, parts, settings.inside)
+    found = _algorithm_one(product_at, checkpoints, wanted, settings, lambda _: drawn, before, Keeping())
+    return found.basis(kind, settings.inside)
+
+
+class _Found:
+    """Checkpoints done so far, whose vectors lie in one table: copies of it would be most of the memory."""
+
+    def __init__(self, vectors: int, keeping: Keeping) -> None:
+        """``vectors`` is how many there will be."""
+        self.parts: list[BasisCheckpoint] = []
+        self._vectors, self._keeping = vectors, keeping
+        self._table: Tensor | None = None
+
+    def add(self, part: BasisCheckpoint) -> None:
+        """Take over a checkpoint's vectors; its start vectors alone are wanted from now on."""
+        if self._table is None:
+            self._table = (self._keeping.allocate or part.rows.new_empty)(self._vectors, part.rows.shape[1])
+        first = sum(len(part.rows) for part in self.parts)
+        rows = self._table[first : first + len(part.rows)].copy_(part.rows)
+        if self.parts:
+            self.parts[-1] = replace(self.parts[-1], following=None)
+        self.parts.append(replace(part, rows=rows))
+
+    def rows(self) -> Sequence[Tensor]:
+        """(n, N) the vectors so far, in blocks that may be held at once."""
+        if self._table is None:
+            return []
+        rows = self._table[: sum(len(part.rows) for part in self.parts)]
+        each, most = rows.shape[1] * rows.element_size(), self._keeping.rows_in_memory
+        return [rows] if most is None else rows.split(max(1, most // each))
+
+    def basis(self, kind: str, inside: Subset | None) -> Basis:
+        """All vectors."""
+        return join(kind, self.parts, inside, self._table)
 
 
 def _algorithm_one(
@@ -188,10 +216,13 @@ def _algorithm_one(
     order: Sequence[int],
     settings: EigenSettings,
     generator_at: Callable[[int], torch.Generator],
-    parts: list[BasisCheckpoint],
+    before: Sequence[BasisCheckpoint],
     keeping: Keeping,
-) -> list[BasisCheckpoint]:
-    """The parts so far and those of the checkpoints still to come."""
+) -> _Found:
+    """Those before and the checkpoints still to come."""
+    found = _Found(sum(len(part.rows) for part in before) + settings.per_checkpoint * len(order), keeping)
+    for part in before:
+        found.add(part)
     for index in order:
         if keeping.on_start is not None:
             keeping.on_start()
@@ -200,15 +231,13 @@ def _algorithm_one(
         if keeping.products is not None:
             product = keeping.products(index, product)
         step, generator = checkpoints.steps[index], generator_at(index)
-        part = next_vectors(product, theta, parts, step, generator, settings, keeping)
-        if parts:
-            parts[-1] = replace(parts[-1], following=None)
-        parts.append(part)
+        part = next_vectors(product, theta, found.parts, step, generator, settings, keeping, found.rows())
         if keeping.on_checkpoint is not None:
-            parts[-1] = keeping.on_checkpoint(part) or part
+            keeping.on_checkpoint(part)
+        found.add(part)
         # What the next checkpoint linearises does not lie beside what this one did.
         del product, theta, part
-    return parts
+    return found
 
 
 def in_fewer_bits(product: Product) -> Product:
@@ -224,6 +253,7 @@ def next_vectors(
     generator: torch.Generator,
     settings: EigenSettings,
     keeping: Keeping | None = None,
+    rows: Rows | None = None,
 ) -> BasisCheckpoint:
     """Top eigenpairs of the operator at one checkpoint, off the vectors found so far and inside the mask.
 
@@ -234,10 +264,10 @@ def next_vectors(
         step: optimiser step of this one.
         generator: draws what the warm start does not supply.
         settings: vectors, accuracy, mask.
-        keeping: its ``rows_in_memory`` and ``krylov``.
+        keeping: its ``krylov``.
+        rows: the vectors found at all of them, as they lie in a table; None takes those of ``parts``.
     """
     keeping, like = keeping or Keeping(), taken(theta, settings.inside)
-    blocks = [part.rows for part in parts]
     start, extra = parts[-1].following if parts else None, 0
     if start is not None:
         # The vectors found last are projected out; the Ritz vectors behind them are their successors.
@@ -246,14 +276,12 @@ def next_vectors(
         # Without them, what is left of H v, v the last vectors, points the same way.
         start = torch.stack([product(vector) for vector in parts[-1].rows.to(theta)])
         extra = len(start)
-    size = sum(rows.numel() * rows.element_size() for rows in blocks)
-    streamed = keeping.rows_in_memory is not None and size > keeping.rows_in_memory
     seek = partial(
         projected_lanczos,
         like=like,
         k=settings.per_checkpoint,
         generator=generator,
-        rows=blocks if streamed or len(blocks) < 2 else torch.cat(blocks).to(theta),
+        rows=[part.rows for part in parts] if rows is None else rows,
         allocate=keeping.krylov,
     )
     lanczos = settings.lanczos(following=settings.per_checkpoint, noise=1e-3 if extra == 0 else 0.02)
@@ -272,7 +300,7 @@ def join(
     kind: str,
     parts: Sequence[BasisCheckpoint],
     inside: Subset | None = None,
-    allocate: Allocate | None = None,
+    rows: Float[Tensor, "m n"] | None = None,
 ) -> Basis:
     """One basis from the vectors of several checkpoints.
 
@@ -280,16 +308,10 @@ def join(
         kind: name of the basis.
         parts: vectors of each checkpoint.
         inside: the entries that their rows are; None for whole rows.
-        allocate: makes the (K, n) tensor the rows are copied into, for example in a mapped file.
+        rows: all of them in one table, which may have room for more; None copies them into one.
     """
-    if allocate is None:
-        rows = torch.cat([part.rows for part in parts])
-    else:
-        rows = allocate(sum(len(part.rows) for part in parts), parts[0].rows.shape[1])
-        first = 0
-        for part in parts:
-            rows[first : first + len(part.rows)] = part.rows
-            first += len(part.rows)
+    rows = torch.cat([part.rows for part in parts]) if rows is None else rows
+    rows = rows[: sum(len(part.rows) for part in parts)]
     basis = Basis(
         kind,
         rows,

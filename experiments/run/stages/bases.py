@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from experiments.config import BasisConfig
-from experiments.run.machine import trim_memory
+from experiments.run.allocator import trim_memory
 from experiments.run.memory import memory_shares
-from experiments.run.parts import Ledger, kept_parts, kept_products, mapped_rows, part_path
+from experiments.run.parts import Ledger, kept_parts, kept_products, mapped_rows
 from experiments.run.run import Run
 from experiments.run.stages.rotated import turned
 from experiments.run.stages.training import trained_series
@@ -174,15 +174,13 @@ def kept_basis(run: Run, spec: BasisConfig, places: int, parts: Path) -> Iterato
     indices = itertools.count(len(finished))
     bar = progress(None, f"basis {spec.label}", total=places, initial=len(finished))
 
-    def note(part: BasisCheckpoint) -> BasisCheckpoint:
+    def note(part: BasisCheckpoint) -> None:
         # Written through the keeping map, so that cost and part survive together.
         index = next(indices)
         list(keep(lambda _: part, [index]))
         shutil.rmtree(parts / f"products-{index:05d}", ignore_errors=True)
         shutil.rmtree(parts / "krylov", ignore_errors=True)
         bar.update()
-        # No list of parts here: it would keep alive what the basis lets go, a start vector a checkpoint.
-        return load_record(BasisCheckpoint, part_path(parts, index)) if large else part
 
     with bar:
         yield Keeping(
