@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from experiments.config import load_config
-from experiments.run import allocator
+from experiments.run.memory import allocator
 from experiments.run.stages.bases import kept_basis
 from polca_edit.basis.hessian import BasisCheckpoint
 from polca_edit.derivatives.passes import PassCount
@@ -69,7 +69,7 @@ def test_adjoint_route_keeps_its_budget():
 HOLES = """
 import sys
 import numpy as np
-from experiments.run.allocator import give_back_freed_memory
+from experiments.run.memory.allocator import give_back_freed_memory
 from experiments.run.machine import resident_bytes
 
 if sys.argv[1] == "given back":
@@ -96,7 +96,7 @@ def test_freed_blocks_between_kept_ones_go_back_to_the_system():
 AGAIN = """
 import resource
 import sys
-from experiments.run.allocator import give_back_freed_memory, keep_freed_memory, trim_memory
+from experiments.run.memory.allocator import give_back_freed_memory, keep_freed_memory, trim_memory
 from experiments.run.machine import resident_bytes
 
 for way in sys.argv[1:]:

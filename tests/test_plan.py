@@ -276,7 +276,7 @@ def test_the_plan_foresees_reverse_mode_where_traces_do_not_fit():
 
 def test_a_memory_budget_is_shared_out_and_what_exceeds_it_is_said():
     from experiments.run.cost.memory import memory_warnings, peak_bytes, transient_bytes
-    from experiments.run.memory import memory_shares, parse_memory
+    from experiments.run.memory.budget import memory_shares, parse_memory
 
     large = costs.Sizes(50_000_000, 20, 0, 8, 50, 200, 50, 50, 50, 0, sizes().bases, 3, 2, "jvp", False)
     free, vector = config(32, 1), 200_000_000

@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from experiments.discover.stages import run_signatures, run_timeline
-from experiments.run.allocator import trim_memory
 from experiments.run.keys import stage_names, window_of
+from experiments.run.memory.allocator import trim_memory
 from experiments.run.run import Run
 from experiments.run.run_record import write_run_record
 from experiments.run.stages.bases import run_basis

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from experiments.run.allocator import trim_memory
+from experiments.run.memory.allocator import trim_memory
 from polca_edit.artifacts import load_record, save_record
 from polca_edit.checkpoints.files import read_weights, write_tensors
 from polca_edit.derivatives.objective import PassCount

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer
 
 from experiments.config import BasisConfig, RunConfig, dump_config, load_config
 from experiments.run import keys
-from experiments.run.allocator import settle_allocator
 from experiments.run.contents import Contents
+from experiments.run.memory.allocator import settle_allocator
 from experiments.run.store import RunDirectory, require_place
 from experiments.tasks import own_task
 from experiments.tasks.source import own_source

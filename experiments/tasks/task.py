@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from experiments.config import RunConfig
-from experiments.run.memory import memory_shares
+from experiments.run.memory.budget import memory_shares
 from experiments.tasks import TASKS, own_task
 from interventions.causal.control import Plant
 from interventions.removal.grouped import GroupRule, LogitFunction

@@ -52,7 +52,7 @@ def plan(
     """
     from experiments.config import load_config
     from experiments.run.cost.plan import describe, make_plan
-    from experiments.run.memory import parse_memory
+    from experiments.run.memory.budget import parse_memory
 
     given = {"memory_gb": parse_memory(memory), "engine": engine}
     overrides = settings_from(set_, task=task, seed=seed, device=device, text__file=text, **given)

@@ -236,7 +236,7 @@ def run(
     A run that was stopped goes on where it was; finished stages are not repeated.
     """
     from experiments.config import load_config
-    from experiments.run.memory import parse_memory
+    from experiments.run.memory.budget import parse_memory
 
     named = config_for(config, task)
     overrides = settings_from(
@@ -338,7 +338,7 @@ def open_checkpoints(
     json_: Json = None,
 ) -> None:
     """Analyse Hugging Face checkpoints: Trainer folders, Pythia or OLMo revisions, adapters."""
-    from experiments.run.memory import parse_memory
+    from experiments.run.memory.budget import parse_memory
 
     overrides = open_overrides(
         folder,

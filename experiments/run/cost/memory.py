@@ -8,7 +8,7 @@ from experiments.config import RunConfig
 from experiments.run.cost.rates import Speeds
 from experiments.run.cost.sizes import Sizes, curvature_work, is_traced, products
 from experiments.run.cost.stages import linearised
-from experiments.run.memory import memory_shares
+from experiments.run.memory.budget import memory_shares
 from polca_edit.derivatives.curvature import UNDER_WAY
 
 #: Vectors of N entries beside the model's own: three cached checkpoints and a displacement in slopes and in

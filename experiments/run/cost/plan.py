@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 
 from experiments.config import RunConfig
-from experiments.run.allocator import settle_allocator
 from experiments.run.cost.memory import memory_warnings, peak_bytes, transient_bytes
 from experiments.run.cost.rates import Speeds
 from experiments.run.cost.sizes import Sizes, sizes_of
 from experiments.run.cost.speeds import rehearse
 from experiments.run.cost.stages import StageCost, stage_costs
-from experiments.run.memory import memory_shares
+from experiments.run.memory.allocator import settle_allocator
+from experiments.run.memory.budget import memory_shares
 from experiments.run.run import require_parts
 from experiments.run.stages.bases import require_places
 from experiments.tasks.stand_in import StandIn, stand_in_of

@@ -22,7 +22,7 @@ from experiments.config import BasisConfig, RunConfig
 from experiments.run.cost.rates import Rate, Speeds
 from experiments.run.cost.sizes import BasisSize, Sizes, curvature_work, expected_products
 from experiments.run.machine import resident_bytes
-from experiments.run.memory import memory_shares
+from experiments.run.memory.budget import memory_shares
 from experiments.tasks.task import BatchLoss, Task
 from polca_edit.basis.hessian import in_fewer_bits
 from polca_edit.checkpoints.files import read_weights, write_tensors

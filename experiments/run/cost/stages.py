@@ -18,7 +18,7 @@ from experiments.run.cost.sizes import (
     reads_of,
     streamed_order,
 )
-from experiments.run.memory import memory_shares
+from experiments.run.memory.budget import memory_shares
 from polca_edit.derivatives.curvature import UNDER_WAY
 
 #: Additions of a vector of N entries to another that pieces of work take about, beside passes of the model:

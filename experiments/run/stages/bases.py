@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from experiments.config import BasisConfig
-from experiments.run.allocator import trim_memory
-from experiments.run.memory import memory_shares
+from experiments.run.memory.allocator import trim_memory
+from experiments.run.memory.budget import memory_shares
 from experiments.run.parts import Ledger, kept_parts, kept_products, mapped_rows
 from experiments.run.run import Run
 from experiments.run.stages.rotated import turned

@@ -22,7 +22,7 @@ import typer
 from experiments.application import say
 from experiments.config import RunConfig
 from experiments.report.tables import Table, table
-from experiments.run.memory import parse_memory
+from experiments.run.memory.budget import parse_memory
 from experiments.study.pythia.kept import Cost, apart, kept, piece_path
 from experiments.study.pythia.pieces import PIECES, one_vector, planned
 from experiments.study.pythia.shapes import (

@@ -1,0 +1,1 @@
+"""Memory of a run: its budget, and what becomes of freed blocks."""
