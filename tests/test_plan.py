@@ -275,7 +275,7 @@ def test_the_plan_foresees_reverse_mode_where_traces_do_not_fit():
 
 
 def test_a_memory_budget_is_shared_out_and_what_exceeds_it_is_said():
-    from experiments.run.cost.memory import memory_warnings, peak_bytes, transient_bytes
+    from experiments.run.cost.memory import memory_warnings, needs, peak_bytes, transient_bytes
     from experiments.run.memory.budget import memory_shares, parse_memory
 
     large = costs.Sizes(50_000_000, 20, 0, 8, 50, 200, 50, 50, 50, 0, sizes().bases, 3, 2, "jvp", False)
@@ -291,13 +291,15 @@ def test_a_memory_budget_is_shared_out_and_what_exceeds_it_is_said():
         memory_shares(free.model_copy(update={"memory_gb": 2.0}), 50_000_000)
     with pytest.raises(ValueError, match="16GB or 800MB, got 'much'"):
         parse_memory("much")
-    # Lanczos beside ten rows, sixteen Krylov vectors and images and six more, against the rows' share, what
-    # slopes stream, four residuals and a third of what is left: the others are mapped.
-    saved = peak_bytes(large, SPEEDS, free) - peak_bytes(large, SPEEDS, tight)
-    slopes = peak_bytes(large, SPEEDS, tight) - SPEEDS.base_bytes
-    assert saved == 34 * vector - slopes
-    assert 1_600_000_000 + 8 * vector < slopes < 1_600_000_000 + 8 * vector + (1 << 30) + 10**6
-    assert peak_bytes(large, SPEEDS, tight) < 5_000_000_000 < peak_bytes(large, SPEEDS, free)
+    # Sixteen Krylov vectors and images, and two of ten rows, lie in files; slopes stream checkpoints, hold
+    # four residuals and a third of what is left.
+    (whole, *_), (mapped, *_, slopes) = needs(large, SPEEDS, free), needs(large, SPEEDS, tight)
+    assert whole.mapped == 0
+    assert whole.held - mapped.held == mapped.mapped == (16 + 2) * vector
+    assert 1_600_000_000 + 8 * vector < slopes.held < 1_600_000_000 + 8 * vector + (1 << 30) + 10**6
+    assert slopes.mapped == 2 * 10 * vector - 1_600_000_000
+    # Pages of files stay where there is room: the budget is full, and no more.
+    assert peak_bytes(large, SPEEDS, tight) == 5_000_000_000 < peak_bytes(large, SPEEDS, free)
     assert transient_bytes(large, tight) > transient_bytes(large, free)
     assert memory_warnings(large, SPEEDS, tight) == []
     assert memory_warnings(large, SPEEDS, free) == []

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from dataclasses import dataclass, replace
 
 from experiments.config import RunConfig
 from experiments.run.cost.rates import Speeds
@@ -17,25 +18,51 @@ from polca_edit.derivatives.curvature import UNDER_WAY
 STREAMED, LANCZOS, TRACED = 4, 6, 2
 
 
+@dataclass(frozen=True)
+class Need:
+    """Bytes of one kind of work, at its most.
+
+    Attributes:
+        held: that must be there.
+        mapped: of files, whose pages stay in memory while there is room and go where there is none.
+    """
+
+    held: int
+    mapped: int = 0
+
+    def within(self, room: float) -> int:
+        """What is resident where this many bytes are there for it."""
+        return self.held + round(min(self.mapped, max(0.0, room - self.held)))
+
+
 def peak_bytes(sizes: Sizes, speeds: Speeds, config: RunConfig) -> int:
-    """The largest stage: building a basis, or taking slopes along all rows."""
+    """The largest stage: building a basis, or taking slopes along all rows; mapped pages as a budget lets."""
+    room = math.inf if config.memory_gb is None else config.memory_gb * 1e9 - speeds.base_bytes
+    return round(speeds.base_bytes + max(need.within(room) for need in needs(sizes, speeds, config)))
+
+
+def needs(sizes: Sizes, speeds: Speeds, config: RunConfig) -> list[Need]:
+    """What every basis asks for while it is built, and slopes last, beside the program and the model."""
     vector, shares = sizes.parameters * config.itemsize, memory_shares(config, sizes.parameters)
     work = curvature_work(sizes, speeds.sequence_bytes, shares.curvature)
-    needs = []
+    found = []
     for spec, basis in zip(config.bases, sizes.bases, strict=True):
         row = basis.columns_of(sizes.parameters) * config.itemsize
-        held = min(basis.vectors * row, shares.rows)
+        rows = basis.vectors * row
+        held = min(rows, shares.rows)
         if basis.kind == "hessian" and basis.taken:
             most = _products_of_one(sizes, spec.tolerance, spec.max_products) * spec.per_checkpoint
             # As in stages.bases: with a budget, Krylov vectors that could exceed it lie in files.
             deep = config.memory_gb is not None and 2 * spec.max_products * row > shares.rows
-            krylov = 0 if deep else 2 * most * row
+            krylov = round(2 * most * row)
             stay, streamed = linearised(sizes, speeds, shares.curvature)
             kept = (stay + min(1, streamed) + UNDER_WAY) * speeds.batch_bytes.batch(work.size)
             beside = vector + (LANCZOS - 1) * row + (TRACED * vector if is_traced(work, spec, basis) else 0)
-            needs.append(held + krylov + beside + kept)
+            inside = held + beside + round(kept)
+            mapped = rows - held
+            found.append(Need(inside, mapped + krylov) if deep else Need(inside + krylov, mapped))
         elif basis.kind == "trajectory":
-            needs.append(held + (STREAMED + shares.displacements + 2) * vector)
+            found.append(Need(held + (STREAMED + shares.displacements + 2) * vector, rows - held))
     stored = sum(basis.bytes_of(sizes.parameters) for basis in sizes.measured)
     # Rows of bases are taken where they lie, unless they are stored in fewer bits; residuals are made.
     directions = 2 * len(sizes.measured)
@@ -43,12 +70,11 @@ def peak_bytes(sizes: Sizes, speeds: Speeds, config: RunConfig) -> int:
         directions += sum(basis.vectors for basis in sizes.measured)
     directions = min(directions, config.vector_block or directions)
     table = 2 * sizes.select_tokens * sizes.places * sizes.rows * config.itemsize
-    # Stored rows are read through mapped pages, which the system gives back where a budget is enforced.
     held = stored if config.memory_gb is None else min(stored, shares.rows)
     batch = speeds.batch_bytes.batch(min(config.batch_size, sizes.curvature))
     slopes = min(batch, shares.slopes) if batch else shares.slopes
-    needs.append(held + (STREAMED + directions) * vector + table + slopes)
-    return round(speeds.base_bytes + max(needs))
+    found.append(Need(held + (STREAMED + directions) * vector + table + round(slopes), stored - held))
+    return found
 
 
 def _products_of_one(sizes: Sizes, tolerance: float, most: int) -> int:
