@@ -79,6 +79,9 @@ def test_the_plan_is_compared_with_the_stages_that_both_have():
     # The run had a quarter of a processor: ten seconds of the clock are 2.5.
     assert (found["seconds"].planned, found["seconds"].measured) == (10.0, 2.5)
     assert "seconds of discover" not in found
+    # A plan by the wall's clock is held against the wall's seconds.
+    plan.notes["clock"] = "wall"
+    assert plan_beside_run(plan, run)["seconds"].measured == 10.0
 
 
 def test_a_folder_without_checkpoints_is_refused_with_a_remedy(tmp_path):

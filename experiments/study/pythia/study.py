@@ -84,10 +84,11 @@ class PythiaResult:
 def plan_beside_run(plan: Cost, run: Mapping[str, Cost]) -> dict[str, Compared]:
     """Products, bytes, memory and seconds of the stages that both have.
 
-    Seconds are those of processors: the plan is timed so, and a stage's by the clock are multiplied by the
-    processor seconds that its process got in a second. They leave out opening the run, which every process
-    here does anew.
+    Seconds are by the clock that the plan was timed with: for one of processors a stage's are multiplied by
+    the processor seconds that its process got in a second. They leave out opening the run, which every
+    process here does anew.
     """
+    measured = {name: _of(cost, "stage_seconds") * _share(plan, cost) for name, cost in run.items()}
     stages = [name for name in run if f"{name} seconds" in plan.notes]
     found = {
         "products": Compared(_of(plan, "hvps"), sum(_of(run[name], "hvps") for name in stages)),
@@ -102,18 +103,18 @@ def plan_beside_run(plan: Cost, run: Mapping[str, Cost]) -> dict[str, Compared]:
         "peak memory": Compared(_of(plan, "peak_bytes"), max(run[name].peak_bytes for name in stages)),
         "seconds": Compared(
             sum(_of(plan, f"{name} seconds") for name in stages),
-            sum(_of(run[name], "stage_seconds") * _share(run[name]) for name in stages),
+            sum(measured[name] for name in stages),
         ),
     }
     for name in stages:
         seconds = _of(plan, f"{name} seconds")
-        found[f"seconds of {name}"] = Compared(seconds, _of(run[name], "stage_seconds") * _share(run[name]))
+        found[f"seconds of {name}"] = Compared(seconds, measured[name])
     return found
 
 
-def _share(cost: Cost) -> float:
-    """Processor seconds that a piece got in a second of the clock, on a machine that others use too."""
-    return cost.processor_seconds / cost.seconds
+def _share(plan: Cost, cost: Cost) -> float:
+    """Seconds of the plan's clock that a piece got in one of the wall's: 1, or those of processors."""
+    return 1.0 if plan.notes.get("clock") == "wall" else cost.processor_seconds / cost.seconds
 
 
 def _of(cost: Cost, note: str) -> float:
