@@ -163,11 +163,11 @@ class Edit:
         if self.base != other.base:
             raise ValueError("edits compose only on the same base weights; make both for the same checkpoint")
         rows = orthonormalise(torch.cat([self.rows, other.rows]))
-        total = self.delta().double() + other.delta().double()
+        along = coordinates(rows, self.delta()) + coordinates(rows, other.delta())
         return Edit(
             self.base,
             rows,
-            coordinates(rows, total),
+            along,
             f"{self.operator}+{other.operator}",
             provenance={"first": self.provenance, "second": other.provenance},
         )

@@ -33,6 +33,7 @@ from interventions.discovery.search import (
 from interventions.edits import Edit, project_out
 from polca_edit.allocation.progress import progress
 from polca_edit.basis.record import Basis, unlabelled
+from polca_edit.derivatives.lanczos import coordinates
 from polca_edit.seeds import generator_for
 
 #: Further axes of one skill, at the most: each is orthogonal to those before it.
@@ -293,7 +294,7 @@ def refined(
         if value > reached:
             best, reached = direction.detach(), value
         # The edit takes place @ rows off the weights, hence the sign; Adam descends, hence the other.
-        (raw.grad,) = torch.autograd.grad(place, leaf, (library.rows.double() @ gradient.double()))
+        (raw.grad,) = torch.autograd.grad(place, leaf, coordinates(library.rows, gradient))
         adam.step()
     return best
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from interventions.removal.grouped import LEAST_HEADROOM, Shares
 from interventions.removal.problem import RemovalProblem, score
+from polca_edit.derivatives.lanczos import coordinates, inner_products
 
 # -- dose ----------------------------------------------------------------------------------------
 
@@ -154,13 +155,13 @@ def group_curvature(
         rows: span.
         groups: how many groups.
     """
-    slopes = torch.stack([rows @ gradient(g) for g in range(groups)])
+    slopes = torch.stack([coordinates(rows, gradient(g)) for g in range(groups)])
     curved = []
     for g in range(groups):
         image = torch.stack([product(g, row) for row in rows])
-        block = rows.double() @ image.double().T
+        block = inner_products(rows, image)
         curved.append((block + block.T) / 2)
-    return GroupCurvature(slopes.double(), torch.stack(curved))
+    return GroupCurvature(slopes, torch.stack(curved))
 
 
 def closed_form(

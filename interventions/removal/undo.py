@@ -34,6 +34,7 @@ from interventions.removal.windows import (
     undoing,
 )
 from polca_edit.checkpoints.series import Checkpoints
+from polca_edit.derivatives.lanczos import coordinates
 from polca_edit.training import TrainingSettings
 
 METHODS = ("rollback", "return")
@@ -386,6 +387,6 @@ def _of_both(
         "method": undo.method,
         "windows": [str(window) for window in windows],
         "parts": parts if repair.rank else parts[:1],
-        "coordinates_of_undoing": [float(v) for v in (both.rows.double() @ back.delta().double())],
+        "coordinates_of_undoing": coordinates(both.rows, back.delta()).tolist(),
     }
     return replace(both, operator=f"{undo.method}{'+repair' if repair.rank else ''}", provenance=provenance)
