@@ -11,6 +11,7 @@ from oracles import copied_with, dense_hessian, mean_loss, quadratic_problem, te
 from torch import nn
 
 from experiments.run.parts import Ledger, kept_products, mapped_rows
+from polca_edit.artifacts import load_record, save_record
 from polca_edit.basis import hessian as seeking
 from polca_edit.basis.hessian import (
     BasisCheckpoint,
@@ -432,15 +433,22 @@ def test_rows_in_blocks_on_disk_give_the_same_basis(generator, tmp_path):
     _, objective, tokens, checkpoints = curved_problem(generator)
     whole = hessian_basis(objective, checkpoints, tokens, 8, EigenSettings(per_checkpoint=2, seed=4, **TIGHT))
     seen = []
+
+    def stored(part: BasisCheckpoint) -> BasisCheckpoint:
+        path = tmp_path / f"{len(seen)}.safetensors"
+        save_record(path, part)
+        seen.append(path)
+        return load_record(BasisCheckpoint, path)
+
     settings = EigenSettings(per_checkpoint=2, seed=4, **TIGHT)
     keeping = Keeping(
-        on_checkpoint=seen.append,
+        on_checkpoint=stored,
         rows_in_memory=0,
-        allocate=lambda count, size: mapped_rows(tmp_path / "rows.bin", count, size, torch.float64),
+        allocate=lambda count, size: mapped_rows(tmp_path / "rows.bin", count, size),
     )
     streamed = hessian_basis(objective, checkpoints, tokens, 8, settings, keeping=keeping)
     assert len(seen) == 4
-    assert (tmp_path / "rows.bin").stat().st_size == 8 * streamed.rows.numel()
+    assert (tmp_path / "rows.bin").stat().st_size == 4 * streamed.rows.numel()
     torch.testing.assert_close(streamed.eigenvalues, whole.eigenvalues, rtol=1e-9, atol=0)
     overlap = (streamed.rows.double() * whole.rows).sum(1).abs()
     torch.testing.assert_close(overlap, torch.ones_like(overlap), rtol=0, atol=1e-6)

@@ -109,6 +109,9 @@ def test_a_zero_movement_is_an_edit_of_rank_zero_without_nan() -> None:
         assert edit.norm == 0.0
         assert torch.equal(edit.delta(), torch.zeros(5))
         assert torch.equal(edit.moved(theta), theta)
+    tiny = edits.from_delta("base", torch.full((4,), 1e-40), "tiny")
+    assert torch.isfinite(tiny.rows).all()
+    assert float(tiny.rows.norm()) == pytest.approx(1.0, abs=1e-3)
     # The smallest numbers of float32, whose length it can only round by a third.
     tiny = edits.from_delta("base", torch.full((2,), 1e-45), "tiny")
     assert float(tiny.rows.norm()) == pytest.approx(1.0, rel=1e-6)

@@ -298,6 +298,7 @@ def test_a_memory_budget_is_shared_out_and_what_exceeds_it_is_said():
     assert whole.held - mapped.held == mapped.mapped == (16 + 2) * vector
     assert 1_600_000_000 + 8 * vector < slopes.held < 1_600_000_000 + 8 * vector + (1 << 30) + 10**6
     assert slopes.mapped == 2 * 10 * vector - 1_600_000_000
+    assert SPEEDS.base_bytes + max(n.held for n in needs(large, SPEEDS, tight)) < 5_000_000_000
     # Pages of files stay where there is room: the budget is full, and no more.
     assert peak_bytes(large, SPEEDS, tight) == 5_000_000_000 < peak_bytes(large, SPEEDS, free)
     assert transient_bytes(large, tight) > transient_bytes(large, free)

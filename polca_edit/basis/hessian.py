@@ -191,23 +191,28 @@ class _Found:
         """Take over a checkpoint's vectors; its start vectors alone are wanted from now on."""
         if self._table is None:
             self._table = (self._keeping.allocate or part.rows.new_empty)(self._vectors, part.rows.shape[1])
-        first = sum(len(part.rows) for part in self.parts)
-        rows = self._table[first : first + len(part.rows)].copy_(part.rows)
+        rows = self._table[self.count : self.count + len(part.rows)].copy_(part.rows)
         if self.parts:
             self.parts[-1] = replace(self.parts[-1], following=None)
-        self.parts.append(replace(part, rows=rows))
+        # Later vectors are orthogonal to those that were found, not to what a table of fewer bits holds.
+        self.parts.append(replace(part, rows=rows) if rows.dtype == part.rows.dtype else part)
+
+    @property
+    def count(self) -> int:
+        """Vectors so far."""
+        return sum(len(part.rows) for part in self.parts)
 
     def rows(self) -> Sequence[Tensor]:
         """(n, N) the vectors so far, in blocks that may be held at once."""
-        if self._table is None:
-            return []
-        rows = self._table[: sum(len(part.rows) for part in self.parts)]
+        if self._table is None or self._table.dtype != self.parts[0].rows.dtype:
+            return [part.rows for part in self.parts]
+        rows = self._table[: self.count]
         each, most = rows.shape[1] * rows.element_size(), self._keeping.rows_in_memory
         return [rows] if most is None else rows.split(max(1, most // each))
 
     def basis(self, kind: str, inside: Subset | None) -> Basis:
         """All vectors."""
-        return join(kind, self.parts, inside, self._table)
+        return join(kind, self.parts, inside, None if self._table is None else self._table[: self.count])
 
 
 def _algorithm_one(
@@ -308,10 +313,9 @@ def join(
         kind: name of the basis.
         parts: vectors of each checkpoint.
         inside: the entries that their rows are; None for whole rows.
-        rows: all of them in one table, which may have room for more; None copies them into one.
+        rows: all of them in one table; None copies them into one.
     """
     rows = torch.cat([part.rows for part in parts]) if rows is None else rows
-    rows = rows[: sum(len(part.rows) for part in parts)]
     basis = Basis(
         kind,
         rows,

@@ -9,7 +9,7 @@ from experiments.config import RunConfig
 from experiments.run.cost.rates import Speeds
 from experiments.run.cost.sizes import Sizes, curvature_work, is_traced, products
 from experiments.run.cost.stages import linearised
-from experiments.run.memory.budget import memory_shares
+from experiments.run.memory.budget import krylov_in_files, memory_shares
 from polca_edit.derivatives.curvature import UNDER_WAY
 
 #: Vectors of N entries beside the model's own: three cached checkpoints and a displacement in slopes and in
@@ -50,19 +50,18 @@ def needs(sizes: Sizes, speeds: Speeds, config: RunConfig) -> list[Need]:
         row = basis.columns_of(sizes.parameters) * config.itemsize
         rows = basis.vectors * row
         held = min(rows, shares.rows)
+        mapped = rows - held
         if basis.kind == "hessian" and basis.taken:
             most = _products_of_one(sizes, spec.tolerance, spec.max_products) * spec.per_checkpoint
-            # As in stages.bases: with a budget, Krylov vectors that could exceed it lie in files.
-            deep = config.memory_gb is not None and 2 * spec.max_products * row > shares.rows
+            deep = krylov_in_files(config, spec, row, shares.rows)
             krylov = round(2 * most * row)
             stay, streamed = linearised(sizes, speeds, shares.curvature)
             kept = (stay + min(1, streamed) + UNDER_WAY) * speeds.batch_bytes.batch(work.size)
             beside = vector + (LANCZOS - 1) * row + (TRACED * vector if is_traced(work, spec, basis) else 0)
             inside = held + beside + round(kept)
-            mapped = rows - held
             found.append(Need(inside, mapped + krylov) if deep else Need(inside + krylov, mapped))
         elif basis.kind == "trajectory":
-            found.append(Need(held + (STREAMED + shares.displacements + 2) * vector, rows - held))
+            found.append(Need(held + (STREAMED + shares.displacements + 2) * vector, mapped))
     stored = sum(basis.bytes_of(sizes.parameters) for basis in sizes.measured)
     # Rows of bases are taken where they lie, unless they are stored in fewer bits; residuals are made.
     directions = 2 * len(sizes.measured)
@@ -93,7 +92,7 @@ def transient_bytes(sizes: Sizes, config: RunConfig) -> int:
         mapped = rows if rows > shares.rows else 0
         if basis.kind == "hessian" and basis.taken:
             each = _products_of_one(sizes, spec.tolerance, spec.max_products) * spec.per_checkpoint
-            deep = config.memory_gb is not None and 2 * spec.max_products * row > shares.rows
+            deep = krylov_in_files(config, spec, row, shares.rows)
             # A part holds its vectors and as many that follow.
             found.append(2 * rows + mapped + each * row * (3 if deep else 1))
         elif basis.kind == "trajectory":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from experiments.config import RunConfig
+from experiments.config import BasisConfig, RunConfig
 from polca_edit.basis.streamed import HELD
 
 #: Vectors of N entries that are needed however small the budget is: three cached checkpoints, the model,
@@ -60,6 +60,18 @@ def memory_shares(config: RunConfig, parameters: int) -> MemoryShares:
         )
     held = max(1, min(most, left // vector))
     return MemoryShares(min(rows, left // 2), left // 3, min(1 << 30, left // 3), held)
+
+
+def krylov_in_files(config: RunConfig, spec: BasisConfig, row: int, share: int) -> bool:
+    """Whether Krylov vectors lie in files: with a budget, where they could exceed the share of rows.
+
+    Args:
+        config: the run.
+        spec: the basis; a checkpoint may use up its products, two vectors each.
+        row: bytes of a vector.
+        share: bytes that rows may take.
+    """
+    return config.memory_gb is not None and 2 * spec.max_products * row > share
 
 
 def parse_memory(text: str | None) -> float | None:

@@ -14,7 +14,7 @@ import torch
 
 from experiments.config import BasisConfig
 from experiments.run.memory.allocator import trim_memory
-from experiments.run.memory.budget import memory_shares
+from experiments.run.memory.budget import krylov_in_files, memory_shares
 from experiments.run.parts import Ledger, kept_parts, kept_products, mapped_rows
 from experiments.run.run import Run
 from experiments.run.stages.rotated import turned
@@ -164,8 +164,7 @@ def kept_basis(run: Run, spec: BasisConfig, places: int, parts: Path) -> Iterato
     keep = kept_parts(parts, BasisCheckpoint, ledger)
     each, large = row_bytes(run, spec), _on_disk(run, spec)
     budget = memory_shares(run.config, run.task.space.size).rows
-    # Two vectors a product, and products until the budget of a checkpoint is used up in the worst case.
-    deep = run.config.memory_gb is not None and 2 * spec.max_products * each > budget
+    deep = krylov_in_files(run.config, spec, each, budget)
     numbers = itertools.count()
     dtype = torch.float64 if run.config.precision == "float64" else torch.float32
     finished = [load_record(BasisCheckpoint, p) for p in sorted(parts.glob("part-*.safetensors"))]
